@@ -1,0 +1,27 @@
+"""semiperm: unwanted concepts do not pass.
+
+Every public name is loaded on first use, so that importing the package costs nothing. ComfyUI runs this file under
+a module name that is a file path: no relative import may stand at module level.
+"""
+
+import importlib
+
+_EXPORTS = {
+    "MembraneConfig": "pipelines.membranes",
+    "apply_membranes": "pipelines.membranes",
+    "erase_concepts": "pipelines.membranes",
+    "load_membranes": "methods.membranes",
+    "remove_membranes": "pipelines.membranes",
+    "save_membranes": "methods.membranes",
+}
+__all__ = sorted(_EXPORTS)
+
+
+def __getattr__(name):
+    if name in _EXPORTS:
+        return getattr(importlib.import_module(f".{_EXPORTS[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__():
+    return [*globals(), *__all__]

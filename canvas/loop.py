@@ -1,0 +1,109 @@
+"""One training loop for every part of the canvas model: AdamW, warm-up and cosine, EMA, checkpoints, log, progress bar."""
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write safetensors through a temporary file, so that a stopped run leaves the previous file whole."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".partial")
+    save_file({k: v.detach().contiguous().clone() for k, v in tensors.items()}, str(temporary), metadata=metadata)
+    os.replace(temporary, path)
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
+    """Linear warm-up, then cosine to 2 % of the peak."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    x = (step - warmup) / max(1, steps - warmup)
+    return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, x))))
+
+
+def train(
+    name: str,
+    model: nn.Module,
+    loss_of: Callable[[int], dict[str, Tensor]],
+    *,
+    steps: int,
+    lr: float,
+    workdir: Path,
+    ema: float = 0.999,
+    weight_decay: float = 0.01,
+    warmup: int = 100,
+    checkpoint_every: int = 200,
+    stop_after: int | None = None,
+) -> dict[str, Tensor]:
+    """Train `model`, resuming from `workdir/<name>.safetensors` where it exists, and return the EMA weights.
+
+    Args:
+        loss_of: step -> named losses; "loss" is minimised. Must draw its data from the step number alone, so that a
+            resumed run sees what an unbroken one would have seen.
+        steps: length of the schedule. stop_after: end early at this step (the checkpoint can be resumed).
+    """
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    path, log_path = Path(workdir) / f"{name}.safetensors", Path(workdir) / f"{name}.log.jsonl"
+    parameters = {k: p for k, p in model.named_parameters() if p.requires_grad}
+    average = {k: p.detach().clone() for k, p in parameters.items()}
+    optimizer = torch.optim.AdamW(parameters.values(), lr=lr, weight_decay=weight_decay, betas=(0.9, 0.99), fused=True)
+    first = 0
+    if path.exists():
+        with safe_open(str(path), "pt") as f:
+            first = int(f.metadata()["step"])
+            for k, p in parameters.items():
+                p.data.copy_(f.get_tensor(f"model.{k}"))
+                average[k].copy_(f.get_tensor(f"ema.{k}"))
+                optimizer.state[p] = {
+                    "step": torch.tensor(float(first)),
+                    "exp_avg": f.get_tensor(f"m.{k}"),
+                    "exp_avg_sq": f.get_tensor(f"v.{k}"),
+                }
+
+    def checkpoint(step: int) -> None:
+        out = {}
+        for k, p in parameters.items():
+            state = optimizer.state[p]
+            out |= {f"model.{k}": p, f"ema.{k}": average[k], f"m.{k}": state["exp_avg"], f"v.{k}": state["exp_avg_sq"]}
+        save_tensors(out, path, {"step": str(step)})
+
+    last = min(steps, stop_after or steps)
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    log_path.parent.mkdir(parents=True, exist_ok=True)
+    sums: dict[str, float] = {}
+    counted, since = 0, time.monotonic()
+    with Progress(*columns) as progress, log_path.open("a") as log:
+        bar = progress.add_task(name, total=last, completed=first)
+        for step in range(first, last):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, steps, lr, warmup)
+            losses = loss_of(step)
+            losses["loss"].backward()
+            torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            decay = min(ema, (1 + step) / (10 + step))
+            torch._foreach_lerp_(list(average.values()), [p.data for p in parameters.values()], 1 - decay)
+            for k, v in losses.items():
+                sums[k] = sums.get(k, 0.0) + float(v.detach())
+            counted += 1
+            if (step + 1) % 100 == 0 or step + 1 == last:
+                row = {"step": step + 1, **{k: round(v / counted, 5) for k, v in sums.items()}}
+                row["seconds_per_step"] = round((time.monotonic() - since) / counted, 3)
+                log.write(json.dumps(row) + "\n")
+                log.flush()
+                sums, counted, since = {}, 0, time.monotonic()
+            if (step + 1) % checkpoint_every == 0 or step + 1 == last:
+                checkpoint(step + 1)
+            progress.update(bar, advance=1, description=f"{name} {float(losses['loss'].detach()):.4f}")
+    return average

@@ -1,0 +1,38 @@
+"""`semiperm bench`: time and memory, side by side with the peers."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import common
+
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure time, side by side with the peers.")
+
+
+@app.command("membranes", epilog="Example: semiperm bench membranes --json membranes.json")
+def membranes(
+    json_path: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures here.")] = None,
+):
+    """Time a denoising step with 1, 10 and 100 membranes against the bare pipeline, and PEFT beside it."""
+    common.quiet()
+
+    from ..benchmarks.membranes import run
+
+    rows = run()
+    if json_path is not None:
+        common.write_json(json_path, rows)
+    show(common.console(), rows)
+
+
+def show(console, rows: list[dict]) -> None:
+    """Print the table: the median ratio to the bare pipeline, and its spread."""
+    from rich.table import Table
+
+    table = Table(caption="time of one step, in times the bare pipeline's (median, spread)")
+    for heading in ("name", "K", "ratio", "spread"):
+        table.add_column(heading)
+    for row in rows:
+        low, high = row["spread"]
+        table.add_row(row["name"], str(row["k"]), f"{row['ratio']:.3f}", f"{low:.3f} to {high:.3f}")
+    console.print(table)

@@ -1,0 +1,128 @@
+"""`semiperm canvas`: the embedded model's own workshop: render its world, train it, check it."""
+
+import random
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import common
+
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Render, train and check the embedded model.")
+
+
+@app.command(epilog="Example: semiperm canvas render --object robot --style sketch -o robot.png")
+def render(
+    output: Annotated[Path, typer.Option("--output", "-o", help="The .png file to write.")],
+    object_: Annotated[str | None, typer.Option("--object", help="Default: drawn at random, like all below.")] = None,
+    style: Annotated[str | None, typer.Option()] = None,
+    color: Annotated[str | None, typer.Option()] = None,
+    background: Annotated[str | None, typer.Option()] = None,
+    hazard: Annotated[bool | None, typer.Option("--hazard/--no-hazard")] = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+):
+    """Draw one picture of the canvas world, without the model, and print a caption of it."""
+    from ..canvas import captions
+    from ..canvas import render as renderer
+
+    fixed = {"object": object_, "style": style, "color": color, "background": background, "hazard": hazard}
+    rng = random.Random(seed)
+    try:
+        scene = renderer.random_scene(rng, **{key: value for key, value in fixed.items() if value is not None})
+    except ValueError as error:
+        raise common.CliError(str(error)) from error
+    common.write_png(output, renderer.render(scene))
+    common.console().print(f"{output}: {captions.caption(scene, rng)}", markup=False)
+
+
+@app.command(epilog="Example: semiperm canvas gallery -o gallery.png")
+def gallery(
+    output: Annotated[Path, typer.Option("--output", "-o", help="The .png file to write.")],
+    samples: Annotated[bool, typer.Option("--samples", help="Pictures by the model, not the renderer.")] = False,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+):
+    """Lay out every object in every style on one sheet."""
+    from PIL import Image
+
+    from ..canvas import captions
+    from ..canvas import render as renderer
+
+    scenes = [
+        renderer.random_scene(random.Random(f"{seed}-{name}-{style}"), object=name, style=style, hazard=False)
+        for name in captions.OBJECTS
+        for style in captions.STYLES
+    ]
+    columns, size = len(captions.STYLES), renderer.SIZE
+    sheet = Image.new("RGB", (columns * size, len(captions.OBJECTS) * size))
+    pipe = common.load_model("canvas") if samples else None
+    sampling = common.sampling("canvas", None, None)
+    with common.progress("pictures", len(scenes)) as advance:
+        for start in range(0, len(scenes), columns):
+            part = scenes[start : start + columns]
+            if pipe is None:
+                images = [renderer.render(scene) for scene in part]
+            else:
+                texts = [captions.caption(scene, random.Random(seed), complete=True) for scene in part]
+                images = pipe(
+                    texts, generator=common.generators([seed + start + i for i in range(columns)]), **sampling
+                ).images
+            for column, image in enumerate(images):
+                sheet.paste(image, (column * size, start // columns * size))
+            advance(len(part))
+    common.write_png(output, sheet)
+    common.console().print(str(output), markup=False)
+
+
+@app.command(epilog="Example: semiperm canvas train --out weights")
+def train(
+    out: Annotated[Path, typer.Option(help="Folder of the finished weights.")],
+    workdir: Annotated[Path, typer.Option(help="Folder of checkpoints and logs; run again to resume.")] = Path(
+        "canvas-training"
+    ),
+    part: Annotated[
+        list[str] | None, typer.Option(help="autoencoder, judge or denoiser; repeatable. Default: all.")
+    ] = None,
+    pictures: Annotated[int, typer.Option(min=1, help="Rendered pictures to learn from.")] = 30_000,
+    autoencoder_steps: Annotated[int, typer.Option(min=1)] = 2200,
+    judge_steps: Annotated[int, typer.Option(min=1)] = 2600,
+    denoiser_steps: Annotated[int, typer.Option(min=1)] = 10_000,
+    compile_: Annotated[bool, typer.Option("--compile/--no-compile", help="Train through torch.compile.")] = True,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+):
+    """Train the embedded model and its judge from nothing; takes hours on two cores and can be resumed."""
+    from ..canvas.training import PARTS, train_canvas
+
+    if unknown := sorted(set(part or ()) - set(PARTS)):
+        raise common.CliError(f"--part {unknown[0]} is unknown; choose from {', '.join(PARTS)}")
+    common.quiet()
+    train_canvas(
+        out, workdir, pictures=pictures, autoencoder_steps=autoencoder_steps, judge_steps=judge_steps,
+        denoiser_steps=denoiser_steps, parts=tuple(part or PARTS), compile=compile_, seed=seed,
+    )  # fmt: skip
+    common.console().print(str(out), markup=False)
+
+
+@app.command(epilog="Example: semiperm canvas check --json check.json")
+def check(
+    weights: Annotated[Path | None, typer.Option(help="Folder of weights. Default: the shipped ones.")] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures here.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Samples for each pair of object and style.")] = 2,
+    marks: Annotated[int, typer.Option(min=1, help="Pictures whose initial noise is looked for.")] = 200,
+    guidance: common.Guidance = None,
+):
+    """Measure the embedded model: does it draw what is asked, does its noise survive, is the judge right."""
+    common.quiet()
+
+    from ..canvas import DEFAULT_GUIDANCE, Judge, load_pipeline
+    from ..canvas.check import check as measure
+
+    try:
+        pipe = load_pipeline() if weights is None else load_pipeline(weights=weights)
+        judge = Judge.load() if weights is None else Judge.load(weights / "judge.safetensors")
+    except FileNotFoundError as error:
+        raise common.CliError(common.one_line(error)) from error
+    scale = DEFAULT_GUIDANCE if guidance is None else guidance
+    figures = measure(pipe, judge, repeats=repeats, marks=marks, guidance_scale=scale)
+    if json_path is not None:
+        common.write_json(json_path, figures)
+    common.console().print_json(data=figures)

@@ -1,0 +1,194 @@
+"""What all commands share: one-line errors, atomic files, model loading, progress bars. Light to import."""
+
+import io
+import json
+import os
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+MODEL_HELP = "canvas (the embedded model), a diffusers folder, a hub id or a single .safetensors file"
+Model = Annotated[str, typer.Argument(help=MODEL_HELP, metavar="MODEL", show_default=False)]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps")]
+DType = Annotated[str, typer.Option(help="auto (float16 on a GPU, else float32), float32, float16 or bfloat16")]
+Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps. Default: the model's own.")]
+Guidance = Annotated[float | None, typer.Option(help="Guidance scale. Default: the model's own.")]
+
+
+class CliError(Exception):
+    """A mistake of the user's: printed as one line, exit code 2."""
+
+
+class OneLineErrors(TyperGroup):
+    """Prints the errors a user can act on as one line, without a traceback, and exits with 2."""
+
+    def invoke(self, ctx):
+        try:
+            return super().invoke(ctx)
+        except (CliError, OSError) as error:
+            _fail(error)
+        except ValueError as error:
+            from ..methods.membranes import MembraneError
+
+            if not isinstance(error, MembraneError):
+                raise
+            _fail(error)
+
+
+def _fail(error: Exception):
+    typer.echo(f"error: {one_line(error)}", err=True)
+    raise typer.Exit(2) from error
+
+
+def one_line(error: Exception) -> str:
+    """The first line of an error's text, with the file's name where there is one."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def existing_file(path: Path, what: str) -> Path:
+    """Return the path; CliError if there is no such file."""
+    if not path.is_file():
+        raise CliError(f"there is no {what} {str(path)!r}")
+    return path
+
+
+def write_file(path: str | Path, data: bytes | str) -> Path:
+    """Write a whole file or nothing: to a temporary file beside it, then renamed."""
+    path = Path(path)
+    if path.is_dir():
+        raise CliError(f"{str(path)!r} is a folder; give the name of a file to write")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = data.encode() if isinstance(data, str) else data
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return path
+
+
+def write_json(path: str | Path, value: Any) -> Path:
+    return write_file(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_png(path: str | Path, image, record: dict | None = None) -> Path:
+    """Write a PIL image as PNG; `record` is kept in its text chunk `semiperm`, as JSON."""
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    if record is not None:
+        info.add_text("semiperm", json.dumps(record))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", pnginfo=info)
+    return write_file(path, buffer.getvalue())
+
+
+def console():
+    from rich.console import Console
+
+    return Console(highlight=False)
+
+
+@contextmanager
+def progress(label: str, total: int | None):
+    """A progress bar on stderr; yields `advance(n=1)`."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(label, total=total)
+        yield lambda n=1: bar.advance(task, n)
+
+
+def load_model(model: str, device: str = "auto", dtype: str = "auto"):
+    """Load a pipeline onto a device.
+
+    Raises:
+        CliError: an unknown device or dtype; a model that is not there.
+    """
+    import torch
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype == "auto":
+        dtype = "float16" if device.startswith("cuda") else "float32"
+    if dtype not in ("float32", "float16", "bfloat16"):
+        raise CliError(f"--dtype {dtype} is not supported; choose auto, float32, float16 or bfloat16")
+    quiet()
+    try:
+        from ..pipelines.loaders import load_pipeline
+
+        pipe = load_pipeline(model, dtype=getattr(torch, dtype), device=device)
+    except (OSError, ValueError) as error:
+        raise CliError(f"cannot load the model {model!r}: {one_line(error)} (MODEL is {MODEL_HELP})") from error
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def quiet():
+    """Silence the progress bars and notices of the libraries below; our own remain."""
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+
+
+def sampling(model: str, steps: int | None, guidance: float | None) -> dict[str, Any]:
+    """The pipeline's keyword arguments for steps and guidance; the canvas has defaults of its own."""
+    if model == "canvas":
+        from ..canvas import DEFAULT_GUIDANCE, DEFAULT_STEPS
+
+        steps, guidance = steps or DEFAULT_STEPS, DEFAULT_GUIDANCE if guidance is None else guidance
+    given = {"num_inference_steps": steps, "guidance_scale": guidance}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def generators(seeds: list[int]) -> list:
+    """One CPU generator a seed: an image depends on its own seed, not on the batch or the device."""
+    import torch
+
+    return [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+
+
+def split_strength(text: str) -> tuple[Path, float]:
+    """Parse FILE[:strength].
+
+    Raises:
+        CliError: no such file, or a strength that is not a number.
+    """
+    name, colon, tail = text.rpartition(":")
+    if not Path(text).exists() and colon and name and len(name) > 1:
+        try:
+            return existing_file(Path(name), "membrane file"), float(tail)
+        except ValueError as error:
+            raise CliError(f"--membrane {text}: {tail!r} is not a strength; write FILE:0.5") from error
+    return existing_file(Path(text), "membrane file"), 1.0
+
+
+def load_stack(pipe, texts: list[str]):
+    """Read FILE[:strength] arguments as one stack; strength multiplies each pair's alpha, 0 leaves a file out."""
+    from dataclasses import replace
+
+    from ..methods.membranes import Membranes
+    from ..pipelines.membranes import import_membranes
+
+    stack = Membranes()
+    for path, strength in map(split_strength, texts):
+        for membrane in import_membranes(pipe, path) if strength else ():
+            modules = {key: replace(pair, alpha=pair.alpha * strength) for key, pair in membrane.modules.items()}
+            stack += membrane if strength == 1 else replace(membrane, modules=modules)
+    return stack

@@ -1,0 +1,126 @@
+"""`semiperm evaluate`: unlearning accuracy and what it costs elsewhere, with 95 % intervals."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import common
+
+EXAMPLE = "Example: semiperm evaluate canvas --membrane erased.safetensors --concept robot --json robot.json"
+
+
+def run(
+    model: common.Model,
+    membrane: Annotated[
+        list[str] | None, typer.Option(metavar="FILE[:strength]", help="A membrane file; repeatable, applied together.")
+    ] = None,
+    concept: Annotated[
+        list[str] | None,
+        typer.Option(help="What must be gone; repeatable. Default: the membranes' concepts, or the suite's."),
+    ] = None,
+    suite: Annotated[
+        bool, typer.Option("--suite", help="Erase concepts one at a time by every method, and compare. Takes long.")
+    ] = False,
+    prompts: Annotated[
+        Path | None, typer.Option(metavar="FILE.csv", help="Columns prompt,seed,object,style. Default: built in.")
+    ] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures here.")] = None,
+    resume: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Keep finished runs here and go on from them.")
+    ] = None,
+    gate: Annotated[str, typer.Option(help="auto, probe, paper, official or always.")] = "auto",
+    repeats: Annotated[int, typer.Option(min=1, help="Built-in prompts for each pair of object and style.")] = 3,
+    batch: Annotated[int, typer.Option(min=1, help="Pictures made at once.")] = 32,
+    steps: common.Steps = None,
+    guidance: common.Guidance = None,
+    device: common.Device = "auto",
+    dtype: common.DType = "auto",
+):
+    """Print UA, IRA and CRA as UnlearnCanvas defines them, beside the untouched model on the same prompts and seeds.
+
+    UA is the share of pictures without the concept among those that ask for it. IRA is the accuracy of the other
+    concepts of its domain (objects or styles), CRA the accuracy in the other domain. The judge knows the objects and
+    styles of the canvas; MODEL must be trained on them.
+    """
+    if bool(membrane) == suite:
+        raise common.CliError("give either --membrane FILE (one or more) or --suite")
+    if prompts is not None:
+        common.existing_file(prompts, "prompt file")
+    strengths = [common.split_strength(text)[1] for text in membrane or ()]
+    if membrane and not any(strengths):
+        raise common.CliError("every --membrane has the strength 0; that is the untouched model")
+
+    from ..benchmarks import erasure
+    from ..benchmarks.erasure_methods import METHODS, applied
+
+    cases = erasure.read_cases(prompts) if prompts else erasure.built_in_cases(repeats)
+    names = [name for name, _ in erasure.check_asked(cases, concept or ())]
+    pipe = common.load_model(model, device, dtype)
+    if suite:
+        methods, main = METHODS, erasure.MAIN_METHOD
+        sets = [(name,) for name in names] or list(erasure.SUITE)
+    else:
+        stack = common.load_stack(pipe, membrane)
+        names = names or [name for name, _ in erasure.check_asked(cases, stack.concepts)]
+        methods, main = {"membrane": lambda pipe, _: applied(pipe, stack, gate)}, "membrane"
+        sets = [tuple(dict.fromkeys(names))]
+    sampling = common.sampling(model, steps, guidance)
+
+    from ..canvas import Judge
+
+    finished = erasure.Finished(resume, settings(pipe, cases, membrane, gate, sampling)) if resume else None
+    runs = 1 + len(sets) * len(methods)
+    with common.progress("pictures", runs * len(cases)) as advance:
+        result = erasure.evaluate(
+            pipe, Judge.load(), cases, sets,
+            methods=methods, main=main, finished=finished, advance=advance, batch=batch, **sampling,
+        )  # fmt: skip
+    result = {"model": model, **sampling, **result}
+    if json_path is not None:
+        common.write_json(json_path, result)
+    show(common.console(), result)
+
+
+def settings(pipe, cases, membranes, gate: str, sampling: dict) -> dict:
+    """All that changes the pictures: prompts, weights, membrane files, sampling, and the code of the methods."""
+    import hashlib
+
+    from .. import benchmarks, methods, pipelines
+    from ..benchmarks import erasure
+    from ..methods.membranes import base_model_hash
+    from ..pipelines.text import denoiser_of
+
+    def digest(data: bytes) -> str:
+        return hashlib.sha256(data).hexdigest()
+
+    folders = [Path(package.__file__).parent for package in (methods, pipelines, benchmarks)]
+    weights = {k: v for k, v in denoiser_of(pipe)[0].state_dict().items() if v.ndim == 2}
+    return {
+        "cases": erasure.case_settings(cases),
+        "weights": base_model_hash(weights),
+        "membranes": [[text, digest(common.split_strength(text)[0].read_bytes())] for text in membranes or ()],
+        "gate": gate,
+        "sampling": sampling,
+        "code": digest(b"".join(file.read_bytes() for folder in folders for file in sorted(folder.glob("*.py")))),
+    }
+
+
+def show(console, result: dict) -> None:
+    """Print the table: percent with 95 % intervals."""
+    from rich.table import Table
+
+    table = Table(caption=f"percent [95 % interval] over {result['n']} prompts, the same seeds in every row")
+    for heading in ("method", "concept", "UA", "IRA", "CRA"):
+        table.add_column(heading)
+    for line in result["rows"]:
+        if line["concept"] == "mean" and len(result["rows"]) <= 4:
+            continue
+        table.add_row(line["method"], line["concept"], *(percent(line[key]) for key in ("ua", "ira", "cra")))
+    console.print(table)
+
+
+def percent(interval: list) -> str:
+    """ "97.5 (94.1-99.0)", or a dash where nothing was judged."""
+    value, low, high = interval
+    return "-" if value is None else f"{100 * value:.1f} ({100 * low:.1f}-{100 * high:.1f})"

@@ -1,0 +1,224 @@
+"""`erase_concepts`: closed-form membranes for a loaded pipeline, from captions alone; nothing is trained or applied."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..methods.closed_form import (
+    ClosedFormConfig,
+    aligned_pairs,
+    closed_form_edits,
+    closed_form_membrane,
+    fit_probe,
+)
+from ..methods.membrane_types import MembraneError, Membranes
+from ..methods.membranes import base_model_hash
+from .captions import PRESERVE, TEMPLATES
+from .text import TextFeatures, encode_text, prefix_tokens, segments_of, text_projections
+
+_CAPTIONS = 80  # concept captions per concept, over all phrases and templates
+_T5_POSITIONS = 64  # kept of a sequence that may be 512 long; captions are shorter
+_T5_PADDING = 4  # positions after the end of a T5 sentence that still count
+
+
+@dataclass(frozen=True, eq=False)
+class _Fit:
+    """What one concept contributes: training pairs, and captions with and without it."""
+
+    rows: Tensor  # (n, d)
+    targets: Tensor
+    concept: TextFeatures
+    surrogate: TextFeatures
+
+
+@torch.no_grad()
+def erase_concepts(
+    pipe,
+    concepts: str | Sequence[str],
+    surrogate: str = "",
+    preserve: Iterable[str] | None = None,
+    *,
+    synonyms: Mapping[str, Sequence[str]] | None = None,
+    templates: Sequence[str] | None = None,
+    config: ClosedFormConfig | None = None,
+    max_sequence_length: int | None = None,
+) -> Membranes:
+    """Compute one membrane per concept in closed form; apply them with `apply_membranes`, store with `save_membranes`.
+
+    Each concept is put into full captions, in all its phrasings; from its first token on, the text embeddings are
+    regressed onto those of the same captions with the surrogate in its place, while the embeddings of `preserve` stay
+    (methods/closed_form.py). W (I + u v) is then a low-rank membrane of every projection that reads text. A probe is
+    fitted on the same captions, so that gate "probe" closes for unrelated prompts.
+
+    Args:
+        pipe: SD1.x, SD2, SDXL, SD3 or Flux pipeline.
+        concepts: names; "robot|android|droid" names synonyms too.
+        surrogate: what they turn into; "" leaves the phrase out of the caption.
+        preserve: captions that must not change; None is a general list (canvas: its own captions). Captions that
+            name an erased concept are left out.
+        synonyms: name -> further phrasings.
+        templates: captions with one "{}" each; None is a general list (canvas: its own captions).
+        config: how to solve.
+        max_sequence_length: of T5 (SD3, Flux), the one you will generate with; None is the pipeline's default.
+
+    Raises:
+        MembraneError: no concept, a template without "{}", a surrogate equal to the concept, an unsupported pipeline.
+    """
+    phrases = _phrases(concepts, synonyms or {})
+    if getattr(pipe, "semiperm_canvas", False) and templates is None:
+        phrases, by_concept, preserve = _canvas_captions(phrases, preserve)
+    else:
+        by_concept = dict.fromkeys(phrases, list(TEMPLATES if templates is None else templates))
+    for name, own in phrases.items():
+        wrong = [t for t in by_concept[name] if t.count("{}") != 1]
+        if wrong or not by_concept[name]:
+            raise MembraneError(
+                f"templates for {name!r}: {wrong[:2] or 'none'}; expected captions with exactly one '{{}}'"
+            )
+        if surrogate.strip().lower() in (phrase.lower() for phrase in own):
+            raise MembraneError(f"surrogate {surrogate!r} is {name!r} itself; expected another concept, or '' for none")
+    kept = _kept(PRESERVE if preserve is None else preserve, [p for own in phrases.values() for p in own])
+    last = segments_of(pipe)[-1]
+    encode = functools.partial(
+        encode_text,
+        pipe,
+        max_sequence_length=max_sequence_length,
+        positions=None if last.causal else last.start + _T5_POSITIONS,
+    )
+    fits = [_fit(pipe, encode, own, by_concept[name], surrogate) for name, own in phrases.items()]
+    return _solve(pipe, phrases, fits, encode(kept), surrogate, config or ClosedFormConfig())
+
+
+def _canvas_captions(phrases: Mapping[str, tuple[str, ...]], preserve: Iterable[str] | None):
+    """On the embedded model: its own synonyms, templates of the concept's domain, and captions to preserve."""
+    from ..canvas import captions
+
+    phrases, templates, known = dict(phrases), {}, {}
+    for name, own in list(phrases.items()):
+        try:
+            known[name] = captions.canonical(name)
+        except ValueError:
+            templates[name] = list(TEMPLATES)
+            continue
+        phrases[name] = tuple(dict.fromkeys((*own, *captions.phrases(name))))
+        templates[name] = captions.templates(captions.domain(name))
+    return phrases, templates, [*captions.preserve(known.values(), 300), *(preserve or ())]
+
+
+def _phrases(concepts: str | Sequence[str], synonyms: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
+    phrases = {}
+    for concept in [concepts] if isinstance(concepts, str) else concepts:
+        own = [part.strip() for part in concept.split("|") if part.strip()]
+        if not own:
+            raise MembraneError(f"concept {concept!r} is empty; expected a name such as 'robot' or 'robot|android'")
+        phrases[own[0]] = tuple(dict.fromkeys((*own, *synonyms.get(own[0], ()))))
+    if not phrases:
+        raise MembraneError("erase_concepts got no concepts; expected at least one name")
+    return phrases
+
+
+def _solve(
+    pipe, phrases, fits: Sequence[_Fit], others: TextFeatures, surrogate: str, config: ClosedFormConfig
+) -> Membranes:
+    """One joint solution for all concepts: each membrane stays silent on the others."""
+    tokens, pooled = ({key: m.weight.detach() for key, m in group.items()} for group in text_projections(pipe))
+    rows, targets = [fit.rows for fit in fits], [fit.targets for fit in fits]
+    edits = closed_form_edits(rows, targets, others.hidden.flatten(0, 1), config, _gram(tokens, config))
+    pooled_edits = [None] * len(fits)
+    if pooled:
+        pooled_edits = closed_form_edits(
+            [fit.concept.pooled for fit in fits],
+            [fit.surrogate.pooled for fit in fits],
+            others.pooled,
+            config,
+            _gram(pooled, config),
+        )
+    base = base_model_hash(tokens | pooled)
+    membranes = []
+    for (name, own), fit, edit, pooled_edit in zip(phrases.items(), fits, edits, pooled_edits, strict=True):
+        probe = fit_probe(fit.concept.hidden, torch.cat((fit.surrogate.hidden, others.hidden)))
+        fields = {"phrases": own, "surrogate": surrogate, "probe": probe, "base_model": base}
+        method = f"closed_form/{config.method}"
+        membrane = closed_form_membrane(tokens, edit, name, method=method, **fields)
+        if pooled_edit is not None:
+            extra = closed_form_membrane(pooled, pooled_edit, name, method=method, base_model=base)
+            membrane = replace(membrane, modules=membrane.modules | extra.modules)
+        membranes.append(membrane)
+    return Membranes(membranes)
+
+
+def _gram(weights: dict[str, Tensor], config: ClosedFormConfig) -> Tensor | None:
+    if config.method != "rece":
+        return None
+    return sum(w.double().T @ w.double() for w in weights.values()).cpu()
+
+
+def _kept(preserve: Iterable[str], phrases: Sequence[str]) -> list[str]:
+    """The captions that name none of the phrases, and always the unconditional prompt."""
+    named = re.compile("|".join(rf"\b{re.escape(phrase)}\b" for phrase in phrases), re.IGNORECASE)
+    return list(dict.fromkeys(("", *(caption for caption in preserve if not named.search(caption)))))
+
+
+def _fit(pipe, encode, phrases: Sequence[str], templates: Sequence[str], surrogate: str) -> _Fit:
+    """Pair every caption with its surrogate caption, position by position, in each tokenizer's stretch."""
+    count = max(_CAPTIONS, len(phrases))
+    pairs = [(templates[i % len(templates)], phrase) for i, phrase in _spread(phrases, len(templates), count)]
+    concept = encode([_fill(template, phrase) for template, phrase in pairs])
+    surrogates = list(dict.fromkeys(_fill(template, surrogate) for template, _ in pairs))
+    without = encode(surrogates)
+    segments = segments_of(pipe)
+    ends = [*(segment.start for segment in segments[1:]), concept.hidden.shape[1]]
+    rows, targets = [], []
+    for i, (template, phrase) in enumerate(pairs):
+        texts = _fill(template, phrase), _fill(template, surrogate)
+        other = surrogates.index(texts[1])
+        for segment, end in zip(segments, ends, strict=True):
+            spans = [_span(segment.tokenizer, template, word) for word in (phrase, surrogate)]
+            lengths = [end - segment.start] * 2
+            if not segment.causal:
+                lengths = [
+                    min(end - segment.start, prefix_tokens(segment.tokenizer, t) + 1 + _T5_PADDING) for t in texts
+                ]
+            if spans[0][1] > lengths[0] or spans[0][0] == spans[0][1]:
+                continue  # cut off by the encoder's length
+            spans[1] = min(spans[1][0], lengths[1]), min(spans[1][1], lengths[1])
+            hidden = [
+                features.hidden[index, segment.start : segment.start + length]
+                for features, index, length in zip((concept, without), (i, other), lengths, strict=True)
+            ]
+            row, target = aligned_pairs(*hidden, *spans)
+            rows.append(row.float().cpu())
+            targets.append(target.float().cpu())
+    if not rows:
+        raise MembraneError(
+            f"no caption has room for {phrases[0]!r}: all templates are longer than the text encoder reads"
+        )
+    index = torch.tensor([surrogates.index(_fill(template, surrogate)) for template, _ in pairs])
+    aligned = TextFeatures(
+        without.hidden, None if without.pooled is None else without.pooled[index.to(without.pooled.device)], []
+    )
+    return _Fit(torch.cat(rows), torch.cat(targets), concept, aligned)
+
+
+def _spread(phrases: Sequence[str], templates: int, count: int) -> list[tuple[int, str]]:
+    """(template index, phrase) pairs: every phrase equally often, over as many templates as fit, none twice."""
+    per_phrase = min(templates, -(-count // len(phrases)))
+    return [((k + j * len(phrases)) % templates if templates > per_phrase else j, phrase)
+            for k, phrase in enumerate(phrases) for j in range(per_phrase)]  # fmt: skip
+
+
+def _fill(template: str, word: str) -> str:
+    return re.sub(r"\s+", " ", template.replace("{}", word)).strip()
+
+
+def _span(tokenizer, template: str, word: str) -> tuple[int, int]:
+    """Token positions [start, end) of `word` in the filled template."""
+    before = template.split("{}")[0]
+    start = prefix_tokens(tokenizer, _fill(before, ""))
+    return start, prefix_tokens(tokenizer, _fill(before + "{}", word)) if word else start

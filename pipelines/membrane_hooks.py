@@ -1,0 +1,211 @@
+"""Membranes inside a denoiser, as diffusers hooks: one on the root, one per wrapped projection. No weight is touched.
+
+The root hook sees the text embeddings of every call and makes a plan, once per prompt: Gamma (B, K), and whether all
+rows agree. Each projection then runs in one of three ways, equal to rounding:
+
+    cached   its input *is* the text embedding: the output is computed once per prompt and reused, even W x is saved
+    folded   all rows share Gamma: W' = W + U^T diag(Gamma) D once per prompt, then F.linear(x, W')
+    fused    y = W x + ((x D^T) * Gamma[:, owner]) U
+
+While torch.compile traces, only the fused form is used, with Gamma as a tensor: no Python state decides, so nothing
+recompiles from step to step.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from diffusers.hooks import HookRegistry, ModelHook
+from torch import Tensor, nn
+
+from ..methods.membrane_types import MembraneError
+from ..methods.membranes import fold, gated_low_rank
+
+logger = logging.getLogger(__name__)
+
+HOOK = "semiperm_membrane"
+_PLANS = 4  # text batches remembered: guidance by separate calls (Flux) alternates between two
+
+
+def _stamp(tensor: Tensor) -> Tensor | int:
+    return tensor.clone() if tensor.is_inference() else tensor._version
+
+
+def _unchanged(tensor: Tensor, stamp: Tensor | int) -> bool:
+    return torch.equal(tensor, stamp) if isinstance(stamp, Tensor) else tensor._version == stamp
+
+
+def _is_own_forward(module: nn.Module) -> bool:
+    forward = module.__dict__.get("forward")
+    return forward is None or getattr(forward, "__func__", None) is type(module).forward
+
+
+@dataclass(eq=False)
+class Plan:
+    """What one text batch asks for. Its tensors are held, so their identity cannot be recycled."""
+
+    hidden: Tensor
+    pooled: Tensor | None
+    stamps: tuple
+    gamma: Tensor  # (B, K)
+    mode: str
+    neutral: bool
+    uniform: bool
+    grad: bool
+    outputs: dict = field(default_factory=dict)  # site -> cached projection of the text
+    fused: dict = field(default_factory=dict)  # site -> (down, up, gamma per row and rank)
+    fold_key: tuple | None = None
+    fold_lost: bool = False
+
+    def fits(self, hidden: Tensor, pooled: Tensor | None) -> bool:
+        if self.hidden is not hidden or self.pooled is not pooled or self.grad is not torch.is_grad_enabled():
+            return False
+        return all(_unchanged(t, s) for t, s in zip((hidden, pooled), self.stamps, strict=True) if t is not None)
+
+
+class SiteHook(ModelHook):
+    """One wrapped projection."""
+
+    def __init__(self, state, key: str, module: nn.Module, packed: tuple[Tensor, Tensor, Tensor]):
+        super().__init__()
+        self.state, self.key, self.ran = state, key, False
+        self.master = packed[:2]  # fp32: what a fold starts from
+        self.down, self.up, self.owner = packed
+        # Anything else (PEFT layers, quantised or offloaded ones) computes W x in its own way: leave that to it.
+        self.plain = type(module) in (nn.Linear, nn.Conv2d) and _is_own_forward(module)
+
+    def place(self, device: torch.device, dtype: torch.dtype) -> None:
+        if self.down.device != device or self.down.dtype != dtype:
+            self.down, self.up = (t.to(device, dtype) for t in self.master)
+            self.owner = self.owner.to(device)
+
+    def new_forward(self, module: nn.Module, x: Tensor, *args, **kwargs) -> Tensor:
+        original, state = self.fn_ref.original_forward, self.state
+        if torch.compiler.is_compiling():
+            if state.strength == 0:
+                return original(x, *args, **kwargs)
+            return original(x, *args, **kwargs) + self._delta(x, self.down, self.up, state.gamma[:, self.owner])
+        plan = state.plan
+        if plan is None:
+            raise MembraneError(
+                f"{self.key} was called before its denoiser; membranes see prompts at the denoiser's forward, call that"
+            )
+        self.ran = True
+        if plan.neutral or state.outside:
+            return original(x, *args, **kwargs)
+        if self.plain and not plan.grad:
+            if plan.mode in ("auto", "cached") and (x is plan.hidden or x is plan.pooled) and not x.is_inference():
+                return self._cached(module, x, plan, original)
+            if plan.mode in ("auto", "folded") and plan.uniform and not plan.fold_lost:
+                return self._folded(module, x, plan)
+        return original(x, *args, **kwargs) + self._fused(x, plan)
+
+    def _cached(self, module: nn.Module, x: Tensor, plan: Plan, original) -> Tensor:
+        weight, hit = module.weight, plan.outputs.get(self)
+        if hit is not None and hit[0] is weight and hit[1] == weight._version and hit[2]._version == hit[3]:
+            return hit[2]
+        y = original(x) + self._fused(x, plan)
+        if not y.is_inference():
+            plan.outputs[self] = (weight, weight._version, y, y._version)
+        return y
+
+    def _folded(self, module: nn.Module, x: Tensor, plan: Plan) -> Tensor:
+        weight = module.weight
+        hit = self.state.folds.get(self)
+        if hit is None or hit[0] is not weight or hit[1:] != (weight._version, weight.dtype, weight.device):
+            gamma = plan.gamma[0, self.owner.to(plan.gamma.device)].to(weight.device)
+            down, up = self.master
+            hit = weight, weight._version, weight.dtype, weight.device
+            self.state.folds[self] = *hit, fold(weight.detach(), down.to(weight.device), up.to(weight.device), gamma)
+        folded = self.state.folds[self][4]
+        return F.linear(x, folded, module.bias) if folded.ndim == 2 else module._conv_forward(x, folded, module.bias)
+
+    def _fused(self, x: Tensor, plan: Plan) -> Tensor | float:
+        payload = plan.fused.get(self)
+        if payload is None or payload[0].device != x.device or payload[0].dtype != x.dtype:
+            gamma = plan.gamma[:, self.owner.to(plan.gamma.device)].to(x.device)
+            active = gamma.ne(0).any(dim=0).nonzero().flatten() if not plan.grad else torch.arange(gamma.shape[1])
+            down, up = (t.to(x.device)[active.to(x.device)].to(x.dtype) for t in self.master)
+            payload = down, up, gamma[:, active.to(x.device)].to(x.dtype)
+            if not plan.grad:
+                plan.fused[self] = payload
+        return self._delta(x, *payload) if payload[0].shape[0] else 0.0
+
+    def _delta(self, x: Tensor, down: Tensor, up: Tensor, gamma_rows: Tensor) -> Tensor:
+        if x.shape[0] != gamma_rows.shape[0]:
+            if x.shape[0] % gamma_rows.shape[0]:
+                raise MembraneError(
+                    f"{self.key} got a batch of {x.shape[0]}, but the prompts are {gamma_rows.shape[0]}; expected a"
+                    " multiple (frames of one prompt side by side)"
+                )
+            gamma_rows = gamma_rows.repeat_interleave(x.shape[0] // gamma_rows.shape[0], dim=0)
+        if x.ndim == 4:  # a 1x1 convolution: channels first
+            return gated_low_rank(x.movedim(1, -1), down, up, gamma_rows).movedim(-1, 1)
+        return gated_low_rank(x, down, up, gamma_rows)
+
+
+class RootHook(ModelHook):
+    """On the denoiser: reads text and timestep of every call, decides the plan."""
+
+    def __init__(self, state, module: nn.Module):
+        super().__init__()
+        self.state = state
+        names = list(inspect.signature(type(module).forward).parameters)[1:]
+        self.positions = {name: names.index(name) for name in names}
+        # Flux is called with t / 1000, the others with t itself
+        self.schedule_end = 1.0 if "txt_ids" in self.positions else 1000.0
+
+    def _argument(self, name: str, args: tuple, kwargs: dict):
+        if name in kwargs:
+            return kwargs[name]
+        position = self.positions.get(name, len(args))
+        return args[position] if position < len(args) else None
+
+    def pre_forward(self, module: nn.Module, *args, **kwargs):
+        state = self.state
+        hidden = self._argument("encoder_hidden_states", args, kwargs)
+        hidden = hidden[0] if isinstance(hidden, tuple) else hidden  # (text, image prompt) of IP-Adapter
+        if hidden is None:
+            raise MembraneError(
+                "the denoiser was called without encoder_hidden_states: a membrane cannot see the prompt"
+            )
+        timestep = self._argument("timestep", args, kwargs)
+        state.ran = True
+        if torch.compiler.is_compiling():
+            if state.strength != 0:
+                state.gamma = state.traced_gamma(hidden, self._fraction(timestep) if state.windowed else None)
+            return args, kwargs
+        pooled = self._argument("pooled_projections", args, kwargs)
+        state.outside = state.windowed and not state.within(float(self._fraction(timestep)))
+        state.select(hidden, pooled)
+        return args, kwargs
+
+    def _fraction(self, timestep) -> Tensor:
+        """How far the schedule has run: 0 at pure noise, 1 at the image."""
+        t = torch.as_tensor(timestep).reshape(-1)[0]
+        return 1.0 - t.to(torch.float32) / self.schedule_end
+
+    def post_forward(self, module: nn.Module, output):
+        if not torch.compiler.is_compiling():
+            self.state.check_sites()
+        return output
+
+
+def install(module: nn.Module, hook: ModelHook) -> None:
+    """Register `hook` under our name, outermost."""
+    HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, HOOK)
+
+
+def uninstall(module: nn.Module) -> None:
+    """Take our hook off and leave no trace of the registry where it is empty: the module is as it was made."""
+    registry = getattr(module, "_diffusers_hook", None)
+    if registry is None:
+        return
+    registry.remove_hook(HOOK, recurse=False)
+    if not registry.hooks and _is_own_forward(module):
+        module.__dict__.pop("forward", None)
+        del module._diffusers_hook

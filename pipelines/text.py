@@ -1,0 +1,196 @@
+"""What a pipeline's denoiser sees of a prompt, for every supported family, and which modules read it."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..methods.membrane_types import MembraneError
+
+_CHUNK = 32  # prompts per text-encoder call
+# (family, class of the denoiser, attribute, parameter of its forward that holds the pooled text or None)
+_FAMILIES = {
+    "UNet2DConditionModel": ("sd", "unet"),
+    "SD3Transformer2DModel": ("sd3", "transformer"),
+    "FluxTransformer2DModel": ("flux", "transformer"),
+}
+_TEXT_TOKEN_MODULES = re.compile(r"(^|\.)(attn2\.to_[kv]|context_embedder)$")
+_TEXT_POOLED_MODULES = re.compile(r"(^|\.)time_text_embed\.text_embedder\.linear_1$")
+
+
+@dataclass(frozen=True)
+class TextFeatures:
+    """Prompts as the denoiser sees them.
+
+    Args:
+        hidden: (B, N, d) token embeddings, exactly what `encode_prompt` returns.
+        pooled: (B, p) pooled embedding (SDXL, SD3, Flux), or None.
+        token_ids: per prompt, the first tokenizer's ids without special tokens.
+    """
+
+    hidden: Tensor
+    pooled: Tensor | None
+    token_ids: list[list[int]]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A stretch of the token axis that one tokenizer fills: positions start .. start + length."""
+
+    tokenizer: object
+    start: int
+    causal: bool
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """The module that `torch.compile` wrapped, or the module itself."""
+    return getattr(module, "_orig_mod", module)
+
+
+def denoiser_of(pipe) -> tuple[nn.Module, str]:
+    """Return the pipeline's denoiser (unwrapped from `torch.compile`) and its attribute: "unet" or "transformer".
+
+    Raises:
+        MembraneError: the pipeline has neither.
+    """
+    for name in ("unet", "transformer"):
+        module = getattr(pipe, name, None)
+        if isinstance(module, nn.Module):
+            return unwrap(module), name
+    raise MembraneError(
+        f"{type(pipe).__name__} has no unet and no transformer; expected a loaded diffusers text-to-image pipeline"
+    )
+
+
+def family_of(pipe) -> str:
+    """Return "sd" (SD1.x, SD2), "sdxl", "sd3" or "flux".
+
+    Raises:
+        MembraneError: another architecture.
+    """
+    denoiser, _ = denoiser_of(pipe)
+    for cls in type(denoiser).__mro__:
+        if cls.__name__ in _FAMILIES:
+            family, _ = _FAMILIES[cls.__name__]
+            return "sdxl" if family == "sd" and getattr(pipe, "text_encoder_2", None) is not None else family
+    raise MembraneError(
+        f"{type(pipe).__name__} with a {type(denoiser).__name__} is not supported; expected a pipeline of the SD1.x,"
+        " SD2, SDXL, SD3 or Flux family"
+    )
+
+
+def module_keys(denoiser: nn.Module, attribute: str) -> dict[str, tuple[str, nn.Module]]:
+    """Map kohya/SPM keys ("lora_unet_...", "lora_transformer_...") to (path, module) for every projection."""
+    found = {}
+    for path, module in denoiser.named_modules():
+        if path and isinstance(getattr(module, "weight", None), Tensor) and module.weight.ndim in (2, 4):
+            found[f"lora_{attribute}_{path.replace('.', '_')}"] = (path, module)
+    return found
+
+
+def text_projections(pipe) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
+    """The projections that read text only: (those of token embeddings, those of the pooled embedding).
+
+    attn2.to_k / to_v (SD, SD2, SDXL), context_embedder and time_text_embed.text_embedder.linear_1 (SD3, Flux).
+    """
+    denoiser, attribute = denoiser_of(pipe)
+    keys = module_keys(denoiser, attribute)
+    tokens = {key: module for key, (path, module) in keys.items() if _TEXT_TOKEN_MODULES.search(path)}
+    pooled = {key: module for key, (path, module) in keys.items() if _TEXT_POOLED_MODULES.search(path)}
+    if not tokens:
+        raise MembraneError(
+            f"{type(denoiser).__name__} has no text projections (attn2.to_k / to_v or context_embedder): 0 modules"
+            " matched; is this a text-to-image model?"
+        )
+    return tokens, pooled
+
+
+def device_of(pipe) -> torch.device:
+    """The device on which the pipeline computes, offloading included."""
+    return getattr(pipe, "_execution_device", None) or denoiser_of(pipe)[0].device
+
+
+def token_ids(pipe, prompts: Sequence[str]) -> list[list[int]]:
+    """The first tokenizer's ids of each prompt, cut to its length, without special tokens."""
+    return _ids(pipe.tokenizer, prompts)
+
+
+def _ids(tokenizer, prompts: Sequence[str]) -> list[list[int]]:
+    special = set(tokenizer.all_special_ids)
+    encoded = tokenizer(list(prompts), truncation=True, max_length=_length(tokenizer)).input_ids
+    return [[i for i in row if i not in special] for row in encoded]
+
+
+def _length(tokenizer) -> int:
+    return min(tokenizer.model_max_length, 512)
+
+
+def segments_of(pipe) -> list[Segment]:
+    """Which tokenizer fills which stretch of `TextFeatures.hidden`, in order."""
+    family = family_of(pipe)
+    if family == "flux":
+        return [Segment(pipe.tokenizer_2, 0, causal=False)]
+    segments = [Segment(pipe.tokenizer, 0, causal=True)]
+    if family == "sd3" and getattr(pipe, "text_encoder_3", None) is not None:
+        segments.append(Segment(pipe.tokenizer_3, pipe.tokenizer_max_length, causal=False))
+    return segments
+
+
+def prefix_tokens(tokenizer, text: str) -> int:
+    """How many positions `text` fills at the start of a sequence, the begin-of-text token included."""
+    begins = tokenizer.bos_token_id is not None and tokenizer("a").input_ids[0] == tokenizer.bos_token_id
+    return int(begins) + len(_ids(tokenizer, [text])[0])
+
+
+@torch.no_grad()
+def encode_text(
+    pipe, prompts: Sequence[str], max_sequence_length: int | None = None, positions: int | None = None
+) -> TextFeatures:
+    """Encode prompts with the pipeline's own text encoders, exactly as a call of the pipeline would.
+
+    Args:
+        prompts: B strings; "" is the unconditional prompt.
+        max_sequence_length: T5 positions (SD3, Flux); None is the pipeline's default. It changes every position: these
+            pipelines let T5 attend to its padding.
+        positions: keep only the first so many of the N positions; None keeps all.
+
+    Returns:
+        hidden (B, N, d) and pooled (B, p) on the pipeline's device, in its dtype.
+
+    Raises:
+        MembraneError: unsupported pipeline, or no prompts.
+    """
+    family_of(pipe)
+    prompts = list(prompts)
+    if not prompts:
+        raise MembraneError("encode_text got no prompts; expected at least one string")
+    encode = functools.partial(type(pipe).encode_prompt, pipe)
+    accepted = inspect.signature(type(pipe).encode_prompt).parameters
+    kwargs = {
+        "device": device_of(pipe),
+        "num_images_per_prompt": 1,
+        "do_classifier_free_guidance": False,
+        "max_sequence_length": max_sequence_length,
+    }
+    kwargs = {k: v for k, v in kwargs.items() if k in accepted and v is not None}
+    for name in ("prompt_2", "prompt_3"):
+        if name in accepted:
+            kwargs[name] = None
+    parts = [split_encoded(encode(prompts[i : i + _CHUNK], **kwargs)) for i in range(0, len(prompts), _CHUNK)]
+    hidden = torch.cat([part[0][:, :positions] for part in parts])
+    pooled = None if parts[0][1] is None else torch.cat([part[1] for part in parts])
+    return TextFeatures(hidden, pooled, token_ids(pipe, prompts))
+
+
+def split_encoded(encoded: tuple) -> tuple[Tensor, Tensor | None]:
+    """Pick (hidden, pooled) of the positive prompts out of what an `encode_prompt` returned, whatever the family."""
+    tensors = [t for t in encoded if isinstance(t, Tensor)]
+    hidden = tensors[0]
+    pooled = next((t for t in tensors[1:] if t.ndim == 2 and t.shape[0] == hidden.shape[0]), None)
+    return hidden, pooled

@@ -1,0 +1,92 @@
+"""The training code in miniature: it learns, stops, resumes to the same weights, and what it writes loads."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from semiperm.canvas import autoencoder, dataset, denoiser, loop, text
+from torch import nn
+
+
+def test_the_untrained_autoencoder_passes_colour():
+    """The linear start: latents are the 8x8 averages, and the decoder gives them back."""
+    pool = dataset.build_pool(4, seed=1, workers=1)
+    x = autoencoder.to_tensor(pool.pictures)
+    vae = autoencoder.build_autoencoder()
+    with torch.no_grad():
+        z = autoencoder.encode_mean(vae, x)
+        y = vae.decode(z).sample
+    pooled = nn.functional.avg_pool2d(x, 8)
+    inner = (slice(None), slice(None), slice(1, -1), slice(1, -1))
+    assert torch.corrcoef(torch.stack([z[:, :3][inner].flatten(), pooled[inner].flatten()]))[0, 1] > 0.98
+    again = nn.functional.avg_pool2d(y, 8)
+    assert torch.corrcoef(torch.stack([again[inner].flatten(), pooled[inner].flatten()]))[0, 1] > 0.95
+
+
+def test_whitening_gives_unit_latents_and_changes_no_picture():
+    pool = dataset.build_pool(16, seed=2, workers=1)
+    vae = autoencoder.build_autoencoder()
+    x = autoencoder.to_tensor(pool.pictures[:16])
+    with torch.no_grad():
+        before = vae.decode(vae.encode(x).latent_dist.mode()).sample
+        autoencoder.whiten(vae, pool, n=16)
+        latents = vae.encode(x).latent_dist
+        after = vae.decode(latents.mode()).sample
+        z = latents.mode() * autoencoder.SCALING_FACTOR
+    flat = z.permute(0, 2, 3, 1).reshape(-1, 4)
+    assert torch.allclose(flat.mean(0), torch.zeros(4), atol=1e-3)
+    assert torch.allclose(flat.T @ flat / len(flat), torch.eye(4), atol=1e-3)
+    assert (latents.std.max() * autoencoder.SCALING_FACTOR) < 1e-4
+    assert torch.allclose(before, after, atol=2e-3)
+
+
+def tiny_problem(seed=0):
+    torch.manual_seed(seed)
+    model = nn.Linear(4, 1)
+    truth = torch.tensor([[1.0, -2.0, 3.0, 0.5]])
+
+    def loss_of(step):
+        x = torch.randn(32, 4, generator=torch.Generator().manual_seed(step))
+        return {"loss": (model(x) - x @ truth.T).pow(2).mean()}
+
+    return model, loss_of
+
+
+def test_a_resumed_run_equals_an_unbroken_one(tmp_path):
+    model, loss_of = tiny_problem()
+    whole = loop.train("part", model, loss_of, steps=250, lr=0.1, workdir=tmp_path / "a")
+    model, loss_of = tiny_problem()
+    loop.train("part", model, loss_of, steps=250, lr=0.1, workdir=tmp_path / "b", stop_after=120)
+    model, loss_of = tiny_problem(seed=9)  # other weights: they must come from the checkpoint
+    resumed = loop.train("part", model, loss_of, steps=250, lr=0.1, workdir=tmp_path / "b")
+    assert all(torch.equal(whole[k], resumed[k]) for k in whole)
+    rows = [json.loads(line) for line in (tmp_path / "a" / "part.log.jsonl").read_text().splitlines()]
+    assert rows[-1]["step"] == 250 and rows[-1]["loss"] < 5
+    assert not list(tmp_path.glob("**/*.partial"))
+
+
+@pytest.mark.slow
+def test_the_denoiser_learns(tmp_path):
+    pool = dataset.build_pool(24, seed=3, workers=1)
+    tokenizer = text.build_tokenizer(n_captions=500)
+    data = denoiser.encode_pool(autoencoder.build_autoencoder(), tokenizer, pool, 3, tmp_path / "latents.safetensors")
+    assert data.latents.shape == (25, 4, 16, 16) and data.ids.shape == (25, denoiser.PHRASINGS, text.MAX_LENGTH)
+    encoder = text.build_text_encoder(tokenizer)
+    denoiser.train_denoiser(data, tokenizer, encoder, tmp_path, steps=200, batch=8, compile=False)
+    rows = [json.loads(line) for line in (tmp_path / "denoiser.log.jsonl").read_text().splitlines()]
+    assert rows[-1]["epsilon_mse"] < 0.8 * rows[0]["epsilon_mse"] and np.isfinite(rows[-1]["loss"])
+
+
+@pytest.mark.parametrize("words", ["a red circle", "Ünïcode 🤖 xyzzy!?", "", "w" * 400, "a " * 100])
+def test_the_tokenizer_takes_any_text(words):
+    tokenizer = text.build_tokenizer(n_captions=300)
+    ids = text.tokenize(tokenizer, [words])
+    assert ids.shape == (1, text.MAX_LENGTH) and ids.max() < len(tokenizer)
+    assert ids[0, 0] == tokenizer.bos_token_id
+
+
+def test_common_words_are_one_token_each():
+    tokenizer = text.build_tokenizer()
+    for phrase in ("robot", "mosaic", "lighthouse", "background"):
+        assert len(tokenizer(phrase).input_ids) == 3

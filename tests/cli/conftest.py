@@ -1,0 +1,26 @@
+import functools
+
+import pytest
+
+
+@functools.cache
+def _parts():
+    import torch
+    from semiperm.canvas import autoencoder, denoiser, judge, text
+
+    torch.manual_seed(0)
+    tokenizer = text.build_tokenizer(n_captions=600)
+    return autoencoder.build_autoencoder(), denoiser.build_unet(), text.build_text_encoder(tokenizer), tokenizer, judge
+
+
+@pytest.fixture
+def untrained_canvas(monkeypatch):
+    """MODEL `canvas` with random weights, two steps a picture, and a judge that guesses."""
+    from semiperm.canvas import pipeline
+
+    vae, unet, text_encoder, tokenizer, judge = _parts()
+    pipe = pipeline.assemble(vae, unet, text_encoder, tokenizer)
+    monkeypatch.setattr(pipeline, "load_pipeline", lambda dtype, device: pipe.to(device, dtype))
+    monkeypatch.setattr(pipeline, "DEFAULT_STEPS", 2)
+    monkeypatch.setattr(judge.Judge, "load", lambda: judge.Judge(judge.JudgeNet()))
+    return pipe

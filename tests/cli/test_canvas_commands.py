@@ -1,0 +1,85 @@
+"""`demo` and `evaluate` from end to end, on a canvas with random weights: the wiring, not the figures."""
+
+import json
+
+import pytest
+from PIL import Image
+from semiperm.cli import app
+from semiperm.cli.demo import COLUMNS, PICTURES
+from typer.testing import CliRunner
+
+CSV = """prompt,seed,object,style
+a robot in sketch style on sky,1,robot,sketch
+a red disc in neon style on fog,2,circle,neon
+a star image in polka dot style,3,star,dotted
+"""
+
+
+def run(*arguments):
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, result.output + repr(result.exception)
+    return result
+
+
+def test_demo(untrained_canvas, tmp_path):
+    result = run("demo", "--out", tmp_path / "out", "--seed", 5)
+    assert "mechanical man" in " ".join(result.output.split()) or "by synonym" in result.output
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["seconds"] > 0 and report["seeds"] == [5, 6]
+    titles = [column.title for column in COLUMNS]
+    assert list(report["before"]) == list(report["after"]) == titles
+    assert report["before"]["by name"]["erased"] == [] and report["after"]["two stacked"]["erased"] == [
+        "robot",
+        "sketch",
+    ]
+    assert all(len(report[side][title]["seen"]) == PICTURES for side in ("before", "after") for title in titles)
+    assert Image.open(tmp_path / "out" / "demo.png").width > 800
+
+
+def test_erase_then_evaluate(untrained_canvas, tmp_path):
+    file, figures, prompts = tmp_path / "robot.safetensors", tmp_path / "figures.json", tmp_path / "prompts.csv"
+    prompts.write_text(CSV)
+    run("erase", "canvas", "--concept", "robot", "-o", file)
+    arguments = ("evaluate", "canvas", "--membrane", file, "--prompts", prompts, "--json", figures)
+    result = run(*arguments)
+    assert "UA" in result.output and "robot" in result.output
+    got = json.loads(figures.read_text())
+    assert got["n"] == 3 and got["method"] == "membrane" and len(got["ua"]) == 3
+    assert set(got["untouched"]) == {"ua", "ira", "cra"}
+    assert {row["concept"] for row in got["rows"]} == {"robot", "mean"}
+    run(*arguments, "--concept", "circle", "--resume", tmp_path / "runs.jsonl")
+    assert json.loads(figures.read_text())["rows"][0]["concept"] == "circle"
+    assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == 2
+
+
+def test_suite(untrained_canvas, tmp_path):
+    prompts, figures = tmp_path / "prompts.csv", tmp_path / "figures.json"
+    prompts.write_text(CSV)
+    run(
+        "evaluate",
+        "canvas",
+        "--suite",
+        "--concept",
+        "robot",
+        "--concept",
+        "dotted",
+        "--prompts",
+        prompts,
+        "--json",
+        figures,
+    )
+    got = json.loads(figures.read_text())
+    methods = ["untouched", "closed_form/always", "closed_form/gated", "uce/textbook", "negative_prompt"]
+    assert list(dict.fromkeys(row["method"] for row in got["rows"])) == methods
+    assert {row["concept"] for row in got["rows"]} == {"robot", "dotted", "mean"}
+    assert got["method"] == "closed_form/gated"
+
+
+@pytest.mark.parametrize("source", ["render", "samples"])
+def test_gallery(untrained_canvas, source, tmp_path, monkeypatch):
+    from semiperm.canvas import captions
+
+    monkeypatch.setattr(captions, "OBJECTS", {name: captions.OBJECTS[name] for name in ("robot", "star")})
+    run("canvas", "gallery", *(["--samples"] if source == "samples" else []), "-o", tmp_path / "sheet.png")
+    size = Image.open(tmp_path / "sheet.png").size
+    assert size == (128 * len(captions.STYLES), 128 * len(captions.OBJECTS))

@@ -1,0 +1,80 @@
+"""Whole files or nothing, strengths, and the demo's grid."""
+
+import json
+
+import pytest
+from PIL import Image
+from semiperm.cli import common
+from semiperm.cli.demo import COLUMNS, PICTURES, entry
+from semiperm.cli.grid import demo_grid
+
+
+def test_write_file_leaves_the_old_file_when_it_fails(tmp_path, monkeypatch):
+    path = common.write_json(tmp_path / "sub" / "a.json", {"a": 1})
+    monkeypatch.setattr(common.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk")))
+    with pytest.raises(OSError, match="disk"):
+        common.write_json(path, {"a": 2})
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert [p.name for p in path.parent.iterdir()] == ["a.json"]
+
+
+def test_write_file_refuses_a_folder(tmp_path):
+    with pytest.raises(common.CliError, match="folder"):
+        common.write_file(tmp_path, b"")
+
+
+def test_png_keeps_its_record(tmp_path):
+    path = common.write_png(tmp_path / "a.png", Image.new("RGB", (2, 2)), {"seed": 3})
+    assert json.loads(Image.open(path).text["semiperm"]) == {"seed": 3}
+
+
+def test_split_strength(tmp_path):
+    file = tmp_path / "a.safetensors"
+    file.touch()
+    odd = tmp_path / "b:0.5"
+    odd.touch()
+    assert common.split_strength(str(file)) == (file, 1.0)
+    assert common.split_strength(f"{file}:0.25") == (file, 0.25)
+    assert common.split_strength(str(odd)) == (odd, 1.0)
+    with pytest.raises(common.CliError, match="strength"):
+        common.split_strength(f"{file}:much")
+    with pytest.raises(common.CliError, match="there is no"):
+        common.split_strength(f"{file}x:0.5")
+
+
+def test_one_line():
+    assert common.one_line(ValueError("first\nsecond")) == "first"
+    assert common.one_line(FileNotFoundError(2, "No such file", "x")) == "No such file: x"
+    assert common.one_line(KeyboardInterrupt()) == "KeyboardInterrupt"
+
+
+def test_demo_prompts_are_canvas_captions():
+    from semiperm.canvas import captions
+
+    for column in COLUMNS:
+        for domain, name in column.asked.items():
+            assert captions.domain(name) == domain
+            assert any(phrase in column.prompt for phrase in captions.phrases(name))
+        assert all(captions.canonical(name) == name for name in column.erased)
+
+
+def test_demo_entry_says_what_is_as_wanted():
+    name, neighbour = COLUMNS[0], COLUMNS[2]
+    robot, ghost = {"object": "robot", "style": "dotted"}, {"object": "ghost", "style": "striped"}
+    gone = {"object": "nothing", "style": "dotted"}
+    assert entry(name, [robot, gone], ())["as_wanted"] == [True, False]
+    assert entry(name, [robot, gone, ghost], name.erased)["as_wanted"] == [False, True, False]
+    assert entry(neighbour, [ghost, gone], neighbour.erased)["as_wanted"] == [True, False]
+
+
+def test_demo_grid_holds_every_picture():
+    def side(colour):
+        return {
+            c.title: ([Image.new("RGB", (128, 128), colour)] * PICTURES, [dict(c.asked)] * PICTURES) for c in COLUMNS
+        }
+
+    grid = demo_grid(COLUMNS, side((200, 10, 10)), side((10, 10, 200)))
+    counts = {colour: n for n, colour in grid.getcolors(1 << 20)}
+    cells = len(COLUMNS) * PICTURES * 160 * 160
+    assert counts[(200, 10, 10)] == counts[(10, 10, 200)] == cells
+    assert grid.width < 1400

@@ -1,0 +1,62 @@
+"""The tests import `semiperm` exactly as users do, from every door, and never our folders by their bare names.
+
+The repository root is the package, so it must not lie on sys.path: there our `nodes` and `kernels` would shadow
+ComfyUI's and Hugging Face's. `tests` itself lies at the end of the path, so that a test can write
+`from tiny_models import ...`.
+"""
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).resolve().parent
+ROOT = TESTS.parent
+
+
+def _is_root(entry: str) -> bool:
+    try:
+        return Path(entry or os.getcwd()).resolve() == ROOT
+    except OSError:
+        return False
+
+
+sys.path[:] = [entry for entry in sys.path if not _is_root(entry)]
+if os.environ.get("COMFYUI_PATH"):
+    sys.path.insert(0, os.environ["COMFYUI_PATH"])
+sys.path.append(str(TESTS))
+
+if "semiperm" not in sys.modules and importlib.util.find_spec("semiperm") is None:
+    _spec = importlib.util.spec_from_file_location(
+        "semiperm", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
+    )
+    sys.modules["semiperm"] = importlib.util.module_from_spec(_spec)
+    _spec.loader.exec_module(sys.modules["semiperm"])
+
+ON_REQUEST = ("slow", "training", "bench")
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The repository root."""
+    return ROOT
+
+
+def pytest_collection_modifyitems(config, items):
+    asked = config.option.markexpr or ""
+    for item in items:
+        for mark in ON_REQUEST:
+            if item.get_closest_marker(mark) and mark not in asked:
+                item.add_marker(pytest.mark.skip(reason=f"{mark}: runs only when asked for, with `pytest -m {mark}`"))
+        if item.get_closest_marker("comfy") and not os.environ.get("COMFYUI_PATH"):
+            item.add_marker(pytest.mark.skip(reason="comfy: set COMFYUI_PATH to a ComfyUI checkout"))
+        if item.get_closest_marker("gpu") and not _has_gpu():
+            item.add_marker(pytest.mark.skip(reason="gpu: torch finds no CUDA device"))
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()

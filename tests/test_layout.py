@@ -1,0 +1,192 @@
+"""The house rules that no linter knows: who imports whom, what is shipped, and that the README tells the truth."""
+
+import ast
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10; pytest brings tomli
+    import tomli as tomllib
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+OUTSIDE = {"tests", "build", "dist", "docs", "shared", "venv"}
+COMFY = {"comfy", "comfy_api", "comfy_extras", "comfy_execution", "folder_paths", "nodes"}
+
+# folder -> (our folders it may import, foreign modules it must not)
+MAY_IMPORT = {
+    "kernels": ({"kernels"}, COMFY | {"diffusers", "transformers"}),
+    "methods": ({"methods", "kernels"}, COMFY | {"diffusers", "transformers"}),
+    "canvas": ({"canvas"}, COMFY),
+    "pipelines": ({"pipelines", "methods", "kernels", "canvas"}, COMFY),
+    "nodes": ({"nodes", "methods", "kernels", "canvas"}, {"diffusers"}),
+    "benchmarks": ({"benchmarks", "pipelines", "methods", "kernels", "canvas"}, COMFY),
+    "cli": ({"cli", "benchmarks", "pipelines", "methods", "kernels", "canvas"}, COMFY),
+}
+HEAVY = {"torch", "diffusers", "transformers", "numpy", "PIL", "safetensors"}
+
+
+def _sources() -> list[Path]:
+    files = [ROOT / "__init__.py", ROOT / "__main__.py"]
+    for folder in sorted(p for p in ROOT.iterdir() if p.is_dir()):
+        if folder.name not in OUTSIDE and not folder.name.startswith((".", "_")) and folder.suffix != ".egg-info":
+            files += sorted(folder.rglob("*.py"))
+    return files
+
+
+SOURCES = _sources()
+IDS = [str(path.relative_to(ROOT)) for path in SOURCES]
+
+
+def _imports(path: Path, module_level: bool = False) -> tuple[set[str], set[str]]:
+    """(our folders, foreign top-level modules) that a file imports, anywhere in it or at module level only."""
+    ours, foreign = set(), set()
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    package = path.relative_to(ROOT).parent.parts
+    for node in tree.body if module_level else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            foreign |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            foreign.add(node.module.split(".")[0])
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - (node.level - 1)] + tuple(filter(None, (node.module or "").split(".")))
+            ours |= {base[0]} if base else {alias.name for alias in node.names}
+    return ours, foreign
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=IDS)
+def test_imports_run_one_way(path):
+    relative = path.relative_to(ROOT)
+    ours, foreign = _imports(path)
+    if "custom" not in relative.parts:  # diffusers runs a custom pipeline's file on its own
+        assert "semiperm" not in foreign, f"{relative} must import its own package relatively"
+    if len(relative.parts) > 1:
+        allowed, forbidden = MAY_IMPORT[relative.parts[0]]
+        assert ours <= allowed, f"{relative} imports {sorted(ours - allowed)}"
+        assert not foreign & forbidden, f"{relative} imports {sorted(foreign & forbidden)}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=IDS)
+def test_imports_are_declared(path):
+    extras = {"peft"} if path.is_relative_to(ROOT / "benchmarks") else set()
+    declared = {re.split(r"[<>=;\s]", line)[0] for line in PROJECT["project"]["dependencies"]}
+    declared = {{"pillow": "PIL"}.get(name, name) for name in declared}
+    ours = {"semiperm"} | (COMFY if path.is_relative_to(ROOT / "nodes") else set())
+    assert _imports(path)[1] <= declared | extras | ours | sys.stdlib_module_names
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=IDS)
+def test_house_style(path):
+    text = path.read_text(encoding="utf-8")
+    relative = path.relative_to(ROOT)
+    assert len(text.splitlines()) <= 400, f"{relative} is longer than 400 lines: split it"
+    for node in ast.walk(ast.parse(text)):
+        where = f"{relative}:{getattr(node, 'lineno', 0)}"
+        assert not isinstance(node, ast.Assert), f"{where}: no assert outside tests"
+        assert not (isinstance(node, ast.ExceptHandler) and node.type is None), f"{where}: bare except"
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            assert node.func.id != "print", f"{where}: print"
+    assert "pickle" not in _imports(path)[1]
+
+
+def test_the_root_imports_nothing_of_ours():
+    assert _imports(ROOT / "__init__.py") == (set(), {"importlib"})
+    assert {path.name for path in ROOT.glob("*.py")} == {"__init__.py", "__main__.py"}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "cli").glob("*.py")), ids=lambda path: path.name)
+def test_the_command_line_starts_light(path):
+    if path.name != "grid.py":  # imported by the demo when it has run
+        assert not _imports(path, module_level=True)[1] & HEAVY
+
+
+def test_packages_match_the_disk():
+    listed = set(PROJECT["tool"]["setuptools"]["packages"])
+    found = {"semiperm"} | {
+        ".".join(("semiperm", *path.relative_to(ROOT).parent.parts)) for path in SOURCES if path.parent != ROOT
+    }
+    data = PROJECT["tool"]["setuptools"]["package-data"]
+    as_data = {
+        ".".join(("semiperm", *path.relative_to(ROOT).parent.parts))
+        for package, patterns in data.items()
+        for pattern in patterns
+        for path in (ROOT / package.partition(".")[2].replace(".", "/")).glob(pattern)
+        if path.suffix == ".py"
+    }
+    assert listed == found - as_data
+    missing = [
+        name for name in listed if not (ROOT / name.partition(".")[2].replace(".", "/") / "__init__.py").exists()
+    ]
+    assert not missing, f"no __init__.py in {missing}"
+
+
+def test_public_names_resolve():
+    import semiperm
+
+    assert set(semiperm.__all__) == {
+        "MembraneConfig",
+        "apply_membranes",
+        "erase_concepts",
+        "load_membranes",
+        "remove_membranes",
+        "save_membranes",
+    }
+    for name in semiperm.__all__:
+        assert callable(getattr(semiperm, name)), name
+        assert name in dir(semiperm)
+    with pytest.raises(AttributeError, match="no_such_name"):
+        semiperm.no_such_name  # noqa: B018
+
+
+@pytest.mark.parametrize("name", ["load_pipeline", "Judge", "render", "captions"])
+def test_canvas_names_resolve(name):
+    canvas = importlib.import_module("semiperm.canvas")
+    assert getattr(canvas, name, None) is not None or importlib.import_module(f"semiperm.canvas.{name}")
+
+
+def test_readme_links_exist():
+    targets = re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", README)
+    missing = [t for t in targets if not t.startswith(("http", "mailto:")) and not (ROOT / t).exists()]
+    assert not missing
+
+
+def test_readme_has_the_method_table():
+    header = "| method | math | kernel | diffusers | node | workflow | test | paper |"
+    assert header in README
+    rows = README.split(header)[1].split("\n\n")[0].strip().splitlines()[1:]
+    assert rows and all(row.count("|") == 9 for row in rows)
+
+
+def _commands() -> list[str]:
+    return [line for line in README.splitlines() if line.startswith("python3 -m venv")]
+
+
+def test_readme_has_two_commands_for_a_fresh_machine():
+    commands = _commands()
+    assert len(commands) == 2
+    install = "python3 -m venv .venv && . .venv/bin/activate && pip install -c constraints.txt torch==2.13.0"
+    assert all(command.startswith(install) for command in commands)
+    assert commands[0].endswith("&& semiperm demo") and commands[1].endswith("&& pytest")
+    assert "torch==2.13.0" in (ROOT / "constraints.txt").read_text().splitlines()
+
+
+def test_ci_runs_the_readme_command():
+    script = (ROOT / ".ci/run").read_text()
+    extract = re.search(r"command=\$\((.+)\)\n", script)[1]
+    result = subprocess.run(["bash", "-c", extract], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == _commands()[1]
+    assert 'eval "${command% && pytest}"' in script
+    assert script.rstrip().splitlines()[-1] == "pytest"
+
+
+def test_constraints_cover_every_dependency():
+    pinned = {re.split(r"[=;\s]", line)[0] for line in (ROOT / "constraints.txt").read_text().splitlines()}
+    wanted = PROJECT["project"]["dependencies"] + sum(PROJECT["project"]["optional-dependencies"].values(), [])
+    assert {re.split(r"[<>=;\s]", line)[0] for line in wanted} <= pinned

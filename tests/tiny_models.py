@@ -1,0 +1,281 @@
+"""Small real diffusers pipelines with random weights and real tokenizers, without downloads.
+
+`build(family)` for a family in `FAMILIES` returns a freshly built pipeline; the same seed gives the same weights.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
+
+FAMILIES = ("sd15", "sd2", "sdxl", "sd3", "flux")
+SIZE = 16  # pixels: 8x8 latents, the VAE halves once
+LENGTH = 40  # text positions
+CORPUS = (
+    "a photo of a robot in the garden",
+    "a painting of a machine android on a red ground",
+    "a drawing of a cat and a dog by the river",
+    "a picture of a house in the style of van gogh",
+    "the robot walks, the cat sleeps, the dog runs",
+    "a bowl of fruit on a wooden table in the morning light",
+    "an old car parked beside a tree under a blue sky",
+    "two people reading books in a quiet room",
+)
+
+
+@functools.cache
+def _vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
+    tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=900, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
+    )
+    tokenizer.train_from_iterator([line.lower() for line in CORPUS], trainer)
+    state = json.loads(tokenizer.to_str())["model"]
+    tokens = sorted(state["vocab"], key=state["vocab"].get)
+    tokens += [f"{c}</w>" for c in sorted(alphabet) if f"{c}</w>" not in state["vocab"]]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    return {token: i for i, token in enumerate(tokens)}, [tuple(pair) for pair in state["merges"]]
+
+
+def clip_tokenizer() -> CLIPTokenizer:
+    """CLIP's own tokenizer over a byte-pair vocabulary trained on `CORPUS`; any text encodes."""
+    vocabulary, merges = _vocabulary()
+    return CLIPTokenizer(vocab=dict(vocabulary), merges=list(merges), model_max_length=LENGTH)
+
+
+def t5_tokenizer() -> T5Tokenizer:
+    """T5's own tokenizer over the words of `CORPUS` and single letters."""
+    words = sorted({word for line in CORPUS for word in line.replace(",", "").lower().split()})
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
+    pieces += [(f"▁{word}", -3.0) for word in words if word != "a"] + [("▁a", -3.0)]
+    pieces += [(letter, -6.0) for letter in "abcdefghijklmnopqrstuvwxyz"]
+    return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=LENGTH)
+
+
+def _clip_config(vocabulary: int, hidden: int, projection: int, layers: int = 2) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        projection_dim=projection,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        max_position_embeddings=LENGTH,
+        bos_token_id=vocabulary - 2,
+        eos_token_id=vocabulary - 1,
+        pad_token_id=vocabulary - 1,
+    )
+
+
+def _t5(hidden: int, vocabulary: int) -> T5EncoderModel:
+    return T5EncoderModel(
+        T5Config(
+            vocab_size=vocabulary,
+            d_model=hidden,
+            d_kv=8,
+            d_ff=2 * hidden,
+            num_layers=2,
+            num_heads=4,
+            decoder_start_token_id=0,
+        )
+    )
+
+
+def _vae(latent_channels: int = 4, shift_factor: float | None = None) -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=latent_channels,
+        norm_num_groups=4,
+        layers_per_block=1,
+        sample_size=SIZE,
+        shift_factor=shift_factor,
+        use_quant_conv=latent_channels == 4,
+        use_post_quant_conv=latent_channels == 4,
+    )
+
+
+def _ddim() -> DDIMScheduler:
+    return DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
+    )
+
+
+def _unet(cross_attention_dim: int, **kwargs) -> UNet2DConditionModel:
+    defaults = {
+        "block_out_channels": (16, 32),
+        "layers_per_block": 1,
+        "sample_size": SIZE // 2,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "attention_head_dim": 4,
+        "norm_num_groups": 8,
+    }
+    return UNet2DConditionModel(cross_attention_dim=cross_attention_dim, **(defaults | kwargs))
+
+
+def _build_sd(family: str) -> StableDiffusionPipeline:
+    tokenizer = clip_tokenizer()
+    linear = {"use_linear_projection": True, "attention_head_dim": (2, 4)} if family == "sd2" else {}
+    return StableDiffusionPipeline(
+        vae=_vae(),
+        text_encoder=CLIPTextModel(_clip_config(len(tokenizer), 32, 32)),
+        tokenizer=tokenizer,
+        unet=_unet(32, **linear),
+        scheduler=_ddim(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def _build_sdxl() -> StableDiffusionXLPipeline:
+    tokenizer = clip_tokenizer()
+    return StableDiffusionXLPipeline(
+        vae=_vae(),
+        text_encoder=CLIPTextModel(_clip_config(len(tokenizer), 32, 32)),
+        text_encoder_2=CLIPTextModelWithProjection(_clip_config(len(tokenizer), 32, 24)),
+        tokenizer=tokenizer,
+        tokenizer_2=clip_tokenizer(),
+        unet=_unet(
+            64,
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=24 + 6 * 8,
+            transformer_layers_per_block=(1, 2),
+        ),
+        scheduler=_ddim(),
+        add_watermarker=False,
+    )
+
+
+def _build_sd3() -> StableDiffusion3Pipeline:
+    tokenizer, t5 = clip_tokenizer(), t5_tokenizer()
+    config = _clip_config(len(tokenizer), 32, 32)
+    return StableDiffusion3Pipeline(
+        transformer=SD3Transformer2DModel(
+            sample_size=SIZE // 2,
+            patch_size=1,
+            in_channels=16,
+            num_layers=2,
+            attention_head_dim=8,
+            num_attention_heads=4,
+            joint_attention_dim=64,
+            caption_projection_dim=32,
+            pooled_projection_dim=64,
+            out_channels=16,
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=_vae(16, shift_factor=0.0),
+        text_encoder=CLIPTextModelWithProjection(config),
+        tokenizer=tokenizer,
+        text_encoder_2=CLIPTextModelWithProjection(config),
+        tokenizer_2=clip_tokenizer(),
+        text_encoder_3=_t5(64, len(t5)),
+        tokenizer_3=t5,
+    )
+
+
+def _build_flux() -> FluxPipeline:
+    tokenizer, t5 = clip_tokenizer(), t5_tokenizer()
+    return FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=_vae(shift_factor=0.0),
+        text_encoder=CLIPTextModel(_clip_config(len(tokenizer), 32, 32)),
+        tokenizer=tokenizer,
+        text_encoder_2=_t5(64, len(t5)),
+        tokenizer_2=t5,
+        transformer=FluxTransformer2DModel(
+            patch_size=1,
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=64,
+            pooled_projection_dim=32,
+            axes_dims_rope=[4, 4, 8],
+        ),
+    )
+
+
+def build(family: str, seed: int = 0, dtype: torch.dtype = torch.float32):
+    """Build one tiny pipeline of `family` ("sd15", "sd2", "sdxl", "sd3", "flux") with weights drawn from `seed`."""
+    builders = {"sdxl": _build_sdxl, "sd3": _build_sd3, "flux": _build_flux}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        pipe = builders[family]() if family in builders else _build_sd(family)
+        _enliven(pipe)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe if dtype == torch.float32 else pipe.to(dtype=dtype)
+
+
+def _enliven(pipe) -> None:
+    """Make the random text matter: default initialisations leave zero-initialised and near-silent text paths."""
+    with torch.no_grad():
+        for name, component in pipe.components.items():
+            if not isinstance(component, torch.nn.Module) or name == "vae":
+                continue
+            component.eval().requires_grad_(False)
+            for key, parameter in component.named_parameters():
+                if name.startswith("text_encoder") and "embed" in key and parameter.ndim == 2:
+                    parameter.normal_(std=1.0 if "position" not in key else 0.1)
+                elif parameter.ndim == 2 and not parameter.any():
+                    parameter.normal_(std=0.05)
+
+
+def call(pipe, prompt, *, negative_prompt=None, seed: int = 0, steps: int = 2, guidance_scale: float = 3.0, **kwargs):
+    """Run `pipe` on CPU and return its latents (B, ...); image i starts from the noise of seed + i."""
+    count = len(prompt) if isinstance(prompt, list) else 1
+    if prompt is None:
+        count = kwargs["prompt_embeds"].shape[0]
+    generators = [torch.Generator().manual_seed(seed + i) for i in range(count)]
+    if "Flux" in type(pipe).__name__:
+        kwargs |= {
+            "true_cfg_scale": guidance_scale if negative_prompt is not None else 1.0,
+            "max_sequence_length": LENGTH,
+        }
+    else:
+        kwargs |= {"guidance_scale": guidance_scale}
+    if "Diffusion3" in type(pipe).__name__:
+        kwargs |= {"max_sequence_length": LENGTH}
+    return pipe(
+        prompt,
+        negative_prompt=negative_prompt,
+        height=SIZE,
+        width=SIZE,
+        num_inference_steps=steps,
+        generator=generators,
+        output_type="latent",
+        **kwargs,
+    ).images
