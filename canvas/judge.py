@@ -47,14 +47,14 @@ class JudgeNet(nn.Module):
         super().__init__()
         widths = (3, 24, 48, 96, 112, 128)
         self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, 2, 1) for a, b in zip(widths[:-1], widths[1:], strict=True))
-        self.norms = nn.ModuleList(nn.GroupNorm(8, b) for b in widths[1:])
+        self.norms = nn.ModuleList([nn.Identity(), *(nn.GroupNorm(8, b) for b in widths[2:])])  # levels first pass free
         self.mix = nn.Linear(2 * widths[-1], 128)
         self.heads = nn.ModuleDict({name: nn.Linear(128, len(labels)) for name, labels in LABELS.items()})
 
     def features(self, x: Tensor) -> Tensor:
         """(B, 3, 128, 128) in -1..1 -> (B, 128)."""
         for conv, norm in zip(self.convs, self.norms, strict=True):
-            x = F.silu(conv(x)) if x.shape[1] == 3 else F.silu(norm(conv(x)))
+            x = F.silu(norm(conv(x)))
         return F.silu(self.mix(torch.cat([x.mean((2, 3)), x.amax((2, 3))], 1)))
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""One training loop for every part of the canvas model: AdamW, warm-up and cosine, EMA, checkpoints, log, progress bar."""
+"""One training loop for every part of the canvas model: AdamW, warm-up, cosine, EMA, checkpoints, log, progress bar."""
 
 import json
 import math

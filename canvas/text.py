@@ -1,4 +1,4 @@
-"""The canvas text side: a real CLIPTokenizer with a byte-pair vocabulary learnt from the captions, and a CLIPTextModel."""
+"""The canvas text side: a real CLIPTokenizer with byte pairs learnt from the captions, and a CLIPTextModel."""
 
 import random
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`semiperm canvas train`: render, then train autoencoder, judge, and denoiser with text encoder; every part resumes."""
+"""`semiperm canvas train`: render, train autoencoder, judge, and denoiser with text encoder; every part resumes."""
 
 import json
 import shutil
@@ -9,9 +9,9 @@ from safetensors.torch import load_file
 
 from . import autoencoder, denoiser, text
 from .dataset import build_pool
-from .judge import Judge, train_judge
+from .judge import train_judge
 from .loop import save_tensors
-from .pipeline import assemble, save_weights
+from .pipeline import assemble, load_pipeline, save_weights
 
 PARTS = ("autoencoder", "judge", "denoiser")
 
@@ -27,12 +27,14 @@ def train_canvas(
     seed: int = 0,
     parts: tuple[str, ...] = PARTS,
     compile: bool = True,
+    start_from: Path | None = None,
 ) -> None:
     """Train the embedded model and write its fp16 weights, log and tokenizer to `out`.
 
     Args:
         out: folder of the finished weights (see pipeline.load_pipeline). workdir: folder of checkpoints and logs; run
             the same command again to resume. parts: which of PARTS to train; the others are taken from `workdir`.
+        start_from: finished weights to go on from: its autoencoder is kept, its denoiser and text encoder trained on.
 
     Raises: ValueError for an unknown part.
     """
@@ -46,9 +48,12 @@ def train_canvas(
         shutil.copy(workdir / "judge.log.jsonl", out / "judge.log.jsonl")
     if not {"autoencoder", "denoiser"} & set(parts):
         return
+    before = load_pipeline(weights=start_from) if start_from else None
     pool = build_pool(pictures, seed)
     finished = workdir / "vae.safetensors"
-    if finished.exists():
+    if before is not None:
+        vae = before.vae
+    elif finished.exists():
         vae = autoencoder.build_autoencoder(seed)
         vae.load_state_dict(load_file(str(finished)))
     else:
@@ -57,19 +62,15 @@ def train_canvas(
         save_tensors(vae.state_dict(), finished)
     if "denoiser" not in parts:
         return
-    tokenizer = text.build_tokenizer(seed)
+    tokenizer = before.tokenizer if before is not None else text.build_tokenizer(seed)
+    unet = before.unet if before is not None else denoiser.build_unet(seed)
+    text_encoder = before.text_encoder if before is not None else text.build_text_encoder(tokenizer, seed)
     data = denoiser.encode_pool(vae, tokenizer, pool, seed, workdir / "latents.safetensors")
     del pool
-    unet, text_encoder = denoiser.train_denoiser(
-        data, tokenizer, text.build_text_encoder(tokenizer, seed), workdir, denoiser_steps, seed, compile=compile
-    )
+    denoiser.train_denoiser(data, tokenizer, unet, text_encoder, workdir, denoiser_steps, seed, compile=compile)
     info = {"seed": seed, "pictures": pictures, "denoiser_steps": denoiser_steps, "torch": torch.__version__}
     save_weights(assemble(vae, unet, text_encoder, tokenizer), out, info)
     for part in ("autoencoder", "denoiser"):
-        shutil.copy(workdir / f"{part}.log.jsonl", out / f"{part}.log.jsonl")
+        if (log := workdir / f"{part}.log.jsonl").exists():
+            shutil.copy(log, out / log.name)
     (out / "training.json").write_text(json.dumps(info, indent=2) + "\n")
-
-
-def load_judge(out: Path) -> Judge:
-    """Load the judge of a weights folder."""
-    return Judge.load(Path(out) / "judge.safetensors")

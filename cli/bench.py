@@ -12,24 +12,28 @@ app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure tim
 
 @app.command("membranes", epilog="Example: semiperm bench membranes --json membranes.json")
 def membranes(
+    model: Annotated[str, typer.Option(metavar="MODEL", help=common.MODEL_HELP)] = "canvas",
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer rounds, and no 100 membranes.")] = False,
     json_path: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures here.")] = None,
 ):
     """Time a denoising step with 1, 10 and 100 membranes against the bare pipeline, and PEFT beside it."""
-    common.quiet()
+    pipe = common.load_model(model, dtype="auto")
 
     from ..benchmarks.membranes import run
 
-    rows = run()
+    console = common.console()
+    with console.status("timing; keep the machine quiet"):
+        rows = [{**row, "model": model} for row in run(pipe, quick=quick)]
     if json_path is not None:
         common.write_json(json_path, rows)
-    show(common.console(), rows)
+    show(console, rows)
 
 
 def show(console, rows: list[dict]) -> None:
     """Print the table: the median ratio to the bare pipeline, and its spread."""
     from rich.table import Table
 
-    table = Table(caption="time of one step, in times the bare pipeline's (median, spread)")
+    table = Table(caption="time of one step, in times the bare pipeline's (median, middle half)")
     for heading in ("name", "K", "ratio", "spread"):
         table.add_column(heading)
     for row in rows:

@@ -87,6 +87,9 @@ def train(
     judge_steps: Annotated[int, typer.Option(min=1)] = 2600,
     denoiser_steps: Annotated[int, typer.Option(min=1)] = 10_000,
     compile_: Annotated[bool, typer.Option("--compile/--no-compile", help="Train through torch.compile.")] = True,
+    start_from: Annotated[
+        Path | None, typer.Option(help="Finished weights to go on from: keeps the autoencoder, trains the denoiser on.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ):
     """Train the embedded model and its judge from nothing; takes hours on two cores and can be resumed."""
@@ -97,7 +100,7 @@ def train(
     common.quiet()
     train_canvas(
         out, workdir, pictures=pictures, autoencoder_steps=autoencoder_steps, judge_steps=judge_steps,
-        denoiser_steps=denoiser_steps, parts=tuple(part or PARTS), compile=compile_, seed=seed,
+        denoiser_steps=denoiser_steps, parts=tuple(part or PARTS), compile=compile_, seed=seed, start_from=start_from,
     )  # fmt: skip
     common.console().print(str(out), markup=False)
 

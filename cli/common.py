@@ -127,12 +127,15 @@ def load_model(model: str, device: str = "auto", dtype: str = "auto"):
     if dtype not in ("float32", "float16", "bfloat16"):
         raise CliError(f"--dtype {dtype} is not supported; choose auto, float32, float16 or bfloat16")
     quiet()
-    try:
-        from ..pipelines.loaders import load_pipeline
+    from ..methods.membranes import MembraneError
+    from ..pipelines.loaders import load_pipeline
 
+    try:
         pipe = load_pipeline(model, dtype=getattr(torch, dtype), device=device)
+    except MembraneError:
+        raise
     except (OSError, ValueError) as error:
-        raise CliError(f"cannot load the model {model!r}: {one_line(error)} (MODEL is {MODEL_HELP})") from error
+        raise CliError(f"cannot load the model {model!r}: {one_line(error)}") from error
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

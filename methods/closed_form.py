@@ -22,8 +22,22 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .membrane_types import GateProbe, LowRank, Membrane, MembraneError, Membranes
+from .gates import fit_probe
+from .membrane_types import LowRank, Membrane, MembraneError, Membranes
 from .membranes import base_model_hash
+
+__all__ = [
+    "METHODS",
+    "ClosedFormConfig",
+    "Edit",
+    "aligned_pairs",
+    "closed_form_edit",
+    "closed_form_edits",
+    "closed_form_membrane",
+    "derive_embeddings",
+    "fit_probe",
+    "uce_membranes",
+]
 
 METHODS = ("uce", "null_space", "rece")
 
@@ -123,34 +137,44 @@ def closed_form_edits(
 
 
 def _with_derived(rows, targets, moved, config, gram):
-    """Append to each concept's rows what still produces them after the edit so far, again with the same targets."""
+    """Append to each concept's pairs (c, g) the pairs (a c', a g) that still produce c after the edit so far.
+
+    a = min(1, |c| / |c'|) max(0, 1 - |T c' - c|^2 / |g - c|^2): a pair weighs no more than (c, g) does, and nothing
+    where the attack fails. The distances are those that the projections see.
+    """
     gram = torch.eye(len(moved), dtype=torch.float64) if gram is None else gram.detach().cpu().double()
     plain = replace(config, push=0.0)  # beyond the target, the attack's answer would be the concept's opposite
-    all_rows, all_targets = rows, targets
+    all_rows, all_targets = list(rows), list(targets)
     for _ in range(config.rece_epochs):
-        derived = derive_embeddings(rows, _solve(all_rows, all_targets, moved, None, plain), gram, config.rece_ridge)
-        all_rows = [torch.cat(pair) for pair in zip(all_rows, derived, strict=True)]
-        all_targets = [torch.cat(pair) for pair in zip(all_targets, targets, strict=True)]
+        edits = _solve(all_rows, all_targets, moved, None, plain)
+        for k, (c, g, (u, v)) in enumerate(zip(rows, targets, edits, strict=True)):
+            attack = derive_embeddings(c, (u, v), gram, config.rece_ridge)
+            miss = attack + (attack @ v.T) @ u.T - c
+            shift, miss = (((x @ gram) * x).sum(dim=1) for x in (g - c, miss))
+            success = (1 - miss / shift.clamp_min(1e-30)).clamp_min(0.0)
+            weight = (success * (c.norm(dim=1) / attack.norm(dim=1).clamp_min(1e-30)).clamp_max(1.0))[:, None]
+            all_rows[k] = torch.cat((all_rows[k], weight * attack))
+            all_targets[k] = torch.cat((all_targets[k], weight * g))
     return all_rows, all_targets
 
 
-def derive_embeddings(rows: Sequence[Tensor], edits: Sequence[Edit], gram: Tensor, ridge: float) -> list[Tensor]:
+def derive_embeddings(rows: Tensor, edit: Edit, gram: Tensor, ridge: float) -> Tensor:
     """RECE's attack on an edit: the embeddings c' that the edited projections map closest to what c used to give.
 
     c' = (sum W'^T W' + lambda I)^-1 (sum W'^T W) c,  W' = W (I + A):  (T^T H T + lambda I) c' = T^T H c, T = I + A
 
     Args:
-        rows: K tensors (n_k, d) float64.
-        edits: the edits in force, all together.
+        rows: (n, d) float64.
+        edit: the edit under attack.
         gram: H = sum W^T W, (d, d) float64.
         ridge: lambda as a share of mean(diag H).
 
     Source: arXiv 2407.12383, Eq. 6.
     """
     identity = torch.eye(len(gram), dtype=torch.float64)
-    edited = identity + sum(u @ v for u, v in edits)
+    edited = identity + edit[0] @ edit[1]
     normal = edited.T @ gram @ edited + ridge * gram.diagonal().mean() * identity
-    return list(torch.linalg.solve(normal, edited.T @ gram @ torch.cat(list(rows)).T).T.split([len(r) for r in rows]))
+    return torch.linalg.solve(normal, edited.T @ gram @ rows.T).T
 
 
 def closed_form_membrane(
@@ -168,7 +192,7 @@ def closed_form_membrane(
         weights: module key -> (out, d).
         edit: from `closed_form_edit`.
         concept: the membrane's name.
-        dtype: of the stored pairs; the products are computed in float64.
+        dtype: of the stored pairs; W u is computed in float32 (float64 for float64 weights).
         **fields: further `Membrane` fields: phrases, surrogate, probe, metadata, base_model (default: the hash of
             `weights`).
 
@@ -176,12 +200,13 @@ def closed_form_membrane(
         MembraneError: no weights, or a width that is not the edit's.
     """
     u, v = edit
-    modules = {}
+    down, modules = v.to(dtype), {}
     for key, weight in weights.items():
         if weight.ndim != 2 or weight.shape[1] != len(u):
             raise MembraneError(f"{key}: weight {tuple(weight.shape)} does not read text embeddings of width {len(u)}")
-        up = weight.detach().to("cpu", torch.float64) @ u
-        modules[key] = LowRank(v.to(dtype), up.to(dtype), float(len(v)))
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        up = weight.detach().to(wide) @ u.to(weight.device, wide)
+        modules[key] = LowRank(down, up.to("cpu", dtype), float(len(v)))
     fields.setdefault("base_model", base_model_hash(weights))
     return Membrane(concept, modules, method=method, **fields)
 
@@ -271,71 +296,6 @@ def aligned_pairs(
     after = torch.arange(length - end) + other_end
     partners = torch.cat((torch.full((end - first,), stand_in), after.clamp(max=other_length - 1)))
     return concept_hidden[first:], surrogate_hidden[partners.to(surrogate_hidden.device)]
-
-
-def fit_probe(concept_hidden: Tensor, other_hidden: Tensor, *, ridge: float = 1e-2, rounds: int = 8) -> GateProbe:
-    """Fit the detector of gate "probe": a ridge discriminant whose *largest* response over a caption's tokens decides.
-
-    w = argmin mean_i (w.h_i + b - 1)^2 + mean_j (w.h_j + b)^2 + lambda |w|^2
-
-    over one token i of each concept caption and tokens j of the others. Which token carries the concept is not given:
-    each round takes the one with the largest response, and adds every other caption's largest to the tokens j, until
-    the margin stops growing. Between the highest other response and the lowest concept response, `low` lies a third of
-    the way up and `high` two thirds: in the fit set gamma is exactly 0 and exactly 1. Where the sets overlap, `high`
-    is the lowest concept response, so that a concept caption still opens the gate fully.
-
-    Args:
-        concept_hidden: (n, N, d), captions that ask for the concept, in many phrasings.
-        other_hidden: (m, N, d), captions that do not; the same captions with the surrogate make the best contrast.
-        ridge: lambda as a share of the mean squared coordinate, > 0.
-        rounds: at most so many refits, >= 1.
-
-    Returns:
-        A probe with float32 weight and its training `separation`.
-
-    Raises:
-        MembraneError: shapes that disagree, no captions, NaN or Inf.
-    """
-    shapes = tuple(concept_hidden.shape), tuple(other_hidden.shape)
-    if len(shapes[0]) != 3 or len(shapes[1]) != 3 or shapes[0][2] != shapes[1][2] or 0 in shapes[0] + shapes[1]:
-        raise MembraneError(
-            f"hidden states {shapes[0]} with and {shapes[1]} without the concept; expected (n, N, d)"
-            " and (m, N, d), none empty"
-        )
-    concept, other = (h.detach().cpu().double() for h in (concept_hidden, other_hidden))
-    if not (torch.isfinite(concept).all() and torch.isfinite(other).all()):
-        raise MembraneError("the hidden states hold NaN or Inf; encode in float32, or check the text encoder")
-    background = other.flatten(0, 1)
-    spread = background.T @ background / len(background), background.mean(dim=0)
-    chosen, hard, best = concept.flatten(0, 1), background[:0], None
-    for _ in range(rounds):
-        weight = _discriminant(chosen, hard, spread, ridge).float()  # the precision it is stored and used in
-        on, off = ((h.float() @ weight).double() for h in (concept, other))
-        probe = _with_thresholds(weight, on.amax(dim=1), off.amax(dim=1))
-        if best is not None and probe.separation <= best.separation + 1e-3:
-            break
-        best = probe
-        chosen = concept[torch.arange(len(concept)), on.argmax(dim=1)]
-        hard = torch.cat((hard, other[torch.arange(len(other)), off.argmax(dim=1)]))
-    return best
-
-
-def _discriminant(chosen: Tensor, hard: Tensor, spread: tuple[Tensor, Tensor], ridge: float) -> Tensor:
-    """Ridge regression with a free intercept: `chosen` to 1; hard and background tokens, half each, to 0."""
-    square, mean = spread
-    if len(hard):
-        square, mean = (square + hard.T @ hard / len(hard)) / 2, (mean + hard.mean(dim=0)) / 2
-    centre = (mean + chosen.mean(dim=0)) / 2
-    covariance = (square + chosen.T @ chosen / len(chosen)) / 2 - torch.outer(centre, centre)
-    covariance += ridge * covariance.diagonal().mean().clamp_min(1e-30) * torch.eye(len(centre), dtype=centre.dtype)
-    return torch.linalg.solve(covariance, (chosen.mean(dim=0) - mean) / 4)
-
-
-def _with_thresholds(weight: Tensor, on: Tensor, off: Tensor) -> GateProbe:
-    lowest, highest, distance = on.min().item(), off.max().item(), (on.mean() - off.mean()).abs().clamp_min(1e-6).item()
-    gap = lowest - highest
-    low, high = (highest + gap / 3, lowest - gap / 3) if gap > 0 else (lowest - distance / 3, lowest)
-    return GateProbe(weight, low, high, separation=gap / distance)
 
 
 # ---- algebra, float64 ------------------------------------------------------------------------------------------------

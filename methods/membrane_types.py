@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-
-MODULE_PREFIX = "lora_"
 
 
 class MembraneError(ValueError):
@@ -43,7 +42,7 @@ class LowRank:
         if not (self.down.is_floating_point() and self.up.is_floating_point()):
             raise MembraneError(f"a low-rank pair holds {self.down.dtype}/{self.up.dtype}; expected floating point")
         finite = torch.isfinite(self.down).all() and torch.isfinite(self.up).all()
-        if not finite or not torch.isfinite(torch.tensor(float(self.alpha))):
+        if not finite or not math.isfinite(self.alpha):
             raise MembraneError("a low-rank pair holds NaN or Inf; the file or the fit that made it is broken")
 
     @property

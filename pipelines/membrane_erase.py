@@ -23,6 +23,7 @@ from .captions import PRESERVE, TEMPLATES
 from .text import TextFeatures, encode_text, prefix_tokens, segments_of, text_projections
 
 _CAPTIONS = 80  # concept captions per concept, over all phrases and templates
+_PRESERVED = 300  # of the canvas's captions
 _T5_POSITIONS = 64  # kept of a sequence that may be 512 long; captions are shorter
 _T5_PADDING = 4  # positions after the end of a T5 sentence that still count
 
@@ -99,16 +100,16 @@ def _canvas_captions(phrases: Mapping[str, tuple[str, ...]], preserve: Iterable[
     """On the embedded model: its own synonyms, templates of the concept's domain, and captions to preserve."""
     from ..canvas import captions
 
-    phrases, templates, known = dict(phrases), {}, {}
+    phrases, templates = dict(phrases), {}
     for name, own in list(phrases.items()):
         try:
-            known[name] = captions.canonical(name)
-        except ValueError:
+            templates[name] = captions.templates(captions.domain(name))
+        except ValueError:  # not a concept of the canvas
             templates[name] = list(TEMPLATES)
-            continue
-        phrases[name] = tuple(dict.fromkeys((*own, *captions.phrases(name))))
-        templates[name] = captions.templates(captions.domain(name))
-    return phrases, templates, [*captions.preserve(known.values(), 300), *(preserve or ())]
+        else:
+            phrases[name] = tuple(dict.fromkeys((*own, *captions.phrases(name))))
+    named = [phrase for own in phrases.values() for phrase in own]
+    return phrases, templates, [*_kept(captions.preserve(n=1200), named)[:_PRESERVED], *(preserve or ())]
 
 
 def _phrases(concepts: str | Sequence[str], synonyms: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
@@ -174,36 +175,27 @@ def _fit(pipe, encode, phrases: Sequence[str], templates: Sequence[str], surroga
     without = encode(surrogates)
     segments = segments_of(pipe)
     ends = [*(segment.start for segment in segments[1:]), concept.hidden.shape[1]]
+    others = [surrogates.index(_fill(template, surrogate)) for template, _ in pairs]
     rows, targets = [], []
-    for i, (template, phrase) in enumerate(pairs):
-        texts = _fill(template, phrase), _fill(template, surrogate)
-        other = surrogates.index(texts[1])
-        for segment, end in zip(segments, ends, strict=True):
-            spans = [_span(segment.tokenizer, template, word) for word in (phrase, surrogate)]
-            lengths = [end - segment.start] * 2
-            if not segment.causal:
-                lengths = [
-                    min(end - segment.start, prefix_tokens(segment.tokenizer, t) + 1 + _T5_PADDING) for t in texts
-                ]
-            if spans[0][1] > lengths[0] or spans[0][0] == spans[0][1]:
+    for segment, end in zip(segments, ends, strict=True):
+        for i, (span, other_span) in enumerate(_spans(segment.tokenizer, pairs, surrogate)):
+            length = other_length = end - segment.start
+            if not segment.causal:  # T5 fills the rest with padding, which says little
+                length, other_length = (min(length, stop + 1 + _T5_PADDING) for stop in (span[2], other_span[2]))
+            if not span[0] < span[1] <= length:
                 continue  # cut off by the encoder's length
-            spans[1] = min(spans[1][0], lengths[1]), min(spans[1][1], lengths[1])
-            hidden = [
-                features.hidden[index, segment.start : segment.start + length]
-                for features, index, length in zip((concept, without), (i, other), lengths, strict=True)
-            ]
-            row, target = aligned_pairs(*hidden, *spans)
+            row, target = aligned_pairs(
+                concept.hidden[i, segment.start : segment.start + length],
+                without.hidden[others[i], segment.start : segment.start + other_length],
+                span[:2],
+                (min(other_span[0], other_length), min(other_span[1], other_length)),
+            )
             rows.append(row.float().cpu())
             targets.append(target.float().cpu())
     if not rows:
-        raise MembraneError(
-            f"no caption has room for {phrases[0]!r}: all templates are longer than the text encoder reads"
-        )
-    index = torch.tensor([surrogates.index(_fill(template, surrogate)) for template, _ in pairs])
-    aligned = TextFeatures(
-        without.hidden, None if without.pooled is None else without.pooled[index.to(without.pooled.device)], []
-    )
-    return _Fit(torch.cat(rows), torch.cat(targets), concept, aligned)
+        raise MembraneError(f"no caption has room for {phrases[0]!r}: all templates exceed the text encoder's length")
+    pooled = None if without.pooled is None else without.pooled[torch.tensor(others, device=without.pooled.device)]
+    return _Fit(torch.cat(rows), torch.cat(targets), concept, TextFeatures(without.hidden, pooled, []))
 
 
 def _spread(phrases: Sequence[str], templates: int, count: int) -> list[tuple[int, str]]:
@@ -217,8 +209,15 @@ def _fill(template: str, word: str) -> str:
     return re.sub(r"\s+", " ", template.replace("{}", word)).strip()
 
 
-def _span(tokenizer, template: str, word: str) -> tuple[int, int]:
-    """Token positions [start, end) of `word` in the filled template."""
-    before = template.split("{}")[0]
-    start = prefix_tokens(tokenizer, _fill(before, ""))
-    return start, prefix_tokens(tokenizer, _fill(before + "{}", word)) if word else start
+def _spans(tokenizer, pairs: Sequence[tuple[str, str]], surrogate: str) -> list[tuple[tuple[int, int, int], ...]]:
+    """Per caption, token positions (start, end, end of the text) of the phrase, and of the surrogate in its place."""
+    before = [template.split("{}")[0] for template, _ in pairs]
+    starts = prefix_tokens(tokenizer, [_fill(text, "") for text in before])
+    found = []
+    for words in ([phrase for _, phrase in pairs], [surrogate] * len(pairs)):
+        ends = prefix_tokens(tokenizer, [_fill(text + "{}", word) for text, word in zip(before, words, strict=True)])
+        stops = prefix_tokens(
+            tokenizer, [_fill(template, word) for (template, _), word in zip(pairs, words, strict=True)]
+        )
+        found.append([(s, e if w else s, stop) for s, e, w, stop in zip(starts, ends, words, stops, strict=True)])
+    return list(zip(*found, strict=True))

@@ -14,7 +14,6 @@ recompiles from step to step.
 from __future__ import annotations
 
 import inspect
-import logging
 from dataclasses import dataclass, field
 
 import torch
@@ -25,18 +24,16 @@ from torch import Tensor, nn
 from ..methods.membrane_types import MembraneError
 from ..methods.membranes import fold, gated_low_rank
 
-logger = logging.getLogger(__name__)
-
 HOOK = "semiperm_membrane"
-_PLANS = 4  # text batches remembered: guidance by separate calls (Flux) alternates between two
 
 
-def _stamp(tensor: Tensor) -> Tensor | int:
+def stamp(tensor: Tensor) -> Tensor | int:
+    """What tells a later in-place change: the version counter, or a copy where inference mode keeps none."""
     return tensor.clone() if tensor.is_inference() else tensor._version
 
 
-def _unchanged(tensor: Tensor, stamp: Tensor | int) -> bool:
-    return torch.equal(tensor, stamp) if isinstance(stamp, Tensor) else tensor._version == stamp
+def _unchanged(tensor: Tensor, then: Tensor | int) -> bool:
+    return torch.equal(tensor, then) if isinstance(then, Tensor) else tensor._version == then
 
 
 def _is_own_forward(module: nn.Module) -> bool:
@@ -85,6 +82,7 @@ class SiteHook(ModelHook):
 
     def new_forward(self, module: nn.Module, x: Tensor, *args, **kwargs) -> Tensor:
         original, state = self.fn_ref.original_forward, self.state
+        self.ran = True
         if torch.compiler.is_compiling():
             if state.strength == 0:
                 return original(x, *args, **kwargs)
@@ -94,7 +92,6 @@ class SiteHook(ModelHook):
             raise MembraneError(
                 f"{self.key} was called before its denoiser; membranes see prompts at the denoiser's forward, call that"
             )
-        self.ran = True
         if plan.neutral or state.outside:
             return original(x, *args, **kwargs)
         if self.plain and not plan.grad:
@@ -116,7 +113,7 @@ class SiteHook(ModelHook):
     def _folded(self, module: nn.Module, x: Tensor, plan: Plan) -> Tensor:
         weight = module.weight
         hit = self.state.folds.get(self)
-        if hit is None or hit[0] is not weight or hit[1:] != (weight._version, weight.dtype, weight.device):
+        if hit is None or hit[0] is not weight or hit[1:4] != (weight._version, weight.dtype, weight.device):
             gamma = plan.gamma[0, self.owner.to(plan.gamma.device)].to(weight.device)
             down, up = self.master
             hit = weight, weight._version, weight.dtype, weight.device

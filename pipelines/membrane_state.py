@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..methods.membrane_types import MembraneError, Membranes
 from .membrane_gates import GateBank
-from .membrane_hooks import Plan, RootHook, SiteHook, install, uninstall
+from .membrane_hooks import Plan, RootHook, SiteHook, install, stamp, uninstall
 from .text import denoiser_of
 
 logger = logging.getLogger(__name__)
@@ -205,7 +205,7 @@ class MembraneHandle:
                 f"mode='folded' needs the same gates in all rows of the batch, but they differ: {gamma.tolist()};"
                 " expected gate='always' or mode='auto'"
             )
-        stamps = tuple(None if t is None else t.clone() if t.is_inference() else t._version for t in (hidden, pooled))
+        stamps = tuple(None if t is None else stamp(t) for t in (hidden, pooled))
         neutral = not grad and not bool(gamma.any()) or self.strength == 0
         return Plan(hidden, pooled, stamps, gamma, self.config.mode, neutral, uniform, grad)
 

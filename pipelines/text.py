@@ -142,10 +142,10 @@ def segments_of(pipe) -> list[Segment]:
     return segments
 
 
-def prefix_tokens(tokenizer, text: str) -> int:
-    """How many positions `text` fills at the start of a sequence, the begin-of-text token included."""
+def prefix_tokens(tokenizer, texts: Sequence[str]) -> list[int]:
+    """How many positions each text fills at the start of a sequence, the begin-of-text token included."""
     begins = tokenizer.bos_token_id is not None and tokenizer("a").input_ids[0] == tokenizer.bos_token_id
-    return int(begins) + len(_ids(tokenizer, [text])[0])
+    return [int(begins) + len(ids) for ids in _ids(tokenizer, texts)]
 
 
 @torch.no_grad()

@@ -73,7 +73,9 @@ def test_the_denoiser_learns(tmp_path):
     data = denoiser.encode_pool(autoencoder.build_autoencoder(), tokenizer, pool, 3, tmp_path / "latents.safetensors")
     assert data.latents.shape == (25, 4, 16, 16) and data.ids.shape == (25, denoiser.PHRASINGS, text.MAX_LENGTH)
     encoder = text.build_text_encoder(tokenizer)
-    denoiser.train_denoiser(data, tokenizer, encoder, tmp_path, steps=200, batch=8, compile=False)
+    denoiser.train_denoiser(
+        data, tokenizer, denoiser.build_unet(), encoder, tmp_path, steps=200, batch=8, compile=False
+    )
     rows = [json.loads(line) for line in (tmp_path / "denoiser.log.jsonl").read_text().splitlines()]
     assert rows[-1]["epsilon_mse"] < 0.8 * rows[0]["epsilon_mse"] and np.isfinite(rows[-1]["loss"])
 

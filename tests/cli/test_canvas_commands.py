@@ -83,3 +83,35 @@ def test_gallery(untrained_canvas, source, tmp_path, monkeypatch):
     run("canvas", "gallery", *(["--samples"] if source == "samples" else []), "-o", tmp_path / "sheet.png")
     size = Image.open(tmp_path / "sheet.png").size
     assert size == (128 * len(captions.STYLES), 128 * len(captions.OBJECTS))
+
+
+def test_bench_membranes(untrained_canvas, tmp_path, monkeypatch):
+    from semiperm.benchmarks import membranes
+
+    rows = [{"name": "membranes/cached", "k": 1, "ratio": 1.01, "spread": [0.99, 1.02], "model": "x", "machine": "m"}]
+    monkeypatch.setattr(membranes, "run", lambda pipe, quick: rows if pipe is untrained_canvas and quick else None)
+    result = run("bench", "membranes", "--quick", "--json", tmp_path / "rows.json")
+    assert "1.010" in result.output and "0.990 to 1.020" in result.output
+    assert json.loads((tmp_path / "rows.json").read_text()) == [{**rows[0], "model": "canvas"}]
+
+
+def test_canvas_check(untrained_canvas, tmp_path, monkeypatch):
+    from semiperm.canvas import check, pipeline
+
+    monkeypatch.setattr(pipeline, "load_pipeline", lambda: untrained_canvas)
+    monkeypatch.setattr(check, "check", lambda pipe, judge, **options: options)
+    result = run("canvas", "check", "--marks", 7, "--json", tmp_path / "check.json")
+    figures = json.loads((tmp_path / "check.json").read_text())
+    assert figures == {"repeats": 2, "marks": 7, "guidance_scale": pipeline.DEFAULT_GUIDANCE}
+    assert json.loads(result.output) == figures
+
+
+def test_canvas_train_passes_its_options_on(tmp_path, monkeypatch):
+    from semiperm.canvas import training
+
+    given = {}
+    monkeypatch.setattr(training, "train_canvas", lambda out, workdir, **options: given.update(options, out=out))
+    run("canvas", "train", "--out", tmp_path, "--part", "judge", "--judge-steps", 3, "--no-compile")
+    assert given["parts"] == ("judge",) and given["judge_steps"] == 3 and given["compile"] is False
+    result = CliRunner().invoke(app, ["canvas", "train", "--out", str(tmp_path), "--part", "nose"])
+    assert result.exit_code == 2 and "nose" in result.stderr

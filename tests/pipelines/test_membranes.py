@@ -199,6 +199,42 @@ def test_window_of_the_schedule(pipe, untouched):
     assert len({image.sum().item() for image in (*images.values(), bare)}) == 4
 
 
+def count_folds(monkeypatch):
+    from semiperm.pipelines import membrane_hooks
+
+    folds, fold = [], membrane_hooks.fold
+    monkeypatch.setattr(membrane_hooks, "fold", lambda *args: folds.append(args) or fold(*args))
+    return folds
+
+
+def test_folds_once_per_prompt(pipe, family, monkeypatch):
+    folds = count_folds(monkeypatch)
+    handle = apply_membranes(pipe, strong(pipe), MembraneConfig(gate="always", mode="folded"))
+    run(pipe, steps=3)
+    run(pipe, ["a dog"], steps=3)
+    assert len(folds) == len(handle.sites)
+
+
+def test_alternating_gates_do_not_fold_at_every_step(monkeypatch):
+    """Flux guides by separate calls; where their gates differ, one branch keeps the folded weights."""
+    pipe = build("flux")
+    folds = count_folds(monkeypatch)
+    stack = strong(pipe)
+    handle = apply_membranes(pipe, stack, MembraneConfig(gate="paper"))
+    image = run(pipe, PROMPTS[:1], steps=4)
+    assert handle.report()["mode"] == ["cached", "folded", "fused"]
+    assert len(folds) < 2 * len(handle.sites)
+    apply_membranes(pipe, stack, MembraneConfig(gate="paper", mode="fused"))
+    assert distance(image, run(pipe, PROMPTS[:1], steps=4)) < CLOSE[torch.float32]
+
+
+def test_inference_mode(pipe, erased):
+    apply_membranes(pipe, [*erased, strong(pipe, concept="cat")])
+    expected = run(pipe)
+    with torch.inference_mode():
+        assert distance(run(pipe), expected) < CLOSE[torch.float32]
+
+
 def test_in_place_change_of_the_embeddings_is_seen(pipe):
     denoiser, _ = denoiser_of(pipe)
     handle = apply_membranes(pipe, strong(pipe), MembraneConfig(gate="always"))
@@ -235,6 +271,28 @@ def test_compiles_in_one_graph_without_recompiling(family, gate):
     assert len(graphs) == 1
     assert distance(compiled, eager) < CLOSE[torch.float32]
     assert not torch.equal(compiled, call_without(pipe))
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("family", ["sd15", "flux"])
+def test_blocks_compiled_one_by_one(family, caplog):
+    torch._dynamo.reset()
+    pipe = build(family)
+    stack = [*erase_concepts(pipe, ["robot"], **ERASE), strong(pipe, concept="cat")]
+    handle = apply_membranes(pipe, stack, MembraneConfig(gate="auto", end=0.9))
+    eager = call(pipe, PROMPTS, steps=3)
+    graphs = []
+
+    def capture(module, _):
+        graphs.append(module)
+        return module.forward
+
+    denoiser_of(pipe)[0].compile_repeated_blocks(backend=capture, fullgraph=True)
+    compiled = call(pipe, PROMPTS, steps=3)
+    count = len(graphs)
+    assert distance(compiled, eager) < CLOSE[torch.float32]
+    assert torch.equal(call(pipe, PROMPTS, steps=3), compiled) and len(graphs) == count
+    assert handle.report()["silent"] == []
     torch._dynamo.reset()
 
 
