@@ -106,7 +106,7 @@ def encode_mean(vae: nn.Module, x: Tensor) -> Tensor:
 
 
 def train_autoencoder(
-    pool: Pool, workdir: Path, steps: int = 3600, seed: int = 0, stop_after: int | None = None
+    pool: Pool, workdir: Path, steps: int = 1500, seed: int = 0, stop_after: int | None = None
 ) -> nn.Module:
     """Train on whole pictures (batch 4) in bfloat16 autocast.
 
@@ -156,7 +156,9 @@ def whiten(vae: nn.Module, pool: Pool, n: int = 512) -> None:
 
     The log-variance becomes a constant -20: `encode(...).sample()` is then deterministic to rounding.
     """
-    z = torch.cat([encode_mean(vae, to_tensor(pool.pictures[i : i + 16])) for i in range(0, n, 16)])
+    z = torch.cat(
+        [encode_mean(vae, to_tensor(pool.pictures[i : i + 16])) for i in range(0, min(n, len(pool.pictures)), 16)]
+    )
     flat = z.permute(0, 2, 3, 1).reshape(-1, 4).double()
     mean = flat.mean(0)
     values, vectors = torch.linalg.eigh((flat - mean).T @ (flat - mean) / len(flat))

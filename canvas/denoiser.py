@@ -82,7 +82,7 @@ def train_denoiser(
     unet: nn.Module,
     text_encoder: nn.Module,
     workdir: Path,
-    steps: int = 10_000,
+    steps: int = 8000,
     seed: int = 0,
     batch: int = 48,
     compile: bool = True,

@@ -136,7 +136,7 @@ def _augment(x: Tensor, g: torch.Generator) -> Tensor:
     return (x + 0.12 * torch.rand(b, 1, 1, 1, generator=g) * torch.randn(x.shape, generator=g)).clamp(-1, 1)
 
 
-def train_judge(workdir: Path, steps: int = 2600, seed: int = 0, pictures: int = 12000) -> JudgeNet:
+def train_judge(workdir: Path, steps: int = 1400, seed: int = 0, pictures: int = 12000) -> JudgeNet:
     """Train on `pictures` renders, a tenth of them without an object, with augmentation (batch 64)."""
     pool = build_pool(pictures, seed + 1000, nothing=0.1)
     labels, order = targets(pool), pool.order

@@ -20,10 +20,10 @@ def train_canvas(
     out: Path,
     workdir: Path,
     *,
-    pictures: int = 30_000,
-    autoencoder_steps: int = 2200,
-    judge_steps: int = 2600,
-    denoiser_steps: int = 10_000,
+    pictures: int = 24_000,
+    autoencoder_steps: int = 1500,
+    judge_steps: int = 1400,
+    denoiser_steps: int = 8000,
     seed: int = 0,
     parts: tuple[str, ...] = PARTS,
     compile: bool = True,
@@ -43,7 +43,7 @@ def train_canvas(
     out, workdir = Path(out), Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     if "judge" in parts:
-        net = train_judge(workdir, judge_steps, seed)
+        net = train_judge(workdir, judge_steps, seed, pictures=min(pictures, 12_000))
         save_tensors({k: v.half() for k, v in net.state_dict().items()}, out / "judge.safetensors")
         shutil.copy(workdir / "judge.log.jsonl", out / "judge.log.jsonl")
     if not {"autoencoder", "denoiser"} & set(parts):

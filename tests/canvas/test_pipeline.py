@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from semiperm.canvas import Judge, load_pipeline
 from semiperm.canvas import check as checking
 from semiperm.canvas import judge as judging

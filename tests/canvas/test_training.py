@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from semiperm.canvas import autoencoder, dataset, denoiser, loop, text
+from semiperm.canvas import Judge, autoencoder, dataset, denoiser, load_pipeline, loop, text, training
 from torch import nn
 
 
@@ -64,6 +64,25 @@ def test_a_resumed_run_equals_an_unbroken_one(tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "a" / "part.log.jsonl").read_text().splitlines()]
     assert rows[-1]["step"] == 250 and rows[-1]["loss"] < 5
     assert not list(tmp_path.glob("**/*.partial"))
+
+
+def test_training_in_miniature_gives_weights_that_load_and_can_be_trained_on(tmp_path):
+    steps = {"autoencoder_steps": 1, "judge_steps": 1, "denoiser_steps": 1, "pictures": 8, "compile": False}
+    training.train_canvas(tmp_path / "out", tmp_path / "work", **steps)
+    pipe = load_pipeline(weights=tmp_path / "out")
+    assert pipe(["a robot"], num_inference_steps=1).images[0].size == (128, 128)
+    assert Judge.load(tmp_path / "out" / "judge.safetensors")(np.zeros((1, 128, 128, 3), np.uint8)).object
+    on = tmp_path / "on"
+    training.train_canvas(on, tmp_path / "w2", parts=("denoiser",), start_from=tmp_path / "out", **steps)
+    again = load_pipeline(weights=on)
+    kept = again.vae.state_dict()
+    assert all(torch.equal(v, kept[k]) for k, v in pipe.vae.state_dict().items())
+    assert {f.name for f in on.iterdir()} >= {"unet.safetensors", "training.json", "denoiser.log.jsonl"}
+
+
+def test_an_unknown_part_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="unknown parts ..vea..; choose from autoencoder"):
+        training.train_canvas(tmp_path, tmp_path, parts=("vea",))
 
 
 @pytest.mark.slow
