@@ -11,7 +11,7 @@ from . import autoencoder, denoiser, text
 from .loop import save_tensors
 
 WEIGHTS = Path(__file__).parent / "weights"
-DEFAULT_GUIDANCE = 3.0
+DEFAULT_GUIDANCE = 4.0
 DEFAULT_STEPS = 25
 
 

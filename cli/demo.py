@@ -32,7 +32,7 @@ COLUMNS = (
     _column("by name", "a dotted picture of a robot on a sand background", ("robot", "dotted")),
     _column("by synonym", "a tiled picture of a mechanical man on a mint background", ("robot", "mosaic")),
     _column("a neighbour", "a striped picture of a ghost on a sky background", ("ghost", "striped")),
-    _column("unrelated", "a flat picture of a red star on a fog background", ("star", "flat")),
+    _column("unrelated", "a flat picture of a red circle on a fog background", ("circle", "flat")),
     _column(
         "two stacked", "a sketch picture of a robot on a lilac background", ("robot", "sketch"), ("robot", "sketch")
     ),
