@@ -156,9 +156,8 @@ def whiten(vae: nn.Module, pool: Pool, n: int = 512) -> None:
 
     The log-variance becomes a constant -20: `encode(...).sample()` is then deterministic to rounding.
     """
-    z = torch.cat(
-        [encode_mean(vae, to_tensor(pool.pictures[i : i + 16])) for i in range(0, min(n, len(pool.pictures)), 16)]
-    )
+    pictures = pool.pictures[:n]
+    z = torch.cat([encode_mean(vae, to_tensor(pictures[i : i + 16])) for i in range(0, len(pictures), 16)])
     flat = z.permute(0, 2, 3, 1).reshape(-1, 4).double()
     mean = flat.mean(0)
     values, vectors = torch.linalg.eigh((flat - mean).T @ (flat - mean) / len(flat))
