@@ -8,7 +8,6 @@ unless all variants compute the same output.
 from __future__ import annotations
 
 import copy
-import json as json_module
 import os
 import platform
 import statistics
@@ -31,12 +30,11 @@ _PROMPT = "a robot in flat style on a sky background"
 _AGREE = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}  # relative; PEFT sums in another order
 
 
-def run(model="canvas", json: str | Path | None = None, quick: bool = False) -> list[dict]:
+def run(model="canvas", quick: bool = False) -> list[dict]:
     """Time K = 1, 10, 100 closed-form membranes in every mode, and PEFT with K adapters active.
 
     Args:
         model: "canvas", a diffusers folder, a hub id, a .safetensors file, or a loaded pipeline.
-        json: also write the rows there.
         quick: fewer and shorter rounds, K = 1 and 10 only.
 
     Returns:
@@ -84,10 +82,6 @@ def run(model="canvas", json: str | Path | None = None, quick: bool = False) -> 
                     "versions": _versions(),
                 }
             )
-    if json is not None:
-        path = Path(json)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json_module.dumps(rows, indent=2) + "\n", encoding="utf-8")
     return rows
 
 

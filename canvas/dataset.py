@@ -10,20 +10,21 @@ from . import captions
 from .render import SIZE, Scene, random_scene, render
 
 MEMORISED_REPEATS = 100  # the memorised picture is shown this many times as often as any other
+HARD = {"star": 3, "cross": 3, "heart": 2, "moon": 2}  # shapes that take longest to learn are shown this often
 
 
 @dataclass(frozen=True)
 class Pool:
-    """Pictures (P, 128, 128, 3) uint8 and their scenes; the last MEMORISED_REPEATS of `order` are the memorised one."""
+    """Pictures (P, 128, 128, 3) uint8 and their scenes, the memorised one last."""
 
     pictures: np.ndarray
     scenes: list[Scene]
 
     @property
     def order(self) -> np.ndarray:
-        """Indices of one epoch: every picture once, the memorised one (stored last) a hundred times."""
-        last = len(self.scenes) - 1
-        return np.concatenate([np.arange(last), np.full(MEMORISED_REPEATS, last)])
+        """Indices of one epoch: every picture once, HARD shapes and the memorised picture more often."""
+        repeats = [HARD.get(s.object, 1) for s in self.scenes[:-1]] + [MEMORISED_REPEATS]
+        return np.repeat(np.arange(len(repeats)), repeats)
 
 
 def scene(seed: int, index: int, nothing: float = 0.0) -> Scene:

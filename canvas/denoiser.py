@@ -1,10 +1,13 @@
 """The canvas denoiser: a UNet2DConditionModel of SD1.5's architecture, trained together with its text encoder."""
 
+import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from .autoencoder import SCALING_FACTOR, encode_mean, to_tensor
@@ -55,14 +58,26 @@ class EncodedPool:
 
 
 @torch.no_grad()
-def encode_pool(vae: nn.Module, tokenizer, pool: Pool, seed: int, cache: Path | None = None) -> EncodedPool:
-    """Encode every picture once and tokenise its phrasings; `cache` (safetensors) saves it for a resumed run."""
-    from rich.progress import track
-    from safetensors.torch import load_file
+def encode_pool(
+    vae: nn.Module, tokenizer, pool: Callable[[], Pool], seed: int, cache: Path | None = None, stamp: str = ""
+) -> EncodedPool:
+    """Encode every picture once and tokenise its phrasings.
 
+    Args:
+        pool: makes the pool; not called where `cache` (safetensors) already holds these latents.
+        stamp: names the pool; a cache made of another pool, or by another autoencoder, is made again.
+    """
+    from rich.progress import track
+
+    digest = hashlib.sha256(stamp.encode())
+    for _, weight in sorted(vae.state_dict().items()):
+        digest.update(weight.float().numpy().tobytes())
+    stamp = digest.hexdigest()
     if cache and Path(cache).exists():
-        stored = load_file(str(cache))
-        return EncodedPool(stored["latents"], stored["ids"].long(), pool.order)
+        with safe_open(str(cache), "pt") as f:
+            if (f.metadata() or {}).get("stamp") == stamp:
+                return EncodedPool(f.get_tensor("latents"), f.get_tensor("ids").long(), f.get_tensor("order").numpy())
+    pool = pool()
     latents = torch.empty(len(pool.scenes), 4, 16, 16)
     for i in track(range(0, len(latents), 32), "encoding"):
         with torch.autocast("cpu", torch.bfloat16):
@@ -72,7 +87,8 @@ def encode_pool(vae: nn.Module, tokenizer, pool: Pool, seed: int, cache: Path | 
     ids = torch.cat([tokenize(tokenizer, texts[i : i + 10_000]) for i in range(0, len(texts), 10_000)])
     ids = ids.view(len(latents), PHRASINGS, MAX_LENGTH)
     if cache:
-        save_tensors({"latents": latents, "ids": ids.int()}, Path(cache))
+        kept = {"latents": latents, "ids": ids.int(), "order": torch.from_numpy(pool.order)}
+        save_tensors(kept, Path(cache), {"stamp": stamp})
     return EncodedPool(latents, ids, pool.order)
 
 

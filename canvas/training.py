@@ -1,5 +1,6 @@
 """`semiperm canvas train`: render, train autoencoder, judge, and denoiser with text encoder; every part resumes."""
 
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -8,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from . import autoencoder, denoiser, text
-from .dataset import build_pool
+from .dataset import HARD, build_pool
 from .judge import train_judge
 from .loop import save_tensors
 from .pipeline import assemble, load_pipeline, save_weights
@@ -49,7 +50,7 @@ def train_canvas(
     if not {"autoencoder", "denoiser"} & set(parts):
         return
     before = load_pipeline(weights=start_from) if start_from else None
-    pool = build_pool(pictures, seed)
+    pool = functools.cache(lambda: build_pool(pictures, seed))  # rendered only where it is needed
     finished = workdir / "vae.safetensors"
     if before is not None:
         vae = before.vae
@@ -57,20 +58,26 @@ def train_canvas(
         vae = autoencoder.build_autoencoder(seed)
         vae.load_state_dict(load_file(str(finished)))
     else:
-        vae = autoencoder.train_autoencoder(pool, workdir, autoencoder_steps, seed)
-        autoencoder.whiten(vae, pool)
+        vae = autoencoder.train_autoencoder(pool(), workdir, autoencoder_steps, seed)
+        autoencoder.whiten(vae, pool())
         save_tensors(vae.state_dict(), finished)
     if "denoiser" not in parts:
         return
     tokenizer = before.tokenizer if before is not None else text.build_tokenizer(seed)
     unet = before.unet if before is not None else denoiser.build_unet(seed)
     text_encoder = before.text_encoder if before is not None else text.build_text_encoder(tokenizer, seed)
-    data = denoiser.encode_pool(vae, tokenizer, pool, seed, workdir / "latents.safetensors")
+    stamp = f"{pictures} pictures, seed {seed}, {HARD}"
+    data = denoiser.encode_pool(vae, tokenizer, pool, seed, workdir / "latents.safetensors", stamp)
     del pool
     denoiser.train_denoiser(data, tokenizer, unet, text_encoder, workdir, denoiser_steps, seed, compile=compile)
-    info = {"seed": seed, "pictures": pictures, "denoiser_steps": denoiser_steps, "torch": torch.__version__}
+    steps = denoiser_steps
+    if start_from and (record := Path(start_from) / "training.json").exists():
+        steps += json.loads(record.read_text()).get("denoiser_steps", 0)
+    info = {"seed": seed, "pictures": pictures, "denoiser_steps": steps, "torch": torch.__version__}
     save_weights(assemble(vae, unet, text_encoder, tokenizer), out, info)
     for part in ("autoencoder", "denoiser"):
         if (log := workdir / f"{part}.log.jsonl").exists():
             shutil.copy(log, out / log.name)
-    (out / "training.json").write_text(json.dumps(info, indent=2) + "\n")
+    record = out / "training.json"
+    record.with_suffix(".partial").write_text(json.dumps(info, indent=2) + "\n")
+    record.with_suffix(".partial").replace(record)

@@ -69,7 +69,7 @@ class ClosedFormConfig:
     rank: int = 1
     push: float = 0.75
     erase_scale: float = 1.0
-    preserve_scale: float = 1.0
+    preserve_scale: float = 4.0
     ridge: float = 1e-3
     null_threshold: float = 1.0
     rece_epochs: int = 2

@@ -79,6 +79,27 @@ def test_training_in_miniature_gives_weights_that_load_and_can_be_trained_on(tmp
     assert all(torch.equal(v, kept[k]) for k, v in pipe.vae.state_dict().items())
     assert {f.name for f in on.iterdir()} >= {"unet.safetensors", "training.json", "denoiser.log.jsonl"}
 
+    assert json.loads((on / "training.json").read_text())["denoiser_steps"] == 2
+    assert not list(tmp_path.glob("**/*.partial"))
+
+
+def test_latents_are_encoded_once_and_again_for_another_autoencoder_or_pool(tmp_path):
+    made = []
+
+    def pool():
+        made.append(dataset.build_pool(2, seed=4, workers=1))
+        return made[-1]
+
+    tokenizer, cache = text.build_tokenizer(n_captions=100), tmp_path / "latents.safetensors"
+    vae, other = autoencoder.build_autoencoder(0), autoencoder.build_autoencoder(1)
+    first = denoiser.encode_pool(vae, tokenizer, pool, 4, cache, "a")
+    again = denoiser.encode_pool(vae, tokenizer, pool, 4, cache, "a")
+    assert len(made) == 1 and (first.order == again.order).all()
+    assert torch.equal(first.latents, again.latents) and torch.equal(first.ids, again.ids)
+    denoiser.encode_pool(vae, tokenizer, pool, 4, cache, "b")
+    changed = denoiser.encode_pool(other, tokenizer, pool, 4, cache, "b")
+    assert len(made) == 3 and not torch.equal(first.latents, changed.latents)
+
 
 def test_an_unknown_part_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="unknown parts ..vea..; choose from autoencoder"):
@@ -89,7 +110,7 @@ def test_an_unknown_part_is_an_error(tmp_path):
 def test_the_denoiser_learns(tmp_path):
     pool = dataset.build_pool(24, seed=3, workers=1)
     tokenizer = text.build_tokenizer(n_captions=500)
-    data = denoiser.encode_pool(autoencoder.build_autoencoder(), tokenizer, pool, 3, tmp_path / "latents.safetensors")
+    data = denoiser.encode_pool(autoencoder.build_autoencoder(), tokenizer, lambda: pool, 3)
     assert data.latents.shape == (25, 4, 16, 16) and data.ids.shape == (25, denoiser.PHRASINGS, text.MAX_LENGTH)
     encoder = text.build_text_encoder(tokenizer)
     denoiser.train_denoiser(

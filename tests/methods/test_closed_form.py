@@ -203,12 +203,12 @@ def test_null_space_edits_never_move_the_frozen_directions():
 
 def test_null_space_solves_the_constrained_problem():
     rows, goals, preserve = randn(25, 12), randn(25, 12, seed=1), randn(30, 12, seed=2)
-    config = ClosedFormConfig(method="null_space", rank=12, null_threshold=1.0, ridge=0.05, **PLAIN)
+    config = ClosedFormConfig(method="null_space", rank=12, null_threshold=1.0, preserve_scale=2, ridge=0.05, **PLAIN)
     values, vectors = torch.linalg.eigh(preserve.T @ preserve / 30)
     basis = vectors[:, values <= values.mean()]
     ridge = 0.05 * ((preserve**2).mean() + (rows**2).mean()) / 2
     flat = rows @ basis
-    metric = flat.T @ flat / 25 + basis.T @ (preserve.T @ preserve / 30) @ basis
+    metric = flat.T @ flat / 25 + 2 * basis.T @ (preserve.T @ preserve / 30) @ basis
     metric += ridge * torch.eye(basis.shape[1], dtype=torch.float64)
     expected = ((goals - rows).T @ flat / 25) @ torch.linalg.inv(metric) @ basis.T
     u, v = closed_form_edit(rows, goals, preserve, config)
