@@ -98,7 +98,7 @@ def train_denoiser(
     unet: nn.Module,
     text_encoder: nn.Module,
     workdir: Path,
-    steps: int = 8000,
+    steps: int = 16_000,
     seed: int = 0,
     batch: int = 48,
     compile: bool = True,

@@ -24,7 +24,7 @@ def train_canvas(
     pictures: int = 24_000,
     autoencoder_steps: int = 1500,
     judge_steps: int = 1400,
-    denoiser_steps: int = 8000,
+    denoiser_steps: int = 16_000,
     seed: int = 0,
     parts: tuple[str, ...] = PARTS,
     compile: bool = True,

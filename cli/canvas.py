@@ -85,7 +85,7 @@ def train(
     pictures: Annotated[int, typer.Option(min=1, help="Rendered pictures to learn from.")] = 24_000,
     autoencoder_steps: Annotated[int, typer.Option(min=1)] = 1500,
     judge_steps: Annotated[int, typer.Option(min=1)] = 1400,
-    denoiser_steps: Annotated[int, typer.Option(min=1)] = 8000,
+    denoiser_steps: Annotated[int, typer.Option(min=1)] = 16_000,
     compile_: Annotated[bool, typer.Option("--compile/--no-compile", help="Train through torch.compile.")] = True,
     start_from: Annotated[
         Path | None, typer.Option(help="Finished weights to go on from: keeps the autoencoder, trains the denoiser on.")

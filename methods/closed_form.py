@@ -66,10 +66,10 @@ class ClosedFormConfig:
     """
 
     method: str = "uce"
-    rank: int = 1
-    push: float = 0.75
+    rank: int = 2
+    push: float = 0.5
     erase_scale: float = 1.0
-    preserve_scale: float = 4.0
+    preserve_scale: float = 8.0
     ridge: float = 1e-3
     null_threshold: float = 1.0
     rece_epochs: int = 2

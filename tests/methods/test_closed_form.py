@@ -173,7 +173,7 @@ def world(d=40, concepts=3, per_concept=30, noise=0.05, seed=0):
 @pytest.mark.parametrize("method", ["uce", "null_space", "rece"])
 def test_stacked_edits_erase_their_concepts_and_spare_the_rest(method, joint):
     rows, goals, preserve = world()
-    config = ClosedFormConfig(method=method, preserve_scale=2.0, **PLAIN)
+    config = ClosedFormConfig(method=method, rank=1, preserve_scale=2.0, **PLAIN)
     if joint:
         edits = closed_form_edits(rows, goals, preserve, config)
     else:
@@ -236,9 +236,8 @@ def test_rece_leaves_less_of_the_concept_to_be_found():
     gram = sum(w.T @ w for w in projections(40).values())
 
     def found(method):  # how close an attacker's embedding comes to the concept through the edit
-        u, v = closed_form_edit(
-            rows[0], goals[0], preserve, ClosedFormConfig(method=method, ridge=0.1, **PLAIN), gram=gram
-        )
+        config = ClosedFormConfig(method=method, rank=1, preserve_scale=1.0, ridge=0.1, **PLAIN)
+        u, v = closed_form_edit(rows[0], goals[0], preserve, config, gram=gram)
         attack = derive_embeddings(rows[0], (u, v), gram, ridge=0.01)
         return ((attack + (attack @ v.T) @ u.T - rows[0]) ** 2).sum() / ((goals[0] - rows[0]) ** 2).sum()
 
