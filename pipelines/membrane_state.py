@@ -9,10 +9,11 @@ import logging
 import torch
 from torch import Tensor
 
+from ..methods.gate_bank import GateBank
+from ..methods.membrane_runtime import Plan, Site, stamp
 from ..methods.membrane_types import MembraneError, Membranes
-from .membrane_gates import GateBank
-from .membrane_hooks import Plan, RootHook, SiteHook, install, stamp, uninstall
-from .text import denoiser_of
+from .membrane_hooks import RootHook, SiteHook, install, uninstall
+from .text import denoiser_of, token_ids
 
 logger = logging.getLogger(__name__)
 
@@ -23,12 +24,14 @@ ATTRIBUTE = "_semiperm_membranes"  # on the denoiser, which pipelines may share
 class MembraneHandle:
     """Membranes at work on one pipeline; a context manager that removes them on exit."""
 
+    weights_fixed = False  # LoRA weights may be fused in place at any time
+
     def __init__(self, pipe, membranes: Membranes, config, sites: dict, bank: GateBank):
         self.pipe, self.membranes, self.config = pipe, membranes, config
         self.denoiser, self.attribute = denoiser_of(pipe)
         self.strength, self.bank = float(config.strength), bank
         self.windowed = (config.start, config.end) != (0.0, 1.0)
-        self.sites = [(module, SiteHook(self, key, module, packed)) for key, (module, packed) in sites.items()]
+        self.sites = [(module, Site(self, key, module, packed)) for key, (module, packed) in sites.items()]
         self.plan: Plan | None = None
         self.gamma: Tensor | None = None
         self.outside = False
@@ -56,8 +59,8 @@ class MembraneHandle:
     def install(self) -> None:
         """Put the hooks in place; `remove` takes them out again."""
         setattr(self.denoiser, ATTRIBUTE, self)
-        for module, hook in self.sites:
-            install(module, hook)
+        for module, site in self.sites:
+            install(module, SiteHook(site))
         install(self.denoiser, RootHook(self, self.denoiser))
         original = self.pipe.encode_prompt
         signature = inspect.signature(original)
@@ -146,7 +149,7 @@ class MembraneHandle:
         return sorted(modes | ({"folded"} if self.folds else set()) or {"neutral"})
 
     def _fuses(self, plan: Plan) -> bool:
-        return any(hook not in plan.outputs for hook in plan.fused)
+        return any(site not in plan.outputs for site in plan.fused)
 
     # --- called by the hooks ---
 
@@ -169,8 +172,8 @@ class MembraneHandle:
             plan = self._make(hidden, pooled)
             self._plans = [plan, *self._plans][:_PLANS]
             self._fresh = True
-            for _, hook in self.sites:
-                hook.ran = False
+            for _, site in self.sites:
+                site.ran = False
         if plan is not self.plan and plan.uniform and not plan.neutral:
             self._claim_fold(plan)
         if plan not in self._used:
@@ -214,7 +217,7 @@ class MembraneHandle:
         if not self._fresh:
             return
         self._fresh = False
-        self._silent = tuple(hook.key for _, hook in self.sites if not hook.ran)
+        self._silent = tuple(site.key for _, site in self.sites if not site.ran)
         if len(self._silent) == len(self.sites):
             raise MembraneError(
                 f"none of the {len(self.sites)} wrapped projections ran (first: {self._silent[0]}); were the attention"
@@ -240,17 +243,18 @@ class MembraneHandle:
         self._place(tensors[0].device, tensors[0].dtype)
         prompts = _strings(arguments.get("prompt"))
         if prompts and arguments.get("prompt_embeds") is None:
-            self.bank.record(self.pipe, tensors[0], prompts, negative=False)
+            self.bank.record(tensors[0], prompts, False, self._ids)
         negatives = _strings(arguments.get("negative_prompt")) or [""]
         if len(tensors) > 1 and arguments.get("negative_prompt_embeds") is None:
-            self.bank.record(
-                self.pipe, tensors[1], negatives * (len(prompts) if len(negatives) == 1 else 1), negative=True
-            )
+            self.bank.record(tensors[1], negatives * (len(prompts) if len(negatives) == 1 else 1), True, self._ids)
+
+    def _ids(self, prompts):
+        return token_ids(self.pipe, prompts)
 
     def _place(self, device: torch.device, dtype: torch.dtype) -> None:
         self.bank.place(device)
-        for _, hook in self.sites:
-            hook.place(device, dtype)
+        for _, site in self.sites:
+            site.place(device, dtype)
 
     def _never_ran(self) -> str:
         return (

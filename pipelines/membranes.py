@@ -9,20 +9,21 @@ remove_membranes(pipe)
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from ..methods.gate_bank import GateBank
 from ..methods.gates import GATES
 from ..methods.membrane_types import Membrane, MembraneError, Membranes
 from ..methods.membranes import check_base_model, pack
 from .membrane_erase import erase_concepts
-from .membrane_gates import GateBank
 from .membrane_import import export_lora, import_membranes
 from .membrane_state import MembraneHandle
-from .text import denoiser_of, family_of, module_keys
+from .text import denoiser_of, encode_text, family_of, module_keys
 
 __all__ = [
     "MembraneConfig",
@@ -107,7 +108,7 @@ def apply_membranes(
         kinds = {(m.base_model, tuple(m.modules)): m for m in membranes}  # the fingerprint is the slow part
         for membrane in kinds.values():
             check_base_model(membrane, {key: available[key].weight for key in membrane.modules})
-    bank = GateBank(pipe, membranes, config.gate)
+    bank = GateBank(functools.partial(encode_text, pipe), membranes, config.gate)
     remove_membranes(pipe)
     handle = MembraneHandle(pipe, membranes, config, sites, bank)
     handle.install()

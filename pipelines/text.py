@@ -6,11 +6,11 @@ import functools
 import inspect
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from ..methods.concept_fit import Segment, TextFeatures
 from ..methods.membrane_types import MembraneError
 
 _CHUNK = 32  # prompts per text-encoder call
@@ -22,30 +22,6 @@ _FAMILIES = {
 }
 _TEXT_TOKEN_MODULES = re.compile(r"(^|\.)(attn2\.to_[kv]|context_embedder)$")
 _TEXT_POOLED_MODULES = re.compile(r"(^|\.)time_text_embed\.text_embedder\.linear_1$")
-
-
-@dataclass(frozen=True)
-class TextFeatures:
-    """Prompts as the denoiser sees them.
-
-    Args:
-        hidden: (B, N, d) token embeddings, exactly what `encode_prompt` returns.
-        pooled: (B, p) pooled embedding (SDXL, SD3, Flux), or None.
-        token_ids: per prompt, the first tokenizer's ids without special tokens.
-    """
-
-    hidden: Tensor
-    pooled: Tensor | None
-    token_ids: list[list[int]]
-
-
-@dataclass(frozen=True)
-class Segment:
-    """A stretch of the token axis that one tokenizer fills: positions start .. start + length."""
-
-    tokenizer: object
-    start: int
-    causal: bool
 
 
 def unwrap(module: nn.Module) -> nn.Module:
@@ -135,11 +111,15 @@ def segments_of(pipe) -> list[Segment]:
     """Which tokenizer fills which stretch of `TextFeatures.hidden`, in order."""
     family = family_of(pipe)
     if family == "flux":
-        return [Segment(pipe.tokenizer_2, 0, causal=False)]
-    segments = [Segment(pipe.tokenizer, 0, causal=True)]
+        return [_segment(pipe.tokenizer_2, 0, causal=False)]
+    segments = [_segment(pipe.tokenizer, 0, causal=True)]
     if family == "sd3" and getattr(pipe, "text_encoder_3", None) is not None:
-        segments.append(Segment(pipe.tokenizer_3, pipe.tokenizer_max_length, causal=False))
+        segments.append(_segment(pipe.tokenizer_3, pipe.tokenizer_max_length, causal=False))
     return segments
+
+
+def _segment(tokenizer, start: int, causal: bool) -> Segment:
+    return Segment(functools.partial(prefix_tokens, tokenizer), start, causal)
 
 
 def prefix_tokens(tokenizer, texts: Sequence[str]) -> list[int]:

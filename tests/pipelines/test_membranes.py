@@ -200,10 +200,10 @@ def test_window_of_the_schedule(pipe, untouched):
 
 
 def count_folds(monkeypatch):
-    from semiperm.pipelines import membrane_hooks
+    from semiperm.methods import membrane_runtime
 
-    folds, fold = [], membrane_hooks.fold
-    monkeypatch.setattr(membrane_hooks, "fold", lambda *args: folds.append(args) or fold(*args))
+    folds, fold = [], membrane_runtime.fold
+    monkeypatch.setattr(membrane_runtime, "fold", lambda *args: folds.append(args) or fold(*args))
     return folds
 
 

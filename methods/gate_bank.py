@@ -1,21 +1,21 @@
 """Gamma (B, K) for the rows a denoiser sees: each is judged by itself, so order, negatives and guidance cannot mix.
 
 `probe` and `always` need only the row's own embedding. `paper` and `official` also need token ids: every
-`encode_prompt` of the pipeline is recorded as (embedding row -> prompt), and a row is looked up by equality. A row
+prompt that was encoded is recorded as (embedding row -> prompt), and a row is looked up by equality. A row
 nobody recorded (embeddings passed in by the user) keeps the feature cosine alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..methods.gates import facilitated_transport, official_gamma, probe_gate
-from ..methods.membrane_types import GateProbe, Membrane, MembraneError
-from .text import encode_text, token_ids
+from .concept_fit import TextFeatures
+from .gates import facilitated_transport, official_gamma, probe_gate
+from .membrane_types import GateProbe, Membrane, MembraneError
 
 _REMEMBERED = 32  # recorded rows; a run needs two per image
 
@@ -41,9 +41,13 @@ def resolve_gate(membrane: Membrane, gate: str) -> str:
 
 
 class GateBank:
-    """All gates of one `apply_membranes`: hidden (B, N, d) -> Gamma (B, K), or (B, K^2) for "official"."""
+    """All gates of one stack: hidden (B, N, d) -> Gamma (B, K), or (B, K^2) for "official".
 
-    def __init__(self, pipe, membranes: Sequence[Membrane], gate: str):
+    Args:
+        encode: phrases -> features, as the denoiser gets its prompts; called only for gates that compare with phrases.
+    """
+
+    def __init__(self, encode: Callable[[Sequence[str]], TextFeatures], membranes: Sequence[Membrane], gate: str):
         self.kinds = [resolve_gate(m, gate) for m in membranes]
         self.official = gate == "official"
         self.recorded: list[_Recorded] = []
@@ -51,7 +55,7 @@ class GateBank:
         self._phrases: list[tuple[Tensor, list[set[int]]] | None] = [None] * len(membranes)
         for k, membrane in enumerate(membranes):
             if self.kinds[k] in ("paper", "official"):
-                features = encode_text(pipe, membrane.phrases)
+                features = encode(membrane.phrases)
                 self._phrases[k] = (features.hidden, [set(ids) for ids in features.token_ids])
         self._needs_ids = any(phrase is not None for phrase in self._phrases)
         self._table: tuple[Tensor, Tensor] | None = None
@@ -64,14 +68,18 @@ class GateBank:
         ]
         self._phrases = [p if p is None else (p[0].to(device), p[1]) for p in self._phrases]
 
-    def record(self, pipe, hidden: Tensor, prompts: Sequence[str], negative: bool) -> None:
-        """Remember which prompt made which rows; rows repeat for `num_images_per_prompt` in order."""
+    def record(self, hidden: Tensor, prompts: Sequence[str], negative: bool, ids: Callable) -> None:
+        """Remember which prompt made which rows; rows repeat for `num_images_per_prompt` in order.
+
+        Args:
+            ids: prompts -> token ids of each, without the special ones.
+        """
         if hidden.ndim != 3 or hidden.shape[0] % len(prompts):
             return
         rows = hidden.detach()[:: hidden.shape[0] // len(prompts)]
         gamma = None
         if self._needs_ids:
-            gamma = self._formula(rows, [set(ids) for ids in token_ids(pipe, prompts)])
+            gamma = self._formula(rows, [set(row) for row in ids(prompts)])
         fresh = [
             _Recorded(row, None if gamma is None else gamma[i], prompt, negative)
             for i, (row, prompt) in enumerate(zip(rows, prompts, strict=True))
