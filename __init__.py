@@ -1,11 +1,13 @@
 """semiperm: unwanted concepts do not pass.
 
 Every public name is loaded on first use, so that importing the package costs nothing. ComfyUI runs this file under
-a module name that is a file path: no relative import may stand at module level.
+a module name that is a file path: no relative import may stand at module level. It finds the nodes through
+`comfy_entrypoint` and their help pages in `WEB_DIRECTORY`.
 """
 
 import importlib
 
+WEB_DIRECTORY = "./web"
 _EXPORTS = {
     "MembraneConfig": "pipelines.membranes",
     "apply_membranes": "pipelines.membranes",
@@ -25,3 +27,8 @@ def __getattr__(name):
 
 def __dir__():
     return [*globals(), *__all__]
+
+
+async def comfy_entrypoint():
+    """Return the nodes to ComfyUI, which alone calls this."""
+    return importlib.import_module(".nodes.extension", __name__).SemipermExtension()

@@ -29,6 +29,36 @@ def membranes(
     show(console, rows)
 
 
+@app.command("comfyui", epilog="Example: COMFYUI_PATH=~/comfy/ComfyUI semiperm bench comfyui --json comfyui.json")
+def comfyui(
+    path: Annotated[Path, typer.Option(envvar="COMFYUI_PATH", help="The ComfyUI folder.")] = Path("~/comfy/ComfyUI"),
+    python: Annotated[
+        Path | None, typer.Option(envvar="COMFYUI_PYTHON", help="Its Python. Default: that of a venv beside it.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=2, help="Pairs of runs for each figure.")] = 15,
+    json_path: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures here.")] = None,
+):
+    """Time sampling in ComfyUI with 1, 10 and 100 membranes against the bare graph."""
+    import json
+    import subprocess
+
+    path = path.expanduser()
+    common.existing_file(path / "main.py", "ComfyUI at")
+    python = (python or path.parent / "venv" / "bin" / "python").expanduser()
+    common.existing_file(python, "Python of ComfyUI at")
+    root = Path(__file__).resolve().parent.parent
+    folder, console = root / "benchmarks", common.console()
+    command = [python, folder / "run_in_comfyui.py", path, root, folder / "comfyui_membranes.py", rounds]
+    with console.status("timing; keep the machine quiet"):
+        done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    if done.returncode:
+        raise common.CliError(f"ComfyUI's Python ended with {done.returncode}: {done.stderr.strip().splitlines()[-1]}")
+    rows = json.loads(done.stdout.strip().splitlines()[-1])
+    if json_path is not None:
+        common.write_json(json_path, rows)
+    show(console, rows)
+
+
 def show(console, rows: list[dict]) -> None:
     """Print the table: the median ratio to the bare pipeline, and its spread."""
     from rich.table import Table

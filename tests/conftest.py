@@ -2,7 +2,7 @@
 
 The repository root is the package, so it must not lie on sys.path: there our `nodes` and `kernels` would shadow
 ComfyUI's and Hugging Face's. `tests` itself lies at the end of the path, so that a test can write
-`from tiny_models import ...`.
+`from tiny_models import ...`; so does `tests/nodes`, for `comfy_server`. ComfyUI itself never comes into this process.
 """
 
 import importlib.util
@@ -24,9 +24,7 @@ def _is_root(entry: str) -> bool:
 
 
 sys.path[:] = [entry for entry in sys.path if not _is_root(entry)]
-if os.environ.get("COMFYUI_PATH"):
-    sys.path.insert(0, os.environ["COMFYUI_PATH"])
-sys.path.append(str(TESTS))
+sys.path += [str(TESTS), str(TESTS / "nodes")]
 
 if "semiperm" not in sys.modules and importlib.util.find_spec("semiperm") is None:
     _spec = importlib.util.spec_from_file_location(
@@ -34,6 +32,8 @@ if "semiperm" not in sys.modules and importlib.util.find_spec("semiperm") is Non
     )
     sys.modules["semiperm"] = importlib.util.module_from_spec(_spec)
     _spec.loader.exec_module(sys.modules["semiperm"])
+
+from comfy_server import why_no_comfyui  # noqa: E402  from tests/nodes
 
 ON_REQUEST = ("slow", "training", "bench")
 
@@ -46,12 +46,13 @@ def root() -> Path:
 
 def pytest_collection_modifyitems(config, items):
     asked = config.option.markexpr or ""
+    no_comfyui = why_no_comfyui()
     for item in items:
         for mark in ON_REQUEST:
             if item.get_closest_marker(mark) and mark not in asked:
                 item.add_marker(pytest.mark.skip(reason=f"{mark}: runs only when asked for, with `pytest -m {mark}`"))
-        if item.get_closest_marker("comfy") and not os.environ.get("COMFYUI_PATH"):
-            item.add_marker(pytest.mark.skip(reason="comfy: set COMFYUI_PATH to a ComfyUI checkout"))
+        if item.get_closest_marker("comfy") and no_comfyui:
+            item.add_marker(pytest.mark.skip(reason=f"comfy: {no_comfyui}"))
         if item.get_closest_marker("gpu") and not _has_gpu():
             item.add_marker(pytest.mark.skip(reason="gpu: torch finds no CUDA device"))
 

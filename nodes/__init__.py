@@ -1,0 +1,1 @@
+"""The ComfyUI nodes; ComfyUI finds them through `extension`."""

@@ -1,0 +1,118 @@
+"""In ComfyUI's Python (see benchmarks/run_in_comfyui.py): membranes on the embedded model.
+
+ARGUMENTS: a safetensors file with `noise` (B, 4, 16, 16), `sigmas` (S,), and the latents `plain` and `erased` that the
+diffusers face made of them. Prints JSON.
+"""
+
+import json
+
+import comfy.sample
+import comfy.samplers
+import torch
+from safetensors.torch import load_file
+from semiperm.methods.membrane_types import MembraneError, Membranes
+from semiperm.nodes.canvas_model import load_canvas
+from semiperm.nodes.concept_text import erase_in
+from semiperm.nodes.membrane_patch import apply_membranes_to, report_of
+
+given = load_file(ARGUMENTS[0])  # noqa: F821
+noise, sigmas = given["noise"], given["sigmas"]
+model, clip, _ = load_canvas()
+base = {key: value.clone() for key, value in model.model.state_dict().items()}
+ROBOT, OTHER = "a dotted picture of a robot on a sand background", "a flat picture of a red circle on a fog background"
+
+
+def conditioning(prompt, **options):
+    states, pooled = clip.encode_from_tokens(clip.tokenize(prompt), return_pooled=True)
+    return [[states, {"pooled_output": pooled, **options}]]
+
+
+def sample(model, positive, noise=noise, cfg=4.0, negative=""):
+    start = noise * (1 + sigmas[0] ** 2).sqrt() / sigmas[0]  # diffusers scales noise for the variance it will have
+    latents = comfy.sample.sample_custom(
+        model, start, cfg, comfy.samplers.sampler_object("euler"), sigmas, positive, conditioning(negative),
+        torch.zeros_like(noise), disable_pbar=True, seed=0,
+    )  # fmt: skip
+    return latents / (1 + sigmas[-1] ** 2).sqrt()
+
+
+def difference(a, b):
+    return float((a - b).abs().max())
+
+
+found = {}
+plain = sample(model, conditioning(ROBOT))
+membranes = erase_in(model, clip, ["robot"])
+erased_model = apply_membranes_to(model, membranes)
+erased = sample(erased_model, conditioning(ROBOT))
+found["plain against diffusers"] = difference(plain, given["plain"])
+found["erased against diffusers"] = difference(erased, given["erased"])
+found["effect"] = difference(erased, plain)
+report = report_of(erased_model)
+found["report"] = report
+found["queued again"] = difference(sample(erased_model, conditioning(ROBOT)), erased)
+found["without the node"] = difference(sample(model, conditioning(ROBOT)), plain)
+found["strength 0"] = difference(sample(apply_membranes_to(model, membranes, strength=0.0), conditioning(ROBOT)), plain)
+found["closed gate"] = difference(
+    sample(erased_model, conditioning(OTHER)), sample(model, conditioning(OTHER))
+)  # the gate never opens: not a bit changes
+
+# rows judged by themselves: a batch, and conditionings for two areas, of which one asks for the robot
+together = conditioning(ROBOT)[0][0], conditioning(OTHER)[0][0]
+rows = [[torch.cat(together), conditioning("")[0][1]]]
+found["batched rows"] = difference(sample(erased_model, rows)[:1], sample(erased_model, conditioning(ROBOT), noise[:1]))
+left, right = (
+    conditioning(ROBOT, area=(16, 8, 0, 0), strength=1.0),
+    conditioning(OTHER, area=(16, 8, 0, 8), strength=1.0),
+)
+always = apply_membranes_to(model, membranes, gate="always")
+found["areas"] = difference(sample(erased_model, left + right), sample(model, left + right))
+found["areas, kinds"] = [row["kind"] for row in report_of(erased_model)["rows"]]
+
+# stacking: one node with two membranes is two nodes with one each
+sketch = erase_in(model, clip, ["sketch"])
+once = apply_membranes_to(model, Membranes([*membranes, *sketch]), gate="always")
+twice = apply_membranes_to(always, sketch, gate="always")
+found["two nodes against one"] = difference(sample(once, conditioning(ROBOT)), sample(twice, conditioning(ROBOT)))
+
+# LoRA: weight patches still find the wrapped projections, and the two add up in either order
+key = next(key for key in base if key.endswith("attn2.to_k.weight"))
+lora = {key: ("diff", (torch.randn(base[key].shape, generator=torch.Generator().manual_seed(1)) * 0.1,))}
+first, last = always.clone(), model.clone()
+first.add_patches(lora)
+last.add_patches(lora)
+with_lora = sample(last, conditioning(ROBOT))
+last = apply_membranes_to(last, membranes, gate="always")
+found["lora effect"] = difference(with_lora, plain)
+found["lora before against after"] = difference(sample(first, conditioning(ROBOT)), sample(last, conditioning(ROBOT)))
+found["lora and membrane against membrane"] = difference(
+    sample(first, conditioning(ROBOT)), sample(always, conditioning(ROBOT))
+)
+
+window = apply_membranes_to(model, membranes, gate="always", start_percent=0.3, end_percent=0.6)
+sample(window, conditioning(ROBOT))
+found["window"] = [step["active"] for step in report_of(window)["steps"]]
+
+errors = {}
+for name, call in {
+    "empty": lambda: erase_in(model, clip, [" ", ""]),
+    "itself": lambda: erase_in(model, clip, ["robot"], "robot"),
+    "none": lambda: apply_membranes_to(model, Membranes()),
+    "window": lambda: apply_membranes_to(model, membranes, start_percent=0.5, end_percent=0.5),
+    "strength": lambda: apply_membranes_to(model, membranes, strength=float("nan")),
+    "gate": lambda: apply_membranes_to(model, membranes, gate="paper"),
+    "unsampled": lambda: report_of(apply_membranes_to(model, membranes)),
+    "bare": lambda: report_of(model),
+}.items():
+    try:
+        call()
+    except MembraneError as error:
+        errors[name] = str(error)
+found["errors"] = errors
+paper = apply_membranes_to(model, membranes, gate="paper", clip=clip)
+found["paper"] = difference(sample(paper, conditioning(ROBOT)), plain)
+model.unpatch_model()
+found["base weights"] = max(
+    difference(value.float(), base[key].float()) for key, value in model.model.state_dict().items()
+)
+print(json.dumps(found))

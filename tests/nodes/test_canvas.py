@@ -1,0 +1,142 @@
+"""The embedded model in the real ComfyUI: the pack loads, the model is the diffusers door's, and it draws."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from comfy_server import in_comfyui, link_pack
+
+pytestmark = pytest.mark.comfy
+
+PROMPT = "a dotted picture of a robot on a sand background"
+ATOL = 1e-4  # fp32: other kernels, another order of sums
+ATOL_64 = 1e-9  # fp64, for the autoencoder: in fp32 its large levels leave 1e-4, and the memory layout alone moves 4e-4
+
+
+def graph(positive: str, negative: str = "", seed: int = 0, batch: int = 1, sampler: str = "ddim") -> dict:
+    """The API graph of the shortest text-to-image workflow on the canvas."""
+    return {
+        "1": {"class_type": "SemipermLoadCanvas", "inputs": {}},
+        "2": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["1", 1], "text": positive}},
+        "3": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["1", 1], "text": negative}},
+        "4": {"class_type": "EmptyLatentImage", "inputs": {"width": 128, "height": 128, "batch_size": batch}},
+        "5": {
+            "class_type": "KSampler",
+            "inputs": {
+                "model": ["1", 0],
+                "positive": ["2", 0],
+                "negative": ["3", 0],
+                "latent_image": ["4", 0],
+                "seed": seed,
+                "steps": 25,
+                "cfg": 4.0,
+                "sampler_name": sampler,
+                "scheduler": "ddim_uniform" if sampler == "ddim" else "normal",
+                "denoise": 1.0,
+            },
+        },
+        "6": {"class_type": "VAEDecode", "inputs": {"samples": ["5", 0], "vae": ["1", 2]}},
+        "7": {"class_type": "SaveImage", "inputs": {"images": ["6", 0], "filename_prefix": "canvas"}},
+    }
+
+
+def test_comfyui_loads_the_pack_without_a_word(tmp_path):
+    report = in_comfyui("check_loading.py", link_pack(tmp_path))
+    assert report["loaded"] and report["complaints"] == []
+    assert report["nodes"]["SemipermLoadCanvas"] == "Load Canvas (embedded model)"
+    assert all(name.startswith("Semiperm") and title for name, title in report["nodes"].items())
+    assert report["foreign"] == []
+
+
+def test_the_server_starts_with_the_pack_and_lists_the_node(comfy):
+    about_us = [line for line in comfy.log().splitlines() if "semiperm" in line]
+    assert len(about_us) == 1 and "seconds: " in about_us[0] and "FAILED" not in about_us[0], about_us
+    node = comfy.object_info()["SemipermLoadCanvas"]
+    assert node["category"] == "semiperm/loaders" and node["python_module"] == "custom_nodes.semiperm"
+    assert node["output"] == ["MODEL", "CLIP", "VAE"] and node["output_name"] == ["MODEL", "CLIP", "VAE"]
+    assert node["description"] and all(node["output_tooltips"])
+    assert not any(node["input"].values())
+
+
+def _through(vae, picture):
+    """Return the latents (1, 4, 16, 16) of a picture (1, 3, 128, 128) in 0..1, and the picture they decode to."""
+    latents = vae.encode(picture * 2 - 1).latent_dist.mode() * vae.config.scaling_factor
+    return latents, (vae.decode(latents / vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
+
+
+@pytest.fixture(scope="module")
+def from_diffusers(tmp_path_factory):
+    """A file of inputs and of what the diffusers pipeline makes of them."""
+    from safetensors.torch import save_file
+    from semiperm.canvas import load_pipeline
+    from semiperm.canvas.check import initial_latents, sample
+    from semiperm.canvas.text import tokenize
+
+    pipe = load_pipeline()
+    prompts = [PROMPT, "", "Ünïcode 🤖!", "a robot, " * 9]
+    picture = np.array(sample(pipe, [PROMPT], [1], steps=4))
+    picture = torch.from_numpy(picture).permute(0, 3, 1, 2).float().contiguous() / 255
+    with torch.no_grad():
+        ids = tokenize(pipe.tokenizer, prompts)
+        hidden = pipe.text_encoder(ids).last_hidden_state
+        noisy, timestep = initial_latents(range(4)), torch.tensor([1, 321, 640, 999])
+        noise_pred = pipe.unet(noisy, timestep, hidden).sample
+        latents, decoded = _through(pipe.vae, picture)
+        latents_64, decoded_64 = _through(pipe.vae.double(), picture.double())
+    cumprod = pipe.scheduler.alphas_cumprod.double()
+    tensors = {
+        "sample": noisy,
+        "timestep": timestep,
+        "picture": picture,
+        "ids": ids,
+        "hidden": hidden,
+        "noise_pred": noise_pred,
+        "encoded": latents,
+        "decoded": decoded,
+        "encoded_64": latents_64,
+        "decoded_64": decoded_64,
+        "sigmas": ((1 - cumprod) / cumprod).sqrt().float(),
+    }
+    file = tmp_path_factory.mktemp("diffusers") / "canvas.safetensors"
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, {"prompts": json.dumps(prompts)})
+    return file
+
+
+def test_every_part_gives_what_diffusers_gives(from_diffusers):
+    report = in_comfyui("check_canvas.py", from_diffusers)
+    assert report["ids"] == 0
+    differences = {name: report[name] for name in ("noise_pred", "hidden", "decoded", "encoded", "sigmas")}
+    assert all(value < ATOL for value in differences.values()), differences
+    assert report["encoded_64"] < ATOL_64 and report["decoded_64"] < ATOL_64, report
+    assert report["marked"] and report["pooled"]
+    assert report["dtypes"] == ["torch.float32"] * 2
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "euler"])
+def test_a_graph_draws_what_is_asked(comfy, sampler):
+    from semiperm.canvas import Judge
+
+    entry = comfy.queue(graph(PROMPT, seed=7, batch=4, sampler=sampler))
+    assert entry["errors"] == [] and entry["status"]["status_str"] == "success"
+    pictures = comfy.images(entry)
+    assert [p.shape for p in pictures] == [(128, 128, 3)] * 4
+    seen = Judge.load()(pictures)
+    assert seen.object == ["robot"] * 4 and seen.style == ["dotted"] * 4
+    assert seen.background == ["sand"] * 4
+
+
+def test_the_same_graph_gives_the_same_bytes(comfy):
+    runs = [comfy.queue(graph(PROMPT, seed=seed)) for seed in (3, 4, 3)]  # what only the first needs is forgotten
+    assert all("5" not in comfy.cached(run) for run in runs)
+    first, other, again = (comfy.images(run)[0].tobytes() for run in runs)
+    assert first == again != other
+
+
+def test_errors_come_back_and_the_server_goes_on(comfy):
+    wrong = graph(PROMPT)
+    wrong["5"]["inputs"]["sampler_name"] = "no_such_sampler"
+    entry = comfy.queue(wrong)
+    assert entry["status"]["status_str"] == "invalid"
+    assert any("KSampler" in error and "no_such_sampler" in error for error in entry["errors"])
+    assert comfy.alive()
