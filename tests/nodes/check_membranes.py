@@ -9,6 +9,7 @@ import json
 import comfy.sample
 import comfy.samplers
 import torch
+from comfy.ldm.modules.attention import optimized_attention
 from safetensors.torch import load_file
 from semiperm.methods.membrane_types import MembraneError, Membranes
 from semiperm.nodes.canvas_model import load_canvas
@@ -68,6 +69,26 @@ left, right = (
 always = apply_membranes_to(model, membranes, gate="always")
 found["areas"] = difference(sample(erased_model, left + right), sample(model, left + right))
 found["areas, kinds"] = [row["kind"] for row in report_of(erased_model)["rows"]]
+
+# little memory: positive and negative run one after the other
+required = model.model.memory_required
+model.model.memory_required = lambda *args, **kwargs: 1e30
+found["split"] = difference(sample(erased_model, conditioning(ROBOT)), erased)
+found["split, kinds"] = [row["kind"] for row in report_of(erased_model)["rows"]]
+model.model.memory_required = required
+
+# another pack's attention patches, as IP-Adapter's: one that replaces attn2 by the same attention, one that adds to it
+replaced = erased_model.clone()
+for block, number in (("input", 1), ("output", 6), ("middle", 0)):
+    replaced.set_model_attn2_replace(
+        lambda q, k, v, options: optimized_attention(q, k, v, options["n_heads"]), block, number
+    )
+found["attention replaced"] = difference(sample(replaced, conditioning(ROBOT)), erased)
+adds, adds_erased = model.clone(), erased_model.clone()
+for patched in (adds, adds_erased):
+    patched.set_model_attn2_output_patch(lambda n, options: n * 1.1)
+one, both = sample(adds, conditioning(ROBOT)), sample(adds_erased, conditioning(ROBOT))
+found["attention patched"] = [difference(one, plain), difference(both, erased), difference(both, one)]
 
 # stacking: one node with two membranes is two nodes with one each
 sketch = erase_in(model, clip, ["sketch"])

@@ -53,6 +53,15 @@ def test_rows_are_judged_by_themselves(found):
     ] * 2
 
 
+def test_conditionings_that_run_one_after_the_other(found):
+    assert found["split"] < 1e-4 and sorted(found["split, kinds"]) == ["negative"] * 2 + ["positive"] * 2
+
+
+def test_attention_patches_of_other_packs(found):
+    assert found["attention replaced"] < 1e-4
+    assert all(effect > 0.1 for effect in found["attention patched"])
+
+
 def test_nodes_add_up_with_each_other_and_with_lora(found):
     assert found["two nodes against one"] < 1e-4
     assert found["lora effect"] > 0.1 and found["lora and membrane against membrane"] > 0.1
