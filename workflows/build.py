@@ -1,0 +1,197 @@
+"""Write the UI graph and the thumbnail of every workflow from api/<name>.json, the one description of it.
+
+    python workflows/build.py http://127.0.0.1:8188
+
+The address is that of a running ComfyUI with semiperm in it: it tells which inputs are widgets, and it renders the
+thumbnails by running the workflows. `--no-pictures` writes the graphs only.
+"""
+
+import io
+import json
+import sys
+import time
+import urllib.parse
+import urllib.request
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
+THUMBNAIL_WIDTH = 400
+GAP = 60  # between columns; between nodes of a column half of it and the title bar
+TITLE_BAR = 30
+
+# Stage -> its node classes; the stages stand from left to right, each in a group of its own.
+STAGES = {
+    "Model and prompts": ("SemipermLoadCanvas", "CLIPTextEncode", "EmptyLatentImage"),
+    "Membranes": ("SemipermEraseConcept", "SemipermLoadMembrane", "SemipermApplyMembranes", "SemipermSaveMembrane"),
+    "Sampling": ("KSampler", "VAEDecode"),
+    "Pictures": ("ImageStitch", "SaveImage", "SemipermMembraneReport"),
+}
+COLORS = ("#3f789e", "#8a5ea8", "#4f8a5b", "#a1763f")
+SIZES = {  # of nodes that show a text field or a picture
+    "CLIPTextEncode": (340, 120),
+    "SaveImage": (380, 340),
+    "SemipermEraseConcept": (340, 300),
+    "SemipermMembraneReport": (380, 520),
+    "SemipermSaveMembrane": (340, 160),
+}
+
+SWITCH = (
+    "\n\n**With a real checkpoint:** replace *Load Canvas* by *Load Checkpoint* (`CheckpointLoaderSimple`), set the "
+    "latent to the model's own size (512x512 for SD 1.x) and write your own prompt and concept."
+)
+NOTES = {
+    "erase_by_text": "## Erase by text\nThe same prompt and seed twice: by the model as it is (left), and by a clone "
+    "from which *Erase Concept* took the robot (right). No file and no training: the membrane is computed from the "
+    "model's own weights. *Membrane Report* tells what fired; a prompt without a robot gives the untouched picture."
+    + SWITCH,
+    "erase_by_file": "## Erase by file\n*Load Membrane* reads `models/semiperm` and `models/loras`; the two canvas "
+    "files of this workflow ship with semiperm. The right picture has the same prompt and seed as the left one, with "
+    "the membrane applied." + SWITCH + " A membrane belongs to one base model: make yours with *Erase Concept* and "
+    "*Save Membrane*.",
+    "stack_and_compare": "## Stack and compare\nColumns: before, the robot membrane alone, robot and sketch stacked. "
+    "The upper prompt asks for both concepts; the lower one for neither, and its three pictures are equal to the bit. "
+    "Further files stack by the input *membranes* of *Load Membrane*." + SWITCH + " The files must be of that model.",
+    "save_and_reload": "## Save and reload\n*Erase Concept* also returns the membranes it made: *Save Membrane* "
+    "writes them to `models/semiperm`, and the file, loaded again, gives the same picture to the bit. From then on you "
+    "need this node no more: in any workflow press **R** (refresh the node definitions) and choose the file, whose "
+    "name *Save Membrane* shows, in *Load Membrane*." + SWITCH,
+}
+
+
+def widgets(info: dict) -> dict[str, dict]:
+    """{name: options} of the inputs that a node of this object_info shows as widgets, in their order."""
+    found = {}
+    for kind, names in info["input_order"].items():
+        for name in names if kind != "hidden" else ():
+            spec = info["input"][kind][name]
+            options = spec[1] if len(spec) > 1 else {}
+            if (isinstance(spec[0], list) or spec[0] in WIDGETS) and not options.get("forceInput"):
+                found[name] = options
+    return found
+
+
+def ui_node(key: str, node: dict, info: dict) -> dict:
+    """One litegraph node without position and links."""
+    shown, sockets, fields, values = widgets(info), [], [], []
+    for kind in ("required", "optional"):
+        for name, spec in info["input"].get(kind, {}).items():
+            type_ = "COMBO" if isinstance(spec[0], list) else spec[0]
+            if name in shown:
+                fields.append({"name": name, "type": type_, "widget": {"name": name}, "link": None})
+            else:
+                optional = {"shape": 7} if kind == "optional" else {}  # a hollow socket
+                sockets.append({"name": name, "type": type_, "link": None} | optional)
+    for name, options in shown.items():
+        value = node["inputs"].get(name)
+        if isinstance(value, list):  # wired: the field below the wire shows any choice
+            value = options.get("default") or (options.get("options") or [""])[0]
+        values.append(value)
+        values += ["fixed"] if options.get("control_after_generate") else []
+    named = zip(info["output_name"], info["output"], strict=True)
+    outputs = [{"name": name, "type": type_, "links": []} for name, type_ in named]
+    rows = max(len(sockets), len(outputs)) * 20 + len(values) * 26 + 16
+    width, height = SIZES.get(node["class_type"], (290, 0))
+    width = max(width, 8 * len(node["_meta"]["title"]) + 70)
+    ours = node["class_type"].startswith("Semiperm")
+    return {
+        "id": int(key),
+        "type": node["class_type"],
+        "title": node["_meta"]["title"],
+        "size": [width, max(rows, height)],
+        "flags": {},
+        "mode": 0,
+        "inputs": sockets + fields,
+        "outputs": outputs,
+        "properties": {"cnr_id": "semiperm" if ours else "comfy-core", "Node name for S&R": node["class_type"]},
+        "widgets_values": values,
+    }
+
+
+def place(api: dict, nodes: dict[str, dict], left: float) -> list[dict]:
+    """Give every node its position and return the groups: stages and, within them, longest paths as columns."""
+    groups = []
+    for index, (stage, classes) in enumerate(STAGES.items()):
+        inside = [key for key in api if api[key]["class_type"] in classes]
+        columns: dict[int, list[str]] = {}
+        depth: dict[str, int] = {}
+        for key in inside:  # api files list a node after those it needs
+            sources = [v[0] for v in api[key]["inputs"].values() if isinstance(v, list) and v[0] in depth]
+            depth[key] = 0 if index == 0 else 1 + max((depth[s] for s in sources), default=-1)
+            columns.setdefault(depth[key], []).append(key)
+        start, bottom = left, 0
+        for _, keys in sorted(columns.items()):
+            top = 0
+            for key in keys:
+                level = [
+                    nodes[v[0]]["pos"][1] for v in api[key]["inputs"].values() if isinstance(v, list) and v[0] in depth
+                ]
+                top = max(top, min(level, default=0))  # beside its source
+                nodes[key]["pos"] = [left, top]
+                top += nodes[key]["size"][1] + TITLE_BAR + GAP // 2
+            left += max(nodes[key]["size"][0] for key in keys) + GAP
+            bottom = max(bottom, top)
+        if inside:
+            box = [start - 20, -TITLE_BAR - 50, left - start - GAP + 40, bottom + TITLE_BAR + 30]
+            groups.append({"id": index + 1, "title": stage, "bounding": box, "color": COLORS[index], "flags": {}})
+            left += 20
+    return groups
+
+
+def build(name: str, api: dict, object_info: dict) -> dict:
+    """The UI graph (litegraph, version 0.4) of an API-format workflow."""
+    nodes = {key: ui_node(key, node, object_info[node["class_type"]]) for key, node in api.items()}
+    note_id, links = max(map(int, api)) + 1, []
+    note = {"id": note_id, "type": "MarkdownNote", "pos": [0, 0], "size": [380, 420], "flags": {}, "mode": 0}
+    note |= {"inputs": [], "outputs": [], "properties": {}, "widgets_values": [NOTES[name]], "color": "#432"}
+    for key, node in api.items():
+        slots = {slot["name"]: (i, slot) for i, slot in enumerate(nodes[key]["inputs"])}
+        for input_name, value in node["inputs"].items():
+            if isinstance(value, list):
+                index, slot = slots[input_name]
+                source = nodes[value[0]]["outputs"][value[1]]
+                slot["link"] = len(links) + 1
+                source["links"].append(slot["link"])
+                links.append([slot["link"], int(value[0]), value[1], int(key), index, source["type"]])
+    groups = place(api, nodes, left=note["size"][0] + GAP + 40)
+    ordered = [note, *nodes.values()]
+    for order, node in enumerate(ordered):
+        node["order"] = order
+    graph = {"last_node_id": note_id, "last_link_id": len(links), "nodes": ordered, "links": links, "groups": groups}
+    return graph | {"config": {}, "extra": {}, "version": 0.4}
+
+
+def get(url: str, body: dict | None = None) -> bytes:
+    with urllib.request.urlopen(url, json.dumps(body).encode() if body else None, timeout=60) as answer:
+        return answer.read()
+
+
+def render(server: str, api: dict, path: Path) -> None:
+    """Run the workflow and write the last picture it saves as the thumbnail."""
+    from PIL import Image
+
+    job = json.loads(get(f"{server}/prompt", {"prompt": api}))["prompt_id"]
+    while not (history := json.loads(get(f"{server}/history/{job}"))):
+        time.sleep(0.5)
+    saved = [i for o in history[job]["outputs"].values() for i in o.get("images", ()) if i["type"] == "output"]
+    if not saved:
+        raise SystemExit(f"{path.stem}: the run saved no picture: {history[job]['status']}")
+    image = Image.open(io.BytesIO(get(f"{server}/view?{urllib.parse.urlencode(saved[-1])}"))).convert("RGB")
+    size = (THUMBNAIL_WIDTH, round(image.height * THUMBNAIL_WIDTH / image.width))
+    image.resize(size, Image.Resampling.LANCZOS).save(path, quality=90)
+
+
+def main(server: str, pictures: bool) -> None:
+    object_info = json.loads(get(f"{server}/object_info"))
+    for source in sorted((HERE / "api").glob("*.json")):
+        api = json.loads(source.read_text(encoding="utf-8"))
+        graph = build(source.stem, api, object_info)
+        (HERE / source.name).write_text(json.dumps(graph, indent=1) + "\n", encoding="utf-8")
+        if pictures:
+            render(server, api, HERE / f"{source.stem}.jpg")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        raise SystemExit(__doc__)
+    main(sys.argv[1].rstrip("/"), "--no-pictures" not in sys.argv)
