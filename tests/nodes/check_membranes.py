@@ -44,6 +44,7 @@ def difference(a, b):
 found = {}
 plain = sample(model, conditioning(ROBOT))
 membranes = erase_in(model, clip, ["robot"])
+found["base_model"], found["keys"] = membranes[0].base_model, list(membranes.module_keys)
 erased_model = apply_membranes_to(model, membranes)
 erased = sample(erased_model, conditioning(ROBOT))
 found["plain against diffusers"] = difference(plain, given["plain"])

@@ -23,7 +23,8 @@ def found(tmp_path_factory):
         return pipe([PROMPT] * 2, latents=noise, **call).images / pipe.vae.config.scaling_factor
 
     plain = latents()
-    apply_membranes(pipe, erase_concepts(pipe, "robot"))
+    membranes = erase_concepts(pipe, "robot")
+    apply_membranes(pipe, membranes)
     erased = latents()
     kept = torch.cat(
         [pipe.scheduler.alphas_cumprod[pipe.scheduler.timesteps], pipe.scheduler.final_alpha_cumprod[None]]
@@ -31,12 +32,20 @@ def found(tmp_path_factory):
     sigmas = ((1 - kept) / kept).sqrt()
     path = tmp_path_factory.mktemp("comfy") / "given.safetensors"
     save_file({"noise": noise, "sigmas": sigmas, "plain": plain, "erased": erased}, path)
-    return in_comfyui("check_membranes.py", path)
+    return in_comfyui("check_membranes.py", path) | {"membranes": membranes}
 
 
 def test_latents_equal_those_of_the_diffusers_face(found):
     assert found["effect"] > 1
     assert found["plain against diffusers"] < 1e-4 and found["erased against diffusers"] < 1e-4
+
+
+def test_a_membrane_of_one_face_fits_the_other(found):
+    from semiperm.methods.membranes import base_model_distance
+
+    (membrane,) = found["membranes"]
+    assert set(found["keys"]) == set(membrane.modules)
+    assert base_model_distance(found["base_model"], membrane.base_model) <= 1
 
 
 @pytest.mark.parametrize("what", ["queued again", "without the node", "strength 0", "closed gate", "base weights"])
