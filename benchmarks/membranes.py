@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..methods.closed_form import closed_form_membrane
-from ..methods.membranes import Membrane, MembraneError, Membranes, pack
+from ..methods.closed_form import ClosedFormConfig, closed_form_membrane
+from ..methods.membranes import MembraneError, Membranes, pack
 from ..pipelines.loaders import load_pipeline
 from ..pipelines.membranes import MembraneConfig, apply_membranes, remove_membranes
 from ..pipelines.text import denoiser_of, module_keys, text_projections
@@ -86,14 +86,14 @@ def run(model="canvas", quick: bool = False) -> list[dict]:
 
 
 def synthetic(pipe, count: int, seed: int = 0) -> Membranes:
-    """K rank-1 closed-form membranes over the token projections: random edits, the true cost and shape."""
+    """K closed-form membranes of the default rank over the token projections: random edits, the true cost and shape."""
     noise = torch.Generator().manual_seed(seed)
     weights = {key: module.weight.detach() for key, module in text_projections(pipe)[0].items()}
     width = next(iter(weights.values())).shape[1]
-    membranes: list[Membrane] = []
+    rank, membranes = ClosedFormConfig().rank, []
     for k in range(count):
-        u, v = (torch.randn(width, generator=noise, dtype=torch.float64) for _ in range(2))
-        edit = (u[:, None] * 0.1 / count, v[None] / width)
+        u, v = (torch.randn(width, rank, generator=noise, dtype=torch.float64) for _ in range(2))
+        edit = (u * 0.1 / count, v.T / width)
         membranes.append(closed_form_membrane(weights, edit, f"concept {k}", base_model=None))
     return Membranes(membranes)
 
