@@ -48,6 +48,7 @@ class GateBank:
     """
 
     def __init__(self, encode: Callable[[Sequence[str]], TextFeatures], membranes: Sequence[Membrane], gate: str):
+        self.concepts = [m.concept for m in membranes]
         self.kinds = [resolve_gate(m, gate) for m in membranes]
         self.official = gate == "official"
         self.recorded: list[_Recorded] = []
@@ -90,6 +91,15 @@ class GateBank:
                 r for r in self.recorded if r.embedding.shape == rows.shape[1:] and r.embedding.device == rows.device
             ]
             self._table = torch.stack([r.embedding for r in same]), torch.stack([r.gamma for r in same])
+
+    def named(self, gamma: list[float]) -> dict[str, float]:
+        """One row of Gamma by concept; the widest gate of membranes that share a name."""
+        if self.official:  # K^2 columns; the diagonal is the squared gate that one membrane acts with
+            gamma = gamma[:: len(self.concepts) + 1]
+        named: dict[str, float] = {}
+        for concept, value in zip(self.concepts, gamma, strict=True):
+            named[concept] = max(value, named.get(concept, value))
+        return named
 
     def recorded_row(self, row: Tensor) -> _Recorded | None:
         """The newest record whose embedding equals `row` (N, d), or None."""

@@ -13,6 +13,7 @@ recompiles from step to step.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -20,8 +21,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .gates import GATES
 from .membrane_types import MembraneError
 from .membranes import fold, gated_low_rank
+
+
+def check_control(
+    strength: float, gate: str, start: float, end: float, names: tuple[str, str] = ("start", "end")
+) -> None:
+    """Refuse what no face can do; `names` are what the face calls the window's ends.
+
+    Raises:
+        MembraneError: a strength that is not finite, an unknown gate, or a window that is empty or leaves [0, 1].
+    """
+    if not math.isfinite(float(strength)):
+        raise MembraneError(f"strength={strength}; expected a finite number, 0 for the untouched model")
+    if gate not in ("auto", *GATES):
+        raise MembraneError(f"gate={gate!r}; expected one of {('auto', *GATES)}")
+    if not 0.0 <= start < end <= 1.0:
+        raise MembraneError(f"window [{start}, {end}]; expected 0 <= {names[0]} < {names[1]} <= 1")
 
 
 def stamp(tensor: Tensor) -> Tensor | int:

@@ -29,6 +29,7 @@ __all__ = [
     "base_model_distance",
     "base_model_hash",
     "check_base_model",
+    "check_base_models",
     "facilitated_transport",
     "fold",
     "gated_low_rank",
@@ -179,6 +180,12 @@ def check_base_model(membrane: Membrane, weights: dict[str, Tensor]) -> None:
             f" {found} ({distance} of {_HASH_BITS} bits differ, at most {_SAME_BASE_BITS} for the same or a fine-tuned"
             " model); compute it for this model, e.g. `semiperm erase MODEL --concept ...`"
         )
+
+
+def check_base_models(membranes: Iterable[Membrane], weights: dict[str, Tensor]) -> None:
+    """`check_base_model` for a stack; membranes of one origin share one fingerprint, which is the slow part."""
+    for membrane in {(m.base_model, tuple(m.modules)): m for m in membranes}.values():
+        check_base_model(membrane, weights)
 
 
 def membrane_from_weights(

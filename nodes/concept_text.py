@@ -79,18 +79,19 @@ def _encoder(model, clip) -> tuple[Callable, list[Segment]]:
     def encode(prompts: Sequence[str]) -> TextFeatures:
         texts = [_escaped(prompt) for prompt in prompts]
         bar = comfy.utils.ProgressBar(len(texts)) if len(texts) > _CHUNK else None
-        hidden, pooled = [], []
+        hidden, pooled, ids = [], [], []
         size = 1 if t5 else _CHUNK
         for start in range(0, len(texts), size):
             part = [clip.tokenize(text) for text in texts[start : start + size]]
             for states, vector in _encoded(clip, part):
                 hidden.append(states[:, :limit])
                 pooled.append(vector)
+            ids += [_ids(clip, first, tokens) for tokens in part]
             if bar is not None:
                 bar.update(len(part))
         vectors = torch.cat(pooled) if t5 and pooled[0] is not None else None
         length = min(h.shape[1] for h in hidden)  # T5 pads to a minimum and lets longer texts grow
-        return TextFeatures(torch.cat([h[:, :length] for h in hidden]), vectors, _ids(clip, first, texts))
+        return TextFeatures(torch.cat([h[:, :length] for h in hidden]), vectors, ids)
 
     return encode, segments
 
@@ -118,19 +119,19 @@ def _tokenizer(clip, name: str):
 
 def _segment(clip, name: str, start: int, causal: bool) -> Segment:
     def prefix_tokens(texts: Sequence[str]) -> list[int]:
-        return [len(_before_end(clip, name, _escaped(text))) for text in texts]
+        return [len(_before_end(clip, name, clip.tokenize(_escaped(text)))) for text in texts]
 
     return Segment(prefix_tokens, start, causal)
 
 
-def _before_end(clip, name: str, text: str) -> list[int]:
-    """Token ids up to the end-of-text token, the begin-of-text token included."""
-    ids = [pair[0] for pair in clip.tokenize(text)[name][0]]
+def _before_end(clip, name: str, tokens: dict) -> list[int]:
+    """Token ids of a tokenised prompt up to the end-of-text token, the begin-of-text token included."""
+    ids = [pair[0] for pair in tokens[name][0]]
     end = _tokenizer(clip, name).end_token
     return ids[: ids.index(end)] if end in ids else ids
 
 
-def _ids(clip, name: str, texts: Sequence[str]) -> list[list[int]]:
+def _ids(clip, name: str, tokens: dict) -> list[int]:
     tokenizer = _tokenizer(clip, name)
     special = {tokenizer.start_token, tokenizer.end_token}
-    return [[i for i in _before_end(clip, name, text) if i not in special] for text in texts]
+    return [i for i in _before_end(clip, name, tokens) if i not in special]

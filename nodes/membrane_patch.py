@@ -7,6 +7,7 @@ Every row of a batch is judged by its own text, however ComfyUI batches, splits 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable
@@ -18,10 +19,9 @@ import torch
 from torch import Tensor
 
 from ..methods.gate_bank import GateBank
-from ..methods.gates import GATES
-from ..methods.membrane_runtime import Plan, Site
+from ..methods.membrane_runtime import Plan, Site, check_control
 from ..methods.membrane_types import MembraneError, Membranes
-from ..methods.membranes import check_base_model, pack
+from ..methods.membranes import check_base_models, pack
 
 ATTACHMENT = "semiperm_membranes"
 _ROOT = "diffusion_model.forward"
@@ -54,10 +54,11 @@ def apply_membranes_to(
         MembraneError: no membranes, a value outside its range, modules that this model has not, other shapes, another
             base model, or a gate that cannot be served.
     """
-    _check_options(membranes, strength, gate, start_percent, end_percent)
+    if not membranes:
+        raise MembraneError("no membranes to apply; connect Load Membrane or Erase Concept")
+    check_control(strength, gate, start_percent, end_percent, ("start_percent", "end_percent"))
     targets = _targets(model, membranes)
-    for membrane in {(m.base_model, tuple(m.modules)): m for m in membranes}.values():
-        check_base_model(membrane, {key: _weight(model, *targets[key]) for key in membrane.modules})
+    check_base_models(membranes, {key: _weight(model, *target) for key, target in targets.items()})
     bank = GateBank(_encoder(model, clip), membranes, gate)
     if strength == 0:
         return model
@@ -167,12 +168,10 @@ class MembranePatch:
         gamma = self.bank(context)
         if not torch.isfinite(gamma).all():
             raise MembraneError("a gate is NaN or Inf: the text conditioning is not finite; check the text encoder")
-        concepts = self.membranes.concepts
-        shown = gamma[:, :: len(concepts) + 1] if self.bank.official else gamma  # the diagonal of K^2 columns
         per_kind = max(1, context.shape[0] // len(kinds))
-        for i, (text, values) in enumerate(zip(context, shown.tolist(), strict=True)):
+        for i, (text, values) in enumerate(zip(context, gamma.tolist(), strict=True)):
             kind = "negative" if kinds[min(i // per_kind, len(kinds) - 1)] == 1 else "positive"
-            fired = dict(zip(concepts, values, strict=True))
+            fired = self.bank.named(values)
             same = (i, kind, float(text.float().sum()), *values)  # a plan that was dropped and made again is no new row
             self._rows.setdefault(same, {"row": len(self._rows), "kind": kind, "gamma": fired})
         gamma = gamma * self.strength
@@ -238,25 +237,18 @@ def _weight(model, path: str, part: tuple[int, int] | None) -> Tensor:
 
 
 def _encoder(model, clip) -> Callable:
+    @functools.cache  # once for all membranes
+    def space():
+        from .concept_text import text_space
+
+        return text_space(model, clip)
+
     def encode(phrases):
         if clip is None:
             raise MembraneError(
                 "the gates 'paper' and 'official' compare the prompt with the concept's phrases, and 'auto' takes"
                 " 'paper' for a membrane without a probe: connect CLIP to this node, or choose the gate 'always'"
             )
-        from .concept_text import text_space
-
-        return text_space(model, clip).encode(phrases)
+        return space().encode(phrases)
 
     return encode
-
-
-def _check_options(membranes: Membranes, strength: float, gate: str, start: float, end: float) -> None:
-    if not membranes:
-        raise MembraneError("no membranes to apply; connect Load Membrane or Erase Concept")
-    if not math.isfinite(strength):
-        raise MembraneError(f"strength={strength}; expected a finite number, 0 for the untouched model")
-    if gate not in ("auto", *GATES):
-        raise MembraneError(f"gate={gate!r}; expected one of {('auto', *GATES)}")
-    if not 0.0 <= start < end <= 1.0:
-        raise MembraneError(f"window [{start}, {end}]; expected 0 <= start_percent < end_percent <= 1")

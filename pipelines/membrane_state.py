@@ -115,7 +115,7 @@ class MembraneHandle:
                         "prompt": entry.prompt if entry else None,
                         "negative": entry.negative if entry else None,
                         "source": "prompt" if entry else "embeds",
-                        "gamma": self._named(gamma),
+                        "gamma": self.bank.named(gamma),
                     }
                 )
         return {
@@ -128,14 +128,6 @@ class MembraneHandle:
             "silent": list(self._silent),
             "rows": rows,
         }
-
-    def _named(self, gamma: list[float]) -> dict[str, float]:
-        if self.bank.official:  # K^2 columns; the diagonal is the squared gate that one membrane acts with
-            gamma = gamma[:: len(self.membranes) + 1]
-        named: dict[str, float] = {}
-        for concept, value in zip(self.membranes.concepts, gamma, strict=True):
-            named[concept] = max(value, named.get(concept, value))
-        return named
 
     def _modes(self) -> list[str]:
         if not self._used:

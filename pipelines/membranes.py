@@ -13,13 +13,12 @@ import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from ..methods.gate_bank import GateBank
-from ..methods.gates import GATES
+from ..methods.membrane_runtime import check_control
 from ..methods.membrane_types import Membrane, MembraneError, Membranes
-from ..methods.membranes import check_base_model, pack
+from ..methods.membranes import check_base_models, pack
 from .membrane_erase import erase_concepts
 from .membrane_import import export_lora, import_membranes
 from .membrane_state import MembraneHandle
@@ -62,14 +61,9 @@ class MembraneConfig:
     check_base: bool = True
 
     def __post_init__(self):
-        if not torch.isfinite(torch.tensor(float(self.strength))):
-            raise MembraneError(f"strength={self.strength}; expected a finite number, 0 for the untouched model")
-        if self.gate not in ("auto", *GATES):
-            raise MembraneError(f"gate={self.gate!r}; expected one of {('auto', *GATES)}")
+        check_control(self.strength, self.gate, self.start, self.end)
         if self.mode not in MODES:
             raise MembraneError(f"mode={self.mode!r}; expected one of {MODES}")
-        if not 0.0 <= self.start < self.end <= 1.0:
-            raise MembraneError(f"window [{self.start}, {self.end}]; expected 0 <= start < end <= 1")
 
 
 def apply_membranes(
@@ -105,9 +99,7 @@ def apply_membranes(
         _check_shape(key, available[key], packed)
         sites[key] = (available[key], packed)
     if config.check_base:
-        kinds = {(m.base_model, tuple(m.modules)): m for m in membranes}  # the fingerprint is the slow part
-        for membrane in kinds.values():
-            check_base_model(membrane, {key: available[key].weight for key in membrane.modules})
+        check_base_models(membranes, {key: available[key].weight for key in membranes.module_keys})
     bank = GateBank(functools.partial(encode_text, pipe), membranes, config.gate)
     remove_membranes(pipe)
     handle = MembraneHandle(pipe, membranes, config, sites, bank)

@@ -15,7 +15,6 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-import uuid
 from pathlib import Path
 
 import numpy as np
@@ -182,17 +181,6 @@ class ComfyServer:
     def images(self, entry: dict) -> list[np.ndarray]:
         """The same as uint8 arrays (H, W, 3)."""
         return [np.asarray(Image.open(io.BytesIO(data)).convert("RGB")) for data in self.image_files(entry)]
-
-    def upload(self, name: str, data: bytes, folder: str = "input") -> str:
-        """Send a picture as the page's upload button does; return the name for a Load Image node."""
-        boundary = uuid.uuid4().hex
-        body = (
-            f'--{boundary}\r\nContent-Disposition: form-data; name="type"\r\n\r\n{folder}\r\n'
-            f'--{boundary}\r\nContent-Disposition: form-data; name="image"; filename="{name}"\r\n'
-            "Content-Type: application/octet-stream\r\n\r\n"
-        ).encode()
-        body += data + f"\r\n--{boundary}--\r\n".encode()
-        return json.loads(self.post("/upload/image", body, f"multipart/form-data; boundary={boundary}"))["name"]
 
 
 def _refused(answer: dict) -> dict:
