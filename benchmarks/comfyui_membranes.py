@@ -5,16 +5,14 @@ run on both sides of it. Prints the rows of `semiperm bench comfyui` as JSON.
 """
 
 import json
-import os
-import platform
 import statistics
 import time
 from dataclasses import replace
-from importlib.metadata import version
 
 import comfy.sample
 import torch
 from comfyui_version import __version__ as comfyui
+from semiperm.benchmarks.timing import machine, ratio_row, versions
 from semiperm.methods.membrane_types import Membranes
 from semiperm.nodes.canvas_model import load_canvas
 from semiperm.nodes.concept_text import erase_in
@@ -59,18 +57,10 @@ for count in COUNTS:
             ratios.append(2 * between / (before + after))
             bare.append(after)
             before = after
-        low, median, high = statistics.quantiles(ratios, n=4)
         rows.append(
-            {
-                "name": f"comfyui/{gate}",
-                "k": count,
-                "ratio": round(median, 4),
-                "spread": [round(low, 4), round(high, 4)],
-                "ms": round(statistics.median(bare) / STEPS * 1e3, 3),
-                "rounds": rounds,
-                "model": "canvas",
-                "machine": f"{platform.machine()} CPU, {torch.get_num_threads()} of {os.cpu_count()} cores, float32",
-                "versions": {"python": platform.python_version(), "torch": version("torch"), "comfyui": comfyui},
-            }
-        )
+            ratio_row(
+                f"comfyui/{gate}", count, ratios, statistics.median(bare) / STEPS, model="canvas",
+                machine=machine(noise.device, noise.dtype), versions=versions("torch") | {"comfyui": comfyui},
+            )
+        )  # fmt: skip
 print(json.dumps(rows))

@@ -8,8 +8,6 @@ unless all variants compute the same output.
 from __future__ import annotations
 
 import copy
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -23,6 +21,7 @@ from ..methods.membranes import MembraneError, Membranes, pack
 from ..pipelines.loaders import load_pipeline
 from ..pipelines.membranes import MembraneConfig, apply_membranes, remove_membranes
 from ..pipelines.text import denoiser_of, module_keys, text_projections
+from .timing import machine, ratio_row, versions
 
 COUNTS = (1, 10, 100)
 MODES = ("cached", "folded", "fused")
@@ -67,21 +66,12 @@ def run(model="canvas", quick: bool = False) -> list[dict]:
                 ratios[name].append(2 * seconds / (before + after))  # the bare step on both sides of it
                 bare.append(after)
                 before = after
-        for name, values in ratios.items():
-            low, median, high = statistics.quantiles(values, n=4)
-            rows.append(
-                {
-                    "name": name,
-                    "k": count,
-                    "ratio": round(median, 4),
-                    "spread": [round(low, 4), round(high, 4)],
-                    "ms": round(statistics.median(bare) * 1e3, 3),
-                    "rounds": rounds,
-                    "model": str(model) if isinstance(model, (str, Path)) else type(pipe).__name__,
-                    "machine": _machine(denoiser),
-                    "versions": _versions(),
-                }
-            )
+        about = {
+            "model": str(model) if isinstance(model, (str, Path)) else type(pipe).__name__,
+            "machine": machine(denoiser.device, denoiser.dtype),
+            "versions": versions("torch", "diffusers", "peft"),
+        }
+        rows += [ratio_row(name, count, values, statistics.median(bare), **about) for name, values in ratios.items()]
     return rows
 
 
@@ -174,22 +164,3 @@ def _step_seconds(denoiser, args: tuple, kwargs: dict, steps: int) -> float:
             torch.cuda.synchronize(denoiser.device)
         seconds.append(time.perf_counter() - start)
     return statistics.median(seconds[1:])
-
-
-def _machine(denoiser) -> str:
-    if denoiser.device.type == "cuda":
-        return f"{torch.cuda.get_device_name(denoiser.device)}, {str(denoiser.dtype).removeprefix('torch.')}"
-    threads = f"{torch.get_num_threads()} of {os.cpu_count()} cores"
-    return f"{platform.machine()} CPU, {threads}, {str(denoiser.dtype).removeprefix('torch.')}"
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    versions = {"python": platform.python_version()}
-    for name in ("torch", "diffusers", "peft"):
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = "absent"
-    return versions

@@ -1,0 +1,48 @@
+"""What the overhead benchmarks share: a row of figures, and what it was measured on. Imports no diffusers, no comfy."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+
+def ratio_row(name: str, k: int, ratios: Sequence[float], bare_seconds: float, **about) -> dict:
+    """A row {"name", "k", "ratio": median, "spread": [low, high] over the middle half, "ms": bare, "rounds", ...}.
+
+    Args:
+        ratios: one a round, variant to bare. bare_seconds: of one step. about: further entries, as they are.
+    """
+    low, median, high = statistics.quantiles(ratios, n=4)
+    return {
+        "name": name,
+        "k": k,
+        "ratio": round(median, 4),
+        "spread": [round(low, 4), round(high, 4)],
+        "ms": round(bare_seconds * 1e3, 3),
+        "rounds": len(ratios),
+        **about,
+    }
+
+
+def machine(device: torch.device, dtype: torch.dtype) -> str:
+    """The GPU's name, or the CPU with its threads; and the precision."""
+    precision = str(dtype).removeprefix("torch.")
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, {precision}"
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} of {os.cpu_count()} cores, {precision}"
+
+
+def versions(*names: str) -> dict[str, str]:
+    """Python's version and those of the packages, "absent" where one is not installed."""
+    found = {"python": platform.python_version()}
+    for name in names:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "absent"
+    return found
