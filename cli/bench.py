@@ -39,21 +39,18 @@ def comfyui(
     json_path: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures here.")] = None,
 ):
     """Time sampling in ComfyUI with 1, 10 and 100 membranes against the bare graph."""
-    import json
-    import subprocess
+    from ..benchmarks.launch import ROOT, run_in_comfyui
 
     path = path.expanduser()
     common.existing_file(path / "main.py", "ComfyUI at")
     python = (python or path.parent / "venv" / "bin" / "python").expanduser()
     common.existing_file(python, "Python of ComfyUI at")
-    root = Path(__file__).resolve().parent.parent
-    folder, console = root / "benchmarks", common.console()
-    command = [python, folder / "run_in_comfyui.py", path, root, folder / "comfyui_membranes.py", rounds]
-    with console.status("timing; keep the machine quiet"):
-        done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
-    if done.returncode:
-        raise common.CliError(f"ComfyUI's Python ended with {done.returncode}: {done.stderr.strip().splitlines()[-1]}")
-    rows = json.loads(done.stdout.strip().splitlines()[-1])
+    console = common.console()
+    try:
+        with console.status("timing; keep the machine quiet"):
+            rows = run_in_comfyui(path, python, ROOT / "benchmarks" / "comfyui_membranes.py", rounds)
+    except RuntimeError as error:
+        raise common.CliError(f"ComfyUI's Python failed: {str(error).splitlines()[-1]}") from error
     if json_path is not None:
         common.write_json(json_path, rows)
     show(console, rows)

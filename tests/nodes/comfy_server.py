@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from semiperm.benchmarks.launch import environment, run_in_comfyui
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -49,23 +50,9 @@ def why_no_comfyui() -> str | None:
     return None
 
 
-def environment() -> dict[str, str]:
-    """The environment of a ComfyUI process: without ours on its path, and offline."""
-    hidden = ("PYTHONPATH", "PYTHONHOME", "PYTHONWARNINGS")
-    kept = {name: value for name, value in os.environ.items() if name not in hidden}
-    return kept | {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
-
-
 def in_comfyui(check: str, *arguments, timeout: float = 300) -> dict:
     """Run a check of this folder with ComfyUI's Python; return the JSON it prints last."""
-    runner = ROOT / "benchmarks" / "run_in_comfyui.py"
-    command = [comfyui_python(), runner, comfyui_path(), ROOT, HERE / check, *arguments]
-    done = subprocess.run(
-        [str(part) for part in command], env=environment(), capture_output=True, text=True, timeout=timeout
-    )
-    if done.returncode:
-        raise RuntimeError(f"{check} ended with {done.returncode}:\n{done.stdout[-1000:]}\n{done.stderr[-4000:]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    return run_in_comfyui(comfyui_path(), comfyui_python(), HERE / check, *arguments, timeout=timeout)
 
 
 def link_pack(base: Path) -> Path:
