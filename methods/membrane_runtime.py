@@ -21,9 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels.gated_low_rank import gated_low_rank
 from .gates import GATES
 from .membrane_types import MembraneError
-from .membranes import fold, gated_low_rank
+from .membranes import fold
 
 
 def check_control(
@@ -47,7 +48,8 @@ def stamp(tensor: Tensor) -> Tensor | int:
     return tensor.clone() if tensor.is_inference() else tensor._version
 
 
-def _unchanged(tensor: Tensor, then: Tensor | int) -> bool:
+def same_bits(tensor: Tensor, then: Tensor | int) -> bool:
+    """Whether a tensor is as it was when `stamp` returned `then`."""
     return torch.equal(tensor, then) if isinstance(then, Tensor) else tensor._version == then
 
 
@@ -76,7 +78,7 @@ class Plan:
     def fits(self, hidden: Tensor, pooled: Tensor | None) -> bool:
         if self.hidden is not hidden or self.pooled is not pooled or self.grad is not torch.is_grad_enabled():
             return False
-        return all(_unchanged(t, s) for t, s in zip((hidden, pooled), self.stamps, strict=True) if t is not None)
+        return all(same_bits(t, s) for t, s in zip((hidden, pooled), self.stamps, strict=True) if t is not None)
 
 
 class Site:
@@ -112,7 +114,7 @@ class Site:
         if torch.compiler.is_compiling():
             if state.strength == 0:
                 return original(x, *args, **kwargs)
-            return original(x, *args, **kwargs) + self._delta(x, self.down, self.up, state.gamma[:, self.owner])
+            return self._add(original(x, *args, **kwargs), x, self.down, self.up, state.gamma[:, self.owner])
         plan = state.plan
         if plan is None:
             raise MembraneError(
@@ -121,13 +123,13 @@ class Site:
         if plan.neutral or state.outside:
             return original(x, *args, **kwargs)
         if plan.grad:
-            return original(x, *args, **kwargs) + self._fused(x, plan)
+            return self._fused(original(x, *args, **kwargs), x, plan)
         if self.cacheable and plan.mode in ("auto", "cached") and (x is plan.hidden or x is plan.pooled):
             if state.weights_fixed or not (x.is_inference() or module.weight.is_inference()):
                 return self._cached(module, x, plan, original)
         if self.plain and plan.mode in ("auto", "folded") and plan.uniform and not plan.fold_lost:
             return self._folded(module, x, plan)
-        return original(x, *args, **kwargs) + self._fused(x, plan)
+        return self._fused(original(x, *args, **kwargs), x, plan)
 
     def _cached(self, module: nn.Module, x: Tensor, plan: Plan, original) -> Tensor:
         weight, hit = module.weight, plan.outputs.get(self)
@@ -137,7 +139,7 @@ class Site:
                 return hit[2].clone()  # inference mode: nothing would tell if the caller changed the kept one
             if hit[2]._version == hit[3]:
                 return hit[2]
-        y = original(x) + self._fused(x, plan)
+        y = self._fused(original(x), x, plan)
         plan.outputs[self] = (
             (weight, version, y.clone(), None) if y.is_inference() else (weight, version, y, y._version)
         )
@@ -154,18 +156,19 @@ class Site:
         folded = self.state.folds[self][4]
         return F.linear(x, folded, module.bias) if folded.ndim == 2 else module._conv_forward(x, folded, module.bias)
 
-    def _fused(self, x: Tensor, plan: Plan) -> Tensor | float:
+    def _fused(self, y: Tensor, x: Tensor, plan: Plan) -> Tensor:
         payload = plan.fused.get(self)
-        if payload is None or payload[0].device != x.device or payload[0].dtype != x.dtype:
-            gamma = plan.gamma[:, self.owner.to(plan.gamma.device)].to(x.device)
+        if payload is None or payload[0].device != y.device or payload[0].dtype != y.dtype:
+            gamma = plan.gamma[:, self.owner.to(plan.gamma.device)].to(y.device)
             active = gamma.ne(0).any(dim=0).nonzero().flatten() if not plan.grad else torch.arange(gamma.shape[1])
-            down, up = (t.to(x.device)[active.to(x.device)].to(x.dtype) for t in self.master)
-            payload = down, up, gamma[:, active.to(x.device)].to(x.dtype)
+            down, up = (t.to(y.device)[active.to(y.device)].to(y.dtype) for t in self.master)
+            payload = down, up, gamma[:, active.to(y.device)].to(y.dtype)
             if not plan.grad:
                 plan.fused[self] = payload
-        return self._delta(x, *payload) if payload[0].shape[0] else 0.0
+        return self._add(y, x, *payload) if payload[0].shape[0] else y
 
-    def _delta(self, x: Tensor, down: Tensor, up: Tensor, gamma_rows: Tensor) -> Tensor:
+    def _add(self, y: Tensor, x: Tensor, down: Tensor, up: Tensor, gamma_rows: Tensor) -> Tensor:
+        """y + ((x D^T) * gamma) U."""
         if x.shape[0] != gamma_rows.shape[0]:
             if x.shape[0] % gamma_rows.shape[0]:
                 raise MembraneError(
@@ -173,6 +176,7 @@ class Site:
                     " multiple (frames of one prompt side by side)"
                 )
             gamma_rows = gamma_rows.repeat_interleave(x.shape[0] // gamma_rows.shape[0], dim=0)
+        x = x.to(y.dtype)  # autocast hands over another
         if x.ndim == 4:  # a 1x1 convolution: channels first
-            return gated_low_rank(x.movedim(1, -1), down, up, gamma_rows).movedim(-1, 1)
-        return gated_low_rank(x, down, up, gamma_rows)
+            return gated_low_rank(y.movedim(1, -1), x.movedim(1, -1), down, up, gamma_rows).movedim(-1, 1)
+        return gated_low_rank(y, x, down, up, gamma_rows)

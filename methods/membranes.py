@@ -32,7 +32,6 @@ __all__ = [
     "check_base_models",
     "facilitated_transport",
     "fold",
-    "gated_low_rank",
     "load_membranes",
     "membrane_from_weights",
     "official_gamma",
@@ -90,21 +89,6 @@ def pack(
     repeats = torch.tensor([d.shape[0] for d in downs], device=downs[0].device)
     owner = torch.tensor(owners, device=downs[0].device).repeat_interleave(repeats)
     return torch.cat(downs), torch.cat(ups), owner
-
-
-def gated_low_rank(x: Tensor, down: Tensor, up: Tensor, gamma_rows: Tensor) -> Tensor:
-    """delta y = ((x D^T) * gamma) U, in the dtype of x.
-
-    Args:
-        x: (B, ..., in), channels last.
-        down, up: (R, in), (R, out) from `pack`.
-        gamma_rows: (B, R) = Gamma[:, owner]; a row of zeros adds exactly 0 to its sample. (1, R) serves every sample.
-
-    Returns:
-        (B, ..., out), to be added to W x.
-    """
-    gamma = gamma_rows.reshape(gamma_rows.shape[0], *[1] * (x.ndim - 2), gamma_rows.shape[1])
-    return ((x @ down.to(x.dtype).T) * gamma.to(x.dtype)) @ up.to(x.dtype)
 
 
 def fold(weight: Tensor, down: Tensor, up: Tensor, gamma_per_rank: Tensor) -> Tensor:

@@ -11,6 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton: kernels run on the CPU
 
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
@@ -53,11 +57,5 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(pytest.mark.skip(reason=f"{mark}: runs only when asked for, with `pytest -m {mark}`"))
         if item.get_closest_marker("comfy") and no_comfyui:
             item.add_marker(pytest.mark.skip(reason=f"comfy: {no_comfyui}"))
-        if item.get_closest_marker("gpu") and not _has_gpu():
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="gpu: torch finds no CUDA device"))
-
-
-def _has_gpu() -> bool:
-    import torch
-
-    return torch.cuda.is_available()

@@ -1,0 +1,96 @@
+"""Which path a kernel takes: Triton on a GPU (or in Triton's interpreter, on request), else the torch reference.
+
+`SEMIPERM_KERNELS` is `auto` (default), `triton` or `reference`; a forced path that cannot run raises.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # Windows, macOS and slim installations: the reference runs
+    triton = tl = None
+
+__all__ = [
+    "KernelError",
+    "check_tensors",
+    "interpreted",
+    "jit",
+    "kernel_path",
+    "needs_grad",
+    "next_power_of_2",
+    "tl",
+    "triton",
+]
+
+
+class KernelError(ValueError):
+    """A kernel was called with tensors it cannot take, or was forced onto a path that cannot run here."""
+
+
+def jit(function):
+    """`triton.jit`, or the function itself where Triton is absent: then nothing launches it."""
+    return triton.jit(function) if triton is not None else function
+
+
+def kernel_path(x: Tensor) -> str:
+    """Return "triton" or "reference" for an operation on x.
+
+    Raises:
+        KernelError: SEMIPERM_KERNELS is none of its three values, or forces Triton where it cannot run.
+    """
+    wanted = os.environ.get("SEMIPERM_KERNELS", "auto")
+    if wanted not in ("auto", "triton", "reference"):
+        raise KernelError(f"SEMIPERM_KERNELS={wanted!r}; expected 'auto', 'triton' or 'reference'")
+    if wanted == "reference":
+        return "reference"
+    if wanted == "auto":
+        return "triton" if triton is not None and x.is_cuda else "reference"
+    if triton is None:
+        raise KernelError("SEMIPERM_KERNELS=triton, but Triton is not installed; pip install triton, or unset it")
+    if not x.is_cuda and not interpreted():
+        raise KernelError(
+            f"SEMIPERM_KERNELS=triton, but the tensor is on {x.device}; move it to a GPU, set TRITON_INTERPRET=1 before"
+            " semiperm is imported, or unset SEMIPERM_KERNELS"
+        )
+    return "triton"
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter: decided when they were made, by TRITON_INTERPRET."""
+    return type(_probe).__name__ == "InterpretedFunction"
+
+
+@jit
+def _probe():
+    pass
+
+
+def needs_grad(*tensors: Tensor) -> bool:
+    """Whether autograd has to record an operation on these tensors."""
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def check_tensors(operation: str, first: Tensor, **others: Tensor | None) -> None:
+    """Refuse tensors that do not share the first one's device and dtype, or that are not floating point.
+
+    Raises:
+        KernelError: names the operation, the tensor, and both devices and dtypes.
+    """
+    if first.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise KernelError(f"{operation}: dtype {first.dtype}; expected float32, float16 or bfloat16")
+    for name, tensor in others.items():
+        if tensor is not None and (tensor.device != first.device or tensor.dtype != first.dtype):
+            raise KernelError(
+                f"{operation}: {name} is {tensor.dtype} on {tensor.device}; expected {first.dtype} on {first.device},"
+                " as the first argument"
+            )

@@ -1,0 +1,51 @@
+"""Every kernel's default configs compile for every GPU generation and spill no register; no GPU is needed."""
+
+import json
+
+import pytest
+from semiperm.benchmarks import kernel_resources
+from semiperm.benchmarks.kernel_resources import KERNELS, TARGETS, ResourceError
+from semiperm.kernels import dispatch
+
+# What a program may take: of an A100, an H100 and a B200 each, with room for a second program; and an MI300's LDS.
+SHARED_BYTES = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+
+needs_triton = pytest.mark.skipif(dispatch.triton is None, reason="Triton is not installed")
+
+
+@needs_triton
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_kernels_compile_everywhere_without_spills(python, tmp_path, kernel):
+    path = tmp_path / "resources.json"
+    python("-m", "semiperm.benchmarks.kernel_resources", "--json", path, "--kernel", kernel)
+    rows = json.loads(path.read_text())
+    assert rows and {row["target"] for row in rows} == set(TARGETS)
+    assert [path.name for path in tmp_path.glob("*.json*")] == ["resources.json"]  # no temporary file left
+    assert [(row["name"], row["target"], row["spills"]) for row in rows if row["spills"]] == []
+    for row in rows:
+        assert row["name"].startswith(kernel) and 0 < row["registers"] <= 512
+        assert row["shared_bytes"] <= SHARED_BYTES[row["target"]], row
+        assert row["config"] and row["versions"]["triton"] and row["versions"]["ptxas"]
+    assert len({(row["name"], row["target"]) for row in rows}) == len(rows)
+
+
+def test_every_kernel_file_is_recorded(root):
+    files = {path.stem for path in (root / "kernels").glob("*.py") if "def compile_cases" in path.read_text()}
+    assert files == set(KERNELS)
+
+
+def test_one_clear_error_without_triton(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(dispatch, "triton", None)
+    assert kernel_resources.main(["--json", str(tmp_path / "rows.json")]) == 1
+    assert capsys.readouterr().err.startswith("error: Triton is not installed")
+    assert not list(tmp_path.iterdir())
+
+
+@needs_triton
+def test_refuses_an_unknown_target_and_the_interpreter(monkeypatch):
+    monkeypatch.setattr(dispatch.triton.knobs.runtime, "interpret", False)
+    with pytest.raises(ResourceError, match="no target sm_75; expected some of sm_80"):
+        kernel_resources.resources(["sm_75"])
+    monkeypatch.setattr(dispatch.triton.knobs.runtime, "interpret", True)
+    with pytest.raises(ResourceError, match="TRITON_INTERPRET is set"):
+        kernel_resources.resources(["sm_90"])
