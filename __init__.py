@@ -10,10 +10,13 @@ import importlib
 WEB_DIRECTORY = "./web"
 _EXPORTS = {
     "MembraneConfig": "pipelines.membranes",
+    "NegativeTokenMergingConfig": "methods.negative_token_merging",
     "apply_membranes": "pipelines.membranes",
+    "apply_negative_token_merging": "pipelines.negative_token_merging",
     "erase_concepts": "pipelines.membranes",
     "load_membranes": "methods.membranes",
     "remove_membranes": "pipelines.membranes",
+    "remove_negative_token_merging": "pipelines.negative_token_merging",
     "save_membranes": "methods.membranes",
 }
 __all__ = sorted(_EXPORTS)

@@ -9,13 +9,11 @@ from __future__ import annotations
 import inspect
 
 import torch
-from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.hooks import ModelHook
 from torch import Tensor, nn
 
-from ..methods.membrane_runtime import Site, is_own_forward
+from ..methods.membrane_runtime import Site
 from ..methods.membrane_types import MembraneError
-
-HOOK = "semiperm_membrane"
 
 
 class SiteHook(ModelHook):
@@ -74,19 +72,3 @@ class RootHook(ModelHook):
         if not torch.compiler.is_compiling():
             self.state.check_sites()
         return output
-
-
-def install(module: nn.Module, hook: ModelHook) -> None:
-    """Register `hook` under our name, outermost."""
-    HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, HOOK)
-
-
-def uninstall(module: nn.Module) -> None:
-    """Take our hook off and leave no trace of the registry where it is empty: the module is as it was made."""
-    registry = getattr(module, "_diffusers_hook", None)
-    if registry is None:
-        return
-    registry.remove_hook(HOOK, recurse=False)
-    if not registry.hooks and is_own_forward(module):
-        module.__dict__.pop("forward", None)
-        del module._diffusers_hook

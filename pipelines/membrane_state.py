@@ -12,7 +12,8 @@ from torch import Tensor
 from ..methods.gate_bank import GateBank
 from ..methods.membrane_runtime import Plan, Site, stamp
 from ..methods.membrane_types import MembraneError, Membranes
-from .membrane_hooks import RootHook, SiteHook, install, uninstall
+from .hooks import MEMBRANES, install, uninstall
+from .membrane_hooks import RootHook, SiteHook
 from .text import denoiser_of, token_ids
 
 logger = logging.getLogger(__name__)
@@ -60,8 +61,8 @@ class MembraneHandle:
         """Put the hooks in place; `remove` takes them out again."""
         setattr(self.denoiser, ATTRIBUTE, self)
         for module, site in self.sites:
-            install(module, SiteHook(site))
-        install(self.denoiser, RootHook(self, self.denoiser))
+            install(module, SiteHook(site), MEMBRANES)
+        install(self.denoiser, RootHook(self, self.denoiser), MEMBRANES)
         original = self.pipe.encode_prompt
         signature = inspect.signature(original)
 
@@ -81,7 +82,7 @@ class MembraneHandle:
         if getattr(self.denoiser, ATTRIBUTE, None) is not self:
             return
         for module in (self.denoiser, *(module for module, _ in self.sites)):
-            uninstall(module)
+            uninstall(module, MEMBRANES)
         delattr(self.denoiser, ATTRIBUTE)
         if self.pipe.__dict__.get("encode_prompt") is self._encode_prompt:
             del self.pipe.encode_prompt

@@ -11,6 +11,7 @@ import json
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLWan,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
@@ -20,6 +21,8 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    WanPipeline,
+    WanTransformer3DModel,
 )
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
@@ -30,6 +33,8 @@ from transformers import (
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 
 FAMILIES = ("sd15", "sd2", "sdxl", "sd3", "flux")
@@ -254,9 +259,37 @@ def _enliven(pipe) -> None:
                     parameter.normal_(std=0.05)
 
 
+def build_wan(seed: int = 0):
+    """A tiny WanPipeline: two frames of latents from five of video."""
+    tokenizer = t5_tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        pipe = WanPipeline(
+            tokenizer=tokenizer,
+            text_encoder=UMT5EncoderModel(
+                UMT5Config(vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4)
+            ),
+            vae=AutoencoderKLWan(base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+            transformer=WanTransformer3DModel(
+                patch_size=(1, 2, 2),
+                num_attention_heads=2,
+                attention_head_dim=12,
+                text_dim=32,
+                freq_dim=32,
+                ffn_dim=32,
+                num_layers=2,
+                rope_max_seq_len=32,
+            ),
+        )
+        _enliven(pipe)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 def call(pipe, prompt, *, negative_prompt=None, seed: int = 0, steps: int = 2, guidance_scale: float = 3.0, **kwargs):
     """Run `pipe` on CPU and return its latents (B, ...); image i starts from the noise of seed + i."""
-    count = len(prompt) if isinstance(prompt, list) else 1
+    count, size = len(prompt) if isinstance(prompt, list) else 1, SIZE
     if prompt is None:
         count = kwargs["prompt_embeds"].shape[0]
     generators = [torch.Generator().manual_seed(seed + i) for i in range(count)]
@@ -267,15 +300,18 @@ def call(pipe, prompt, *, negative_prompt=None, seed: int = 0, steps: int = 2, g
         }
     else:
         kwargs |= {"guidance_scale": guidance_scale}
-    if "Diffusion3" in type(pipe).__name__:
+    if "Diffusion3" in type(pipe).__name__ or "Wan" in type(pipe).__name__:
         kwargs |= {"max_sequence_length": LENGTH}
+    if "Wan" in type(pipe).__name__:
+        kwargs |= {"num_frames": 5}
+        size = 2 * SIZE  # of latents an eighth
     return pipe(
         prompt,
         negative_prompt=negative_prompt,
-        height=SIZE,
-        width=SIZE,
+        height=size,
+        width=size,
         num_inference_steps=steps,
         generator=generators,
         output_type="latent",
         **kwargs,
-    ).images
+    )[0]

@@ -1,0 +1,150 @@
+"""The reference rows of negative token merging: images to noisy latents, masks and words, for every family."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..methods.negative_token_merging import NegativeTokenMergingConfig, TokenMergingError, grid_of, token_mask
+from .text import device_of, encode_text, split_encoded
+
+
+class Reference:
+    """What is known of the reference images once the size of the latents is: encoded once per size, on demand."""
+
+    def __init__(self, pipe, family: str, config: NegativeTokenMergingConfig):
+        self.pipe, self.family, self.config = pipe, family, config
+        self.images, self.masks = config.reference or (), config.mask or ()
+        self.alphas = getattr(pipe.scheduler, "alphas_cumprod", None)
+        if family in ("sd", "sdxl") and self.alphas is None:
+            raise TokenMergingError(
+                f"{type(pipe.scheduler).__name__} has no alphas_cumprod, so the noise level of a UNet's step is"
+                " unknown; use DDIM, Euler, DPM-Solver or another scheduler of that family"
+            )
+        self._latents: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self._masks: dict[tuple[int, int, int], Tensor] = {}
+        self._texts: dict[tuple, tuple[Tensor, Tensor | None]] = {}
+
+    def level(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
+        """(share of the image, share of the noise) in what the denoiser is given at this timestep, (1,) each."""
+        t = timestep.reshape(-1)[:1].float()
+        if self.family not in ("sd", "sdxl"):
+            sigma = t if self.family == "flux" else t / 1000  # Flux is called with t / 1000
+            return 1 - sigma, sigma
+        table = self.alphas = self.alphas.to(t.device)
+        t = t.clamp(0, len(table) - 1)
+        low = t.floor().long()
+        high = (low + 1).clamp(max=len(table) - 1)
+        alpha = torch.lerp(table[low].float(), table[high].float(), t - low)
+        return alpha.sqrt(), (1 - alpha).sqrt()
+
+    def prepare(self, height: int, width: int, device=None) -> tuple[Tensor, Tensor]:
+        """Latents (R, C, height, width) of the reference images, scaled as the denoiser expects, and noise; cached."""
+        key = (height, width)
+        if key not in self._latents:
+            if torch.compiler.is_compiling():
+                raise TokenMergingError(
+                    f"the reference was not encoded for latents of {height} x {width} before the model was compiled;"
+                    " call handle.prepare(image_height, image_width) first"
+                )
+            scale = self.pixels_per_latent
+            pixels = torch.stack([cover(image, height * scale, width * scale) for image in self.images])
+            latents = self._encode(pixels * 2 - 1)
+            draws = [
+                torch.randn(latents.shape[1:], generator=torch.Generator().manual_seed(self.config.seed + r))
+                for r in range(len(latents))
+            ]
+            self._latents[key] = latents, torch.stack(draws).to(latents.device)
+        latents, noise = self._latents[key]
+        if device is not None and latents.device != device:
+            self._latents[key] = latents, noise = latents.to(device), noise.to(device)
+        return latents, noise
+
+    def rows(self, height: int, width: int, timestep: Tensor) -> Tensor:
+        """The reference rows (R, C, height, width) at a step's noise level; the noise is the same at every step."""
+        latents, noise = self.prepare(height, width, timestep.device)
+        if not self.config.noise_reference:
+            return latents
+        of_image, of_noise = self.level(timestep)
+        return of_image * latents + of_noise * noise
+
+    def mask(self, tokens: int, height: int, width: int, device) -> Tensor | None:
+        """(R, tokens) bool on a layer's grid, or None."""
+        if not self.masks:
+            return None
+        key = (tokens, height, width)
+        if key not in self._masks:
+            _, rows, columns = grid_of(tokens, height, width)
+            size = max(rows, 64), max(columns, 64)
+            self._masks[key] = token_mask([cover(m[None], *size)[0] for m in self.masks], tokens, height, width)
+        self._masks[key] = self._masks[key].to(device)
+        return self._masks[key]
+
+    def text(self, length: int) -> tuple[Tensor, Tensor | None]:
+        """The reference prompt's embeddings (1, length, d) and pooled embedding (1, p) or None; cached."""
+        if length not in self._texts:
+            prompt = [self.config.reference_prompt]
+            if self.family == "wan":
+                encoded = self.pipe.encode_prompt(
+                    prompt, do_classifier_free_guidance=False, max_sequence_length=length, device=device_of(self.pipe)
+                )
+                self._texts[length] = split_encoded(encoded)
+            else:
+                clip = self.pipe.tokenizer_max_length if self.family == "sd3" else 0
+                features = encode_text(self.pipe, prompt, max_sequence_length=length - clip or None)
+                self._texts[length] = features.hidden, features.pooled
+        hidden, pooled = self._texts[length]
+        if hidden.shape[1] != length:
+            raise TokenMergingError(
+                f"the prompts have {length} text positions, the reference prompt {hidden.shape[1]}; expected the same:"
+                " call the pipeline with prompts rather than with embeddings of another length"
+            )
+        return hidden, pooled
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """The sizes of latents for which the images are encoded."""
+        return list(self._latents)
+
+    @property
+    def pixels_per_latent(self) -> int:
+        """Along one side."""
+        if self.family == "wan":
+            return self.pipe.vae_scale_factor_spatial
+        return 2 ** (len(self.pipe.vae.config.block_out_channels) - 1)
+
+    @torch.no_grad()
+    def _encode(self, pixels: Tensor) -> Tensor:
+        vae, device = self.pipe.vae, device_of(self.pipe)
+        dtype = vae.dtype
+        upcast = dtype == torch.float16 and getattr(vae.config, "force_upcast", False)  # SDXL's overflows in float16
+        if upcast:
+            vae.to(torch.float32)
+        pixels = pixels.to(device, vae.dtype)
+        try:
+            if self.family == "wan":
+                latents = vae.encode(pixels[:, :, None]).latent_dist.mode().float()[:, :, 0]
+                mean, std = (
+                    torch.tensor(values, device=device).view(1, -1, 1, 1)
+                    for values in (vae.config.latents_mean, vae.config.latents_std)
+                )
+                return (latents - mean) / std
+            latents = vae.encode(pixels).latent_dist.mode().float()
+        finally:
+            if upcast:
+                vae.to(dtype)
+        shift = getattr(vae.config, "shift_factor", None) or 0.0
+        return (latents - shift) * vae.config.scaling_factor
+
+
+def cover(image: Tensor, height: int, width: int) -> Tensor:
+    """Resize (C, H, W) until it covers height x width, and cut the middle out: nothing is stretched."""
+    scale = max(height / image.shape[-2], width / image.shape[-1])
+    size = [max(height, math.ceil(image.shape[-2] * scale)), max(width, math.ceil(image.shape[-1] * scale))]
+    if size != list(image.shape[-2:]):
+        image = F.interpolate(image[None], size, mode="bicubic", antialias=True)[0].clamp(0, 1)
+    top, left = (size[0] - height) // 2, (size[1] - width) // 2
+    return image[:, top : top + height, left : left + width]
