@@ -69,7 +69,7 @@ def best_match_reference(
 
 
 def _best_match_small(queries, keys, pairs, key_mask, gate) -> tuple[Tensor, Tensor]:
-    """At once for all rows that look at the same references."""
+    """With one product for all rows, or, where that tile is large, for all rows that look at the same references."""
     (batch, tokens, channels), (references, length, _) = queries.shape, keys.shape
     score = queries.new_full((batch, tokens), -torch.inf, dtype=torch.float32)
     index = queries.new_full((batch, tokens), -1, dtype=torch.int64)
@@ -79,19 +79,27 @@ def _best_match_small(queries, keys, pairs, key_mask, gate) -> tuple[Tensor, Ten
     for b in range(batch):
         if active[b] and any(allowed[b]):
             groups.setdefault(tuple(r for r in range(references) if allowed[b][r]), []).append(b)
+    rows, used = sorted(sum(groups.values(), [])), sorted(set().union(*groups))
+    if len(groups) > 1 and len(rows) * tokens * len(used) * length <= SMALL:
+        groups = {tuple(used): rows}
     if not groups:
         return score, index
     unit = keys.float()
     unit = unit * _inverse_norm(unit)[:, :, None]
-    for chosen, rows in groups.items():
-        at, used = torch.tensor(rows, device=queries.device), torch.tensor(chosen, device=queries.device)
+    for used, rows in groups.items():
+        at, of = torch.tensor(rows, device=queries.device), torch.tensor(used, device=queries.device)
         mine = queries.index_select(0, at).float().flatten(0, 1)
-        cosine = mine @ unit.index_select(0, used).flatten(0, 1).t()
+        cosine = mine @ unit.index_select(0, of).flatten(0, 1).t()
         if key_mask is not None:
-            cosine.masked_fill_(~key_mask.index_select(0, used).flatten(), -torch.inf)
+            cosine.masked_fill_(~key_mask.index_select(0, of).flatten(), -torch.inf)
+        tiles = cosine.view(len(rows), tokens, len(used), length)
+        for i, b in enumerate(rows):
+            for k, r in enumerate(used):
+                if not allowed[b][r]:
+                    tiles[i, :, k] = -torch.inf
         found, column = cosine.max(1)
         found *= _inverse_norm(mine)
-        column = (used[column // length] * length + column % length).masked_fill_(found == -torch.inf, -1)
+        column = (of[column // length] * length + column % length).masked_fill_(found == -torch.inf, -1)
         score.index_copy_(0, at, found.view(-1, tokens))
         index.index_copy_(0, at, column.view(-1, tokens))
     return score, index
