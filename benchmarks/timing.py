@@ -12,21 +12,18 @@ import torch
 
 
 def ratio_row(name: str, k: int, ratios: Sequence[float], bare_seconds: float, **about) -> dict:
-    """A row {"name", "k", "ratio": median, "spread": [low, high] over the middle half, "ms": bare, "rounds", ...}.
+    """A row {"name", "k", "ratio": median, "spread": [low, high] over the middle half, "rounds", "ms": bare, ...}.
 
     Args:
         ratios: one a round, variant to bare. bare_seconds: of one step. about: further entries, as they are.
     """
+    return {"name": name, "k": k, **spread(ratios), "ms": round(bare_seconds * 1e3, 3), **about}
+
+
+def spread(ratios: Sequence[float]) -> dict:
+    """The entries {"ratio": median, "spread": [low, high] over the middle half, "rounds"} of one ratio a round."""
     low, median, high = statistics.quantiles(ratios, n=4)
-    return {
-        "name": name,
-        "k": k,
-        "ratio": round(median, 4),
-        "spread": [round(low, 4), round(high, 4)],
-        "ms": round(bare_seconds * 1e3, 3),
-        "rounds": len(ratios),
-        **about,
-    }
+    return {"ratio": round(median, 4), "spread": [round(low, 4), round(high, 4)], "rounds": len(ratios)}
 
 
 def machine(device: torch.device, dtype: torch.dtype) -> str:

@@ -29,6 +29,50 @@ def membranes(
     show(console, rows)
 
 
+@app.command("sampling", epilog="Example: semiperm bench sampling --json sampling.json")
+def sampling(
+    model: Annotated[str, typer.Option(metavar="MODEL", help=common.MODEL_HELP)] = "canvas",
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer rounds and steps, and no peers.")] = False,
+    json_path: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures here.")] = None,
+):
+    """Time whole sampling runs with negative token merging against bare ones, and the released algorithm beside it."""
+    pipe = common.load_model(model, dtype="auto")
+
+    from ..benchmarks.sampling import run
+
+    console = common.console()
+    with console.status("timing; keep the machine quiet"):
+        rows = [{**row, "model": model} for row in run(pipe, quick=quick)]
+    if json_path is not None:
+        common.write_json(json_path, rows)
+    show(console, rows, "window", "time of a whole run, in times the bare one's (median, middle half)")
+
+
+@app.command("token-merging", epilog="Example: semiperm bench token-merging --json token_merging.json")
+def token_merging(
+    seeds: Annotated[int, typer.Option(min=1, help="Noises for each prompt.")] = 2,
+    json_path: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures here.")] = None,
+):
+    """Judge on the canvas whether negative token merging avoids a picture, and spreads a batch; and what it costs."""
+    from rich.table import Table
+
+    from ..benchmarks.token_merging import batches, run
+
+    with common.progress("pictures, four at a time", batches(seeds)) as advance:
+        rows = run(advance, seeds)
+    if json_path is not None:
+        common.write_json(json_path, rows)
+    for mode in ("reference", "diversity"):
+        table, inside = Table(caption=f"{mode} mode"), [row for row in rows if row["mode"] == mode]
+        figures = [name for name, value in inside[0].items() if isinstance(value, (float, list))]
+        for heading in ("name", *figures):
+            table.add_column(heading.replace("_", " "))
+        for row in inside:
+            values = [row[name][0] if isinstance(row[name], list) else row[name] for name in figures]
+            table.add_row(row["name"], *(f"{value:.3f}" for value in values))
+        common.console().print(table)
+
+
 @app.command("comfyui", epilog="Example: COMFYUI_PATH=~/comfy/ComfyUI semiperm bench comfyui --json comfyui.json")
 def comfyui(
     path: Annotated[Path, typer.Option(envvar="COMFYUI_PATH", help="The ComfyUI folder.")] = Path("~/comfy/ComfyUI"),
@@ -56,14 +100,19 @@ def comfyui(
     show(console, rows)
 
 
-def show(console, rows: list[dict]) -> None:
-    """Print the table: the median ratio to the bare pipeline, and its spread."""
+def show(
+    console,
+    rows: list[dict],
+    case: str = "k",
+    caption: str = "time of one step, in times the bare pipeline's (median, middle half)",
+) -> None:
+    """Print the table: the median ratio to the bare pipeline, and its spread; `case` is what else tells rows apart."""
     from rich.table import Table
 
-    table = Table(caption="time of one step, in times the bare pipeline's (median, middle half)")
-    for heading in ("name", "K", "ratio", "spread"):
+    table = Table(caption=caption)
+    for heading in ("name", case, "ratio", "spread"):
         table.add_column(heading)
     for row in rows:
         low, high = row["spread"]
-        table.add_row(row["name"], str(row["k"]), f"{row['ratio']:.3f}", f"{low:.3f} to {high:.3f}")
+        table.add_row(row["name"], str(row[case]), f"{row['ratio']:.3f}", f"{low:.3f} to {high:.3f}")
     console.print(table)

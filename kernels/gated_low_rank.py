@@ -33,7 +33,7 @@ def gated_low_rank_reference(y: Tensor, x: Tensor, down: Tensor, up: Tensor, gam
     if needs_grad(y, x, down, up, gamma):
         return _formula(y, x, down, up, gamma)
     live = gamma.ne(0).any(dim=1)
-    if y.device.type != "cpu":  # no row is skipped: asking which would wait for the GPU
+    if y.device.type != "cpu" or torch.compiler.is_compiling():  # no row is skipped: asking which would wait for it
         return torch.where(live.view(-1, *[1] * (y.ndim - 1)), _formula(y, x, down, up, gamma), y)
     live = live.tolist()
     if all(live):
@@ -236,11 +236,9 @@ def gated_low_rank(y: Tensor, x: Tensor, down: Tensor, up: Tensor, gamma: Tensor
     Source: SPM (arXiv 2312.16145), eq. 6, for K adapters packed as one.
     """
     _check(y, x, down, up, gamma)
-    if torch.compiler.is_compiling():
-        return _gated_low_rank_op(y, x, down, up, gamma)
     if kernel_path(y) == "reference":
         return gated_low_rank_reference(y, x, down, up, gamma)
-    if needs_grad(y, x, down, up, gamma):
+    if torch.compiler.is_compiling() or needs_grad(y, x, down, up, gamma):
         return _gated_low_rank_op(y, x, down, up, gamma)
     return _gated_low_rank_triton(y, x, down, up, gamma)
 

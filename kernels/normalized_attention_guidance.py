@@ -114,8 +114,8 @@ def normalized_attention_guidance(positive: Tensor, negative: Tensor, scale: flo
         alpha: share of the guided attention, 0 to 1; 0 returns Z+'s bits.
 
     Returns:
-        (B, N, C), a new tensor. A token with Z+ = 0 stays 0. Gradients: on the reference path in eager mode only;
-        backward through the compiled or the Triton path raises.
+        (B, N, C), a new tensor. A token with Z+ = 0 stays 0. Gradients: on the reference path only; backward
+        through the Triton path raises.
 
     Raises:
         KernelError: shapes, dtypes, devices or values outside these.
@@ -141,11 +141,9 @@ def normalized_attention_guidance(positive: Tensor, negative: Tensor, scale: flo
     if scale == 0 or alpha == 0:
         return positive.clone(memory_format=torch.contiguous_format)
     arguments = positive, negative, float(scale), float(tau), float(alpha)
-    if torch.compiler.is_compiling():
-        return _normalized_attention_guidance_op(*arguments)
     if kernel_path(positive) == "reference":
-        return normalized_attention_guidance_reference(*arguments)
-    if needs_grad(positive, negative):
+        return normalized_attention_guidance_reference(*arguments)  # which a compiler fuses better than we could
+    if torch.compiler.is_compiling() or needs_grad(positive, negative):
         return _normalized_attention_guidance_op(*arguments)  # whose backward raises
     return _normalized_attention_guidance_triton(*arguments)
 

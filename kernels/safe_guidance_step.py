@@ -184,8 +184,8 @@ def safe_guidance_step(
 
     Returns:
         guided (B, ...) in u's dtype, m' (B, ...) float32, and the mean of mu per sample (B,) float32 for the record: 0
-        where nothing was unsafe. New tensors. Gradients: on the reference path in eager mode only; backward through the
-        compiled or the Triton path raises.
+        where nothing was unsafe. New tensors. Gradients: on the reference path only; backward through the Triton path
+        raises.
 
     Raises:
         KernelError: shapes, dtypes, devices or values outside these.
@@ -223,12 +223,10 @@ def safe_guidance_step(
             f" ({u.shape[0]},) torch.bool on {u.device}"
         )
     arguments = u, noise_pred_text, noise_pred_safety, momentum, active, *map(float, scales)
-    if torch.compiler.is_compiling():
-        return _safe_guidance_step_op(*arguments)
     if kernel_path(u) == "reference":
-        return safe_guidance_step_reference(*arguments)
+        return safe_guidance_step_reference(*arguments)  # which a compiler fuses better than we could
     tensors = (u, noise_pred_text, noise_pred_safety) + (() if momentum is None else (momentum,))
-    if needs_grad(*tensors):
+    if torch.compiler.is_compiling() or needs_grad(*tensors):
         return _safe_guidance_step_op(*arguments)  # whose backward raises
     return _safe_guidance_step_triton(*arguments)
 

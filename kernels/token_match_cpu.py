@@ -10,8 +10,9 @@ A CPU with bfloat16 dot products searches in two stages, with exactly the winner
        e = |dq'| max|k' + dk'| + |q'| max|dk'| + max|db| + float32 rounding,
    with the rounding errors dq', dk', db as measured. The result is rounded once more, and rounding is monotone. So the
    winner is among the keys with round(t_j) >= round(top - 2^-8 |top| - 2 e), top = max_j round(t_j).
-2. Exact scores in float32 for those keys alone: about two a query. A query with more than `MAX_CANDIDATES` (flat
-   regions: many keys are nearly equal) is compared with the whole block in float32.
+2. Exact scores in float32 for those keys alone: about two a query. Queries with more than `MAX_CANDIDATES` (smooth
+   regions: many keys are nearly equal) are compared with all that any of them has; where that is most of the block of
+   keys, the scan is given up for it.
 
 Extra memory: one block of keys in bfloat16 and one tile of scores, whatever N and M are.
 """
@@ -177,13 +178,16 @@ class _Block:
             return self._exact(queries)
         mask = self._candidates(queries, best)
         crowded = (mask.sum(1, dtype=torch.int32) > MAX_CANDIDATES).nonzero().flatten()
+        if not len(crowded):
+            return self._rescored(queries, mask)
+        # what neighbours are like is alike: together they have few candidates
+        columns = mask.index_select(0, crowded).any(0).nonzero().flatten()
+        if 2 * len(columns) > len(self.keys):
+            self.rounded = None  # too much alike here: the scan decides too little to pay
+            return self._exact(queries)
         mask.index_fill_(0, crowded, False)
         score, column = self._rescored(queries, mask)
-        if len(crowded):
-            if 2 * len(crowded) > len(queries):
-                self.rounded = None  # too much alike here: the scan decides too little to pay
-            found = self._exact(queries.index_select(0, crowded))
-            score[crowded], column[crowded] = found
+        score[crowded], column[crowded] = self._exact(queries.index_select(0, crowded), columns)
         return score, column
 
     def _candidates(self, queries: Tensor, best: Tensor) -> Tensor:
@@ -212,18 +216,21 @@ class _Block:
         column[rows.index_select(0, won)] = columns.index_select(0, won)
         return score, column
 
-    def _exact(self, queries: Tensor) -> tuple[Tensor, Tensor]:
+    def _exact(self, queries: Tensor, columns: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Every key, or those of `columns`, in float32."""
+        keys = self.keys if columns is None else self.keys.index_select(0, columns)
+        scale = self.inverse_norm if columns is None else self.inverse_norm.index_select(0, columns)
         score, column = None, None
-        for start in range(0, len(self.keys), CHUNK):
+        for start in range(0, len(keys), CHUNK):
             part = slice(start, start + CHUNK)
-            tile = torch.mm(queries, self.keys[part].float().t()).mul_(self.inverse_norm[part])
+            tile = torch.mm(queries, keys[part].float().t()).mul_(scale[part])
             found, where = tile.max(1)
             if score is None:
                 score, column = found, where
             else:
                 column = torch.where(found > score, where + start, column)
                 score = torch.maximum(score, found)
-        return score, column
+        return score, column if columns is None else columns.index_select(0, column)
 
 
 def _norm(x: Tensor) -> Tensor:

@@ -277,7 +277,7 @@ def merge_tokens(
 
 
 def grid_of(tokens: int, height: int, width: int) -> tuple[int, int, int]:
-    """(frames, rows, columns) of a layer with so many tokens, on a latent of height x width that halves per level.
+    """(frames, rows, columns) of a layer with so many tokens, where the finest has height x width and each level halves.
 
     Raises:
         TokenMergingError: no level has so many tokens.

@@ -60,7 +60,7 @@ class MergeState:
         self.record = MergeRecord()
         self.plan: MergePlan | None = None  # of the current call, None where nothing is pushed
         self.gate: Tensor | None = None  # of a compiled graph
-        self.grid = (0, 0)
+        self.grid = self.token_grid = (0, 0)  # of the latent, and of the finest layer's tokens
         self.image_tokens = 0
         self.pushed = 0
         self.context: str | None = None  # "cond" or "uncond", where the pipeline tells
@@ -122,14 +122,15 @@ class MergeState:
                 self._ids = ids
                 ids = ids.reshape(-1, 3)
                 self.grid = tuple(2 * (int(ids[:, axis].max()) + 1) for axis in (1, 2))
-            self.image_tokens = sample.shape[1]
+            self.image_tokens, self.token_grid = sample.shape[1], (self.grid[0] // 2, self.grid[1] // 2)
             return
-        self.grid = tuple(sample.shape[-2:])
+        self.grid = self.token_grid = tuple(sample.shape[-2:])
         if self.family in ("sd3", "wan"):
             patch = self.pipe.transformer.config.patch_size
             frames, rows, columns = patch if isinstance(patch, (tuple, list)) else (1, patch, patch)
             count = sample.shape[2] // frames if sample.ndim == 5 else 1
-            self.image_tokens = count * (self.grid[0] // rows) * (self.grid[1] // columns)
+            self.token_grid = self.grid[0] // rows, self.grid[1] // columns
+            self.image_tokens = count * self.token_grid[0] * self.token_grid[1]
 
     def _plan(self, hidden: Tensor, sample: Tensor, timestep: Tensor) -> MergePlan | None:
         timesteps = getattr(self.pipe.scheduler, "timesteps", None)
@@ -271,7 +272,7 @@ class MergeState:
         reference, mask = x, None
         if plan.extra:
             reference = x[plan.batch :]
-            mask = self.reference.mask(tokens, *self.grid, x.device)
+            mask = self.reference.mask(tokens, *self.token_grid, x.device)
             mask = mask if mask is None else mask.repeat(len(plan.sources), 1)
         merged, pushed = merge_tokens(x, reference, rows, config, mask)
         if not torch.compiler.is_compiling():

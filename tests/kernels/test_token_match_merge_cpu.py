@@ -2,15 +2,13 @@
 
 import statistics
 import time
-import weakref
 
 import pytest
 import torch
 import torch.nn.functional as F
+from semiperm.benchmarks.memory import peak_bytes
 from semiperm.kernels import token_match_cpu as module
 from semiperm.kernels.token_match_merge import best_match, token_match_merge
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 TIE = 2e-6
 
@@ -115,46 +113,6 @@ def test_blocks_without_a_number_do_not_crash(ways):
     x[1, 3] = torch.nan
     merged, score, index = ours(x)
     assert index.max() < 144 and torch.isfinite(merged[0, 4:]).all() and torch.isfinite(merged[1]).all()
-
-
-class Peak(TorchDispatchMode):
-    """Bytes of all storages that operators make while it is on."""
-
-    def __init__(self):
-        super().__init__()
-        self.live, self.log, self.serial = {}, [], 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                if storage._cdata not in self.live and storage._cdata not in given:
-                    self.serial += 1
-                    self.live[storage._cdata] = self.serial, storage.nbytes()
-                    self.log.append((self.serial, storage.nbytes()))
-                    weakref.finalize(storage, self._freed, storage._cdata)
-        return out
-
-    def _freed(self, key):
-        serial, size = self.live.pop(key)
-        self.log.append((serial, -size))
-
-    def beyond(self, outputs) -> int:
-        """Peak bytes beside the outputs'."""
-        kept = {self.live[t.untyped_storage()._cdata][0] for t in outputs}
-        now = peak = 0
-        for serial, size in self.log:
-            now += size if serial not in kept else 0
-            peak = max(peak, now)
-        return peak
-
-
-def peak_bytes(function, *args) -> int:
-    with Peak() as peak:
-        outputs = function(*args)
-    return peak.beyond(outputs)
 
 
 @pytest.mark.parametrize("kind", ["copies", "flat"])
