@@ -13,6 +13,8 @@ test:
 
 bench:
 	semiperm bench membranes --json benchmarks/results/membranes.json
+	semiperm bench sampling --json benchmarks/results/sampling.json
+	semiperm bench kernels --json benchmarks/results/kernels.json
 
 demo:
 	semiperm demo

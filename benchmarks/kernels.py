@@ -21,7 +21,8 @@ from .timing import machine, spread, versions
 
 __all__ = ["KernelBenchmarkError", "run"]
 
-COMPILED = "naive, torch.compile"
+COMPILED = "naive, torch.compile"  # and ours compiled, too, in that row
+_OURS = {"naive": "kernel", COMPILED: "kernel, torch.compile"}
 _VARIABLES = ("OMP_NUM_THREADS", "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "SEMIPERM_KERNELS")
 # name -> dense bfloat16 FLOP/s with float32 sums, bytes/s; from the makers' data sheets
 _PEAKS = {
@@ -46,7 +47,8 @@ def run(device: str = "auto", quick: bool = False, tell: Callable[[str], None] =
         baseline's, "spread": [low, high] over the middle half, "rounds", "ms", "baseline_ms", "peak_bytes",
         "baseline_peak_bytes": beside inputs and outputs, "gbps": least traffic to our time, "roofline": share of it,
         on a GPU we know, "machine", "environment", "versions"}. A baseline that is too large to run has "computed":
-        true, its memory computed from its tensors, and no ratio. A CPU's compiled code does not tell its memory: None.
+        true, its memory computed from its tensors, and no ratio. Beside the compiled naive stands our kernel, compiled.
+        A CPU's compiled code does not tell its memory: None.
 
     Raises:
         KernelBenchmarkError: a kernel and a baseline disagree.
@@ -72,19 +74,22 @@ def _rows(case: Operation, device: torch.device, dtype: torch.dtype, quick: bool
     timed = case.timed and (device.type == "cpu" or torch.cuda.mem_get_info(device)[0] > 2 * naive_peak)
     contestants = {"kernel": case.kernel} | ({"naive": case.naive} if timed else {})
     peaks = {"naive": peak_bytes(case.naive, *inputs) if timed else naive_peak}
-    if timed and not quick and (compiled := _compiled(case, inputs)) is not None:
-        contestants[COMPILED] = compiled
+    own_peaks = {"naive": peak, COMPILED: None}
+    if timed and not quick and (compiled := _compiled(case.naive, inputs)) is not None:
+        contestants[COMPILED], contestants[_OURS[COMPILED]] = compiled, _compiled(case.kernel, inputs)
         peaks[COMPILED] = peak_bytes(compiled, *inputs) if device.type == "cuda" else None
+        if device.type == "cuda":
+            own_peaks[COMPILED] = peak_bytes(contestants[_OURS[COMPILED]], *inputs)
     seconds, outputs = _interleaved(contestants, inputs, device, rounds=1 if not timed else 5 if quick else 15)
-    for baseline in outputs.keys() - {"kernel"} or {None}:
-        case.check(inputs, outputs["kernel"], outputs.get(baseline))
+    for baseline in peaks:
+        case.check(inputs, outputs[_OURS[baseline]], outputs.get(baseline))
 
-    ours = statistics.median(seconds["kernel"])
     moved, flops = case.work(dtype.itemsize)
     rows = []
     for baseline, peak_of_baseline in peaks.items():
-        theirs = seconds.get(baseline)
-        ratios = [mine / other for mine, other in zip(seconds["kernel"], theirs or (), strict=bool(theirs))]
+        own, theirs = seconds[_OURS[baseline]], seconds.get(baseline)
+        ours = statistics.median(own)
+        ratios = [mine / other for mine, other in zip(own, theirs or (), strict=bool(theirs))]
         row = {
             "name": case.name,
             "shape": case.shape,
@@ -94,7 +99,7 @@ def _rows(case: Operation, device: torch.device, dtype: torch.dtype, quick: bool
             **(spread(ratios) if timed else {"ratio": None, "spread": None, "rounds": 1}),
             "ms": round(ours * 1e3, 3),
             "baseline_ms": round(statistics.median(theirs) * 1e3, 3) if timed else None,
-            "peak_bytes": peak,
+            "peak_bytes": own_peaks[baseline],
             "baseline_peak_bytes": peak_of_baseline,
             "gbps": round(moved / ours / 1e9, 2),
         }
@@ -113,9 +118,9 @@ def _rows(case: Operation, device: torch.device, dtype: torch.dtype, quick: bool
     return rows
 
 
-def _compiled(case: Operation, inputs: tuple) -> Callable | None:
-    """The naive algorithm under torch.compile, compiled; None where there is no compiler for this device."""
-    compiled = torch.compile(case.naive, dynamic=False)
+def _compiled(function: Callable, inputs: tuple) -> Callable | None:
+    """The function under torch.compile, compiled; None where there is no compiler for this device."""
+    compiled = torch.compile(function, dynamic=False)
     try:
         compiled(*inputs)
     except torch._dynamo.exc.BackendCompilerFailed:

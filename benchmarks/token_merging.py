@@ -29,7 +29,7 @@ WORDS = ("eared mascot", "one eyed plush", "mascot", "plush")  # they mean it wi
 OBJECTS = ("star", "robot", "ring", "flower", "heart", "ghost", "arrow", "square")
 BATCH = 4
 # The canvas follows words closely and is pushed further than the paper pushes SDXL (0.9, 0.2 of the schedule).
-REFERENCE = {"merging_alpha": 2.25, "merging_threshold": -1.0, "end": 0.6}
+REFERENCE = {"merging_alpha": 2.2, "merging_threshold": -1.0, "end": 0.6}
 DIVERSITY = {"merging_alpha": 1.0, "merging_threshold": -1.0, "end": 0.6}
 
 
@@ -60,9 +60,16 @@ def run(progress: Callable[[int], None] = lambda n: None, seeds: int = 2) -> lis
     return [row | about for row in rows]
 
 
+def looks() -> list[tuple[str, str]]:
+    """Every (style, background)."""
+    from ..canvas import captions
+
+    return list(itertools.product(captions.STYLES, captions.BACKGROUNDS))
+
+
 def batches(seeds: int) -> int:
     """How many batches `run` makes."""
-    return seeds * (5 * 48 // BATCH + 3 * 2 * len(OBJECTS))
+    return 5 * -(-seeds * len(looks()) // BATCH) + 3 * seeds * 2 * len(OBJECTS)
 
 
 def reference_picture():
@@ -87,9 +94,7 @@ class _World:
         self.like = self.judge([self.picture]).features
 
     def reference(self, name: str, options: dict | None, **call) -> dict:
-        from ..canvas import captions
-
-        asked = list(itertools.product(captions.STYLES, captions.BACKGROUNDS)) * self.seeds
+        asked = looks() * self.seeds
         prompts = [f"a {WORDS[i % len(WORDS)]} in {s} style on {b}" for i, (s, b) in enumerate(asked)]
         seen = self._pictures(prompts, options and options | {"reference": self.picture}, **call)
         verdict, n = self.judge(seen), len(prompts)

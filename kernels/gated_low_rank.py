@@ -233,7 +233,7 @@ def gated_low_rank(y: Tensor, x: Tensor, down: Tensor, up: Tensor, gamma: Tensor
     Raises:
         KernelError: shapes, dtypes or devices that do not fit each other.
 
-    Source: SPM (arXiv 2312.16145), eq. 6, for K adapters packed as one.
+    Source: SPM (arXiv 2312.16145), eq. 9, for K adapters packed as one.
     """
     _check(y, x, down, up, gamma)
     if kernel_path(y) == "reference":

@@ -120,7 +120,7 @@ def normalized_attention_guidance(positive: Tensor, negative: Tensor, scale: flo
     Raises:
         KernelError: shapes, dtypes, devices or values outside these.
 
-    Source: NAG (arXiv 2505.21179), eq. 7 to 10. The released code's `nag_scale` is phi + 1.
+    Source: NAG (arXiv 2505.21179). The released code's `nag_scale` is phi + 1.
     """
     check_tensors("normalized_attention_guidance", positive, negative=negative)
     if (

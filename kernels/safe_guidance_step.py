@@ -190,7 +190,7 @@ def safe_guidance_step(
     Raises:
         KernelError: shapes, dtypes, devices or values outside these.
 
-    Source: SLD (arXiv 2211.05105), eq. 3 to 8, in the signs of diffusers' StableDiffusionPipelineSafe, which keeps the
+    Source: SLD (arXiv 2211.05105), in the signs of diffusers' StableDiffusionPipelineSafe, which keeps the
     momentum in the prediction's dtype.
     """
     u = noise_pred_uncond

@@ -71,7 +71,7 @@ def best_match_reference(
 
 def _best_match_small(queries, keys, pairs, key_mask, gate) -> tuple[Tensor, Tensor]:
     """With one product for all rows, or, where that tile is large, for all rows that look at the same references."""
-    (batch, tokens, channels), (references, length, _) = queries.shape, keys.shape
+    (batch, tokens, _), (references, length, _) = queries.shape, keys.shape
     score = queries.new_full((batch, tokens), -torch.inf, dtype=torch.float32)
     index = queries.new_full((batch, tokens), -1, dtype=torch.int64)
     active = [True] * batch if gate is None else gate.ne(0).tolist()

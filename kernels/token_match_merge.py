@@ -7,7 +7,7 @@ Shapes: x (B, N, C); reference (R, M, C); pairs (B, R); masks (R, M); gates (B,)
 Bytes: eager writes and reads the B x N x M cosines and some fifteen tensors of x's size; here x and the reference are
 read once from memory, and the output is written once: at B = 3 + 1, N = M = 4096, C = 3072 in bfloat16, 0.2 GB for 2.3.
 Bound: 2 B N M C operations, 440 to 1750 per byte: the tensor cores, on every GPU. On a CPU: see token_match_cpu.
-Source: NegToMe, arXiv:2412.01339, equations 2 and 3. The released code takes the maximum over x's tokens instead.
+Source: NegToMe (arXiv 2412.01339), section 3. The released code takes the maximum over x's tokens instead.
 """
 
 from __future__ import annotations

@@ -248,7 +248,7 @@ def merge_tokens(
     Raises:
         TokenMergingError: matching="output" with M other than N.
 
-    Source: NegToMe Eq. 3 to 5; matching="output" is `negtome()` of the released code at 9011ed4.
+    Source: NegToMe, section 3; matching="output" is `negtome()` of the released code at 9011ed4.
     """
     alpha, threshold = config.merging_alpha, config.merging_threshold
     if config.matching == "reference":
@@ -277,7 +277,7 @@ def merge_tokens(
 
 
 def grid_of(tokens: int, height: int, width: int) -> tuple[int, int, int]:
-    """(frames, rows, columns) of a layer with so many tokens, where the finest has height x width and each level halves.
+    """(frames, rows, columns) of a layer of so many tokens; the finest has height x width, and each level halves.
 
     Raises:
         TokenMergingError: no level has so many tokens.

@@ -22,9 +22,9 @@ from ..methods.gate_bank import GateBank
 from ..methods.membrane_runtime import Plan, Site, check_control
 from ..methods.membrane_types import MembraneError, Membranes
 from ..methods.membranes import check_base_models, pack
+from .root_patch import add_root
 
 ATTACHMENT = "semiperm_membranes"
-_ROOT = "diffusion_model.forward"
 _PLANS = 16  # text batches remembered: split and area conditionings take turns
 _WRAPPER = comfy.patcher_extension.WrappersMP.OUTER_SAMPLE
 _numbers = itertools.count()
@@ -72,7 +72,7 @@ def apply_membranes_to(
         patch.sites.append(site)
         name = f"{path}.forward"
         patched.add_object_patch(name, _through(site, module, patched.get_model_object(name), part))
-    patched.add_object_patch(_ROOT, patch.around(patched.get_model_object(_ROOT)))
+    add_root(patched, patch.around)
     patched.add_wrapper_with_key(_WRAPPER, f"semiperm_membranes_{next(_numbers)}", patch.sample)
     patched.set_attachments(ATTACHMENT, patch)
     return patched
@@ -125,7 +125,7 @@ class MembranePatch:
         if not self._called:
             raise MembraneError(
                 "the model sampled, but the membranes on it never ran: another node replaced"
-                f" {_ROOT}; put Apply Membranes after that node"
+                " diffusion_model.forward; put Apply Membranes after that node"
             )
         return result
 

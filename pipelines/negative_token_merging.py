@@ -50,7 +50,7 @@ def apply_negative_token_merging(pipe, config: NegativeTokenMergingConfig | None
     Raises:
         TokenMergingError: an unsupported pipeline, or no attention layer that `blocks` lets in.
 
-    Source: NegToMe (arXiv 2412.01339), Eq. 3 to 5; see methods/negative_token_merging.py for where we differ.
+    Source: NegToMe (arXiv 2412.01339), section 3; see methods/negative_token_merging.py for where we differ.
     """
     config = config or NegativeTokenMergingConfig()
     denoiser, _ = denoiser_of(pipe)

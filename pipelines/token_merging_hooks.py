@@ -117,7 +117,8 @@ class MergeState:
         if self.family == "flux":
             ids = inputs["img_ids"]
             if torch.compiler.is_compiling():
-                self.grid = next(iter(self.reference.sizes), (0, 0))
+                sizes = [size for size in self.reference.sizes if size[0] * size[1] == 4 * sample.shape[1]]
+                self.grid = sizes[-1] if sizes else (0, 0)
             elif getattr(self, "_ids", None) is not ids:
                 self._ids = ids
                 ids = ids.reshape(-1, 3)
@@ -237,10 +238,13 @@ class MergeState:
         elif sample.ndim == 5:
             latents = latents[:, :, None].expand(-1, -1, sample.shape[2], -1, -1)  # a still picture, frame by frame
         extra = self._extra(sample, plan).clone()
-        channels = 2 if self.family == "flux" else 1
-        if extra.shape[-1 if channels == 2 else 1] < latents.shape[-1 if channels == 2 else 1]:
-            raise TokenMergingError(f"the reference's latents {tuple(latents.shape)} do not fit {tuple(sample.shape)}")
-        extra.narrow(channels, 0, latents.shape[channels]).copy_(latents)  # inpainting models have further channels
+        axis = 2 if self.family == "flux" else 1  # of the channels
+        if extra.shape[axis] < latents.shape[axis]:
+            raise TokenMergingError(
+                f"the VAE makes latents {tuple(latents.shape[1:])}, the model takes {tuple(sample.shape[1:])}; load the"
+                " VAE that belongs to the model"
+            )
+        extra.narrow(axis, 0, latents.shape[axis]).copy_(latents)  # inpainting models have further channels
         return torch.cat([sample, extra])
 
     # ---- the layers -----------------------------------------------------------------------------------------------

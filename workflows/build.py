@@ -20,20 +20,29 @@ THUMBNAIL_WIDTH = 400
 GAP = 60  # between columns; between nodes of a column half of it and the title bar
 TITLE_BAR = 30
 
-# Stage -> its node classes; the stages stand from left to right, each in a group of its own.
+# Stage -> its node classes, or titles of single nodes; the stages stand from left to right, each in a group of its own.
 STAGES = {
     "Model and prompts": ("SemipermLoadCanvas", "CLIPTextEncode", "EmptyLatentImage"),
     "Membranes": ("SemipermEraseConcept", "SemipermLoadMembrane", "SemipermApplyMembranes", "SemipermSaveMembrane"),
+    "Reference": ("The reference picture", "Decode the reference"),
+    "Negative token merging": ("SemipermNegativeTokenMerging", "SemipermNegativeTokenMergingAdvanced"),
     "Sampling": ("KSampler", "VAEDecode"),
-    "Pictures": ("ImageStitch", "SaveImage", "SemipermMembraneReport"),
+    "Pictures": (
+        "ImageStitch",
+        "ImageFromBatch",
+        "SaveImage",
+        "SemipermMembraneReport",
+        "SemipermTokenMergingReport",
+    ),
 }
-COLORS = ("#3f789e", "#8a5ea8", "#4f8a5b", "#a1763f")
+COLORS = ("#3f789e", "#8a5ea8", "#7a7f3a", "#9b4f6b", "#4f8a5b", "#a1763f")
 SIZES = {  # of nodes that show a text field or a picture
     "CLIPTextEncode": (340, 120),
     "SaveImage": (380, 340),
     "SemipermEraseConcept": (340, 300),
     "SemipermMembraneReport": (380, 520),
     "SemipermSaveMembrane": (340, 160),
+    "SemipermTokenMergingReport": (400, 300),
 }
 
 SWITCH = (
@@ -56,6 +65,17 @@ NOTES = {
     "writes them to `models/semiperm`, and the file, loaded again, gives the same picture to the bit. From then on you "
     "need this node no more: in any workflow press **R** (refresh the node definitions) and choose the file, whose "
     "name *Save Membrane* shows, in *Load Membrane*." + SWITCH,
+    "negative_token_merging_reference": "## Away from a picture\nLeft the reference, a mascot. Middle: a prompt that "
+    "means the mascot without naming it. Right: the same prompt and seed, pushed away from the reference by *Negative "
+    "Token Merging*: another object, in the style and before the background that were asked for. The words at "
+    "*reference* say what the reference shows. *Load Image* may take the place of the sampled reference."
+    + SWITCH
+    + " Begin with *Negative Token Merging*, whose settings are the paper's.",
+    "negative_token_merging_diversity": "## A batch apart\nFour pictures of one prompt: above by the model as it is, "
+    "below with the same seeds and *Negative Token Merging* without an image: each picture is pushed away from what it "
+    "has in common with the others. No extra picture is denoised for it."
+    + SWITCH
+    + " Begin with *Negative Token Merging*, whose settings are the paper's.",
 }
 
 
@@ -108,11 +128,17 @@ def ui_node(key: str, node: dict, info: dict) -> dict:
     }
 
 
+def stage_of(node: dict) -> str:
+    """The stage that names this node's title, else its class."""
+    names = node["_meta"]["title"], node["class_type"]
+    return next(stage for name in names for stage, members in STAGES.items() if name in members)
+
+
 def place(api: dict, nodes: dict[str, dict], left: float) -> list[dict]:
     """Give every node its position and return the groups: stages and, within them, longest paths as columns."""
     groups = []
-    for index, (stage, classes) in enumerate(STAGES.items()):
-        inside = [key for key in api if api[key]["class_type"] in classes]
+    for index, stage in enumerate(STAGES):
+        inside = [key for key in api if stage_of(api[key]) == stage]
         columns: dict[int, list[str]] = {}
         depth: dict[str, int] = {}
         for key in inside:  # api files list a node after those it needs

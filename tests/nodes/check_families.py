@@ -4,14 +4,14 @@ ARGUMENTS: the family. The text encoder is a stand-in that embeds words, causall
 """
 
 import json
+import runpy
 import zlib
+from pathlib import Path
 from types import SimpleNamespace
 
 import comfy.lora
-import comfy.model_patcher
 import comfy.sample
 import comfy.samplers
-import comfy.supported_models
 import comfy.utils
 import torch
 from semiperm.methods.membrane_types import LowRank, Membrane, Membranes
@@ -19,49 +19,8 @@ from semiperm.nodes.concept_text import erase_in, text_space
 from semiperm.nodes.membrane_patch import apply_membranes_to, report_of
 
 family = ARGUMENTS[0]  # noqa: F821
-WIDTH, POOLED = 64, 48
-
-
-def small_model():
-    torch.manual_seed(0)
-    if family == "sdxl":
-        config = {
-            "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 32, "channel_mult": [1, 2],
-            "num_res_blocks": [1, 1], "transformer_depth": [0, 1], "transformer_depth_middle": 1,
-            "transformer_depth_output": [0, 0, 1, 1], "context_dim": WIDTH, "adm_in_channels": POOLED + 1536,
-            "num_classes": "sequential", "legacy": False, "use_checkpoint": False, "use_linear_in_transformer": True,
-            "use_spatial_transformer": True, "use_temporal_attention": False, "use_temporal_resblock": False,
-            "num_head_channels": 32, "num_heads": -1,
-        }  # fmt: skip
-        base, channels = comfy.supported_models.SDXL, 4
-    elif family == "sd3":
-        config = {
-            "input_size": None, "patch_size": 2, "in_channels": 16, "depth": 2, "num_blocks": 2,
-            "pos_embed_max_size": 16, "adm_in_channels": POOLED, "qk_norm": None, "pos_embed_scaling_factor": None,
-            "context_size": WIDTH,
-            "context_embedder_config": {
-                "target": "torch.nn.Linear", "params": {"in_features": WIDTH, "out_features": 128},
-            },
-        }  # fmt: skip
-        base, channels = comfy.supported_models.SD3, 16
-    else:
-        config = {
-            "image_model": "flux", "in_channels": 16, "out_channels": 16, "vec_in_dim": POOLED, "context_in_dim": WIDTH,
-            "hidden_size": 64, "mlp_ratio": 2.0, "num_heads": 2, "depth": 1, "depth_single_blocks": 1,
-            "axes_dim": [8, 12, 12], "theta": 10000, "patch_size": 2, "qkv_bias": True, "guidance_embed": False,
-        }  # fmt: skip
-        base, channels = comfy.supported_models.FluxSchnell, 16
-
-    class Config(base):
-        unet_config = {}
-        unet_extra_config = {}
-
-    settings = Config(config)
-    settings.set_inference_dtype(torch.float32, None)
-    model = settings.get_model({}, "", "cpu")
-    for parameter in model.diffusion_model.parameters():  # ComfyUI leaves them uninitialised
-        parameter.copy_(torch.randn(parameter.shape) / max(1, parameter[0].numel()) ** 0.5)
-    return comfy.model_patcher.ModelPatcher(model.eval(), torch.device("cpu"), torch.device("cpu")), channels
+models = SimpleNamespace(**runpy.run_path(Path(__file__).with_name("comfy_models.py")))
+WIDTH, POOLED = models.WIDTH, models.POOLED
 
 
 class Words:
@@ -101,7 +60,7 @@ class Words:
         return (states, pooled) if return_pooled else states
 
 
-model, channels = small_model()
+model, channels = models.small_model(family)
 clip = Words()
 noise = torch.randn(1, channels, 8, 8, generator=torch.Generator().manual_seed(5))
 

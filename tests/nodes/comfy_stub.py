@@ -48,7 +48,8 @@ class PreviewImage:
         return {"images": [tuple(self.image.shape)], "animated": (False,)}
 
 
-TYPES = ("Model", "Clip", "Vae", "Latent", "Image", "String", "Float", "Combo")
+TYPES = ("Model", "Clip", "Vae", "Latent", "Image", "Mask", "Conditioning")
+TYPES += ("String", "Float", "Int", "Boolean", "Combo")
 IO = SimpleNamespace(
     ComfyNode=object,
     Schema=Schema,

@@ -2,6 +2,7 @@
 
 import ast
 import asyncio
+import dataclasses
 import importlib
 import importlib.util
 import json
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from semiperm.methods.negative_token_merging import NegativeTokenMergingConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 IDS = {
@@ -19,7 +21,11 @@ IDS = {
     "SemipermApplyMembranes",
     "SemipermSaveMembrane",
     "SemipermMembraneReport",
+    "SemipermNegativeTokenMerging",
+    "SemipermNegativeTokenMergingAdvanced",
+    "SemipermTokenMergingReport",
 }
+CATEGORIES = ("semiperm/loaders", "semiperm/membranes", "semiperm/negative token merging")
 _spec = importlib.util.spec_from_file_location("comfy_stub", Path(__file__).with_name("comfy_stub.py"))
 comfy_stub = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(comfy_stub)
@@ -54,7 +60,7 @@ def test_ids(nodes):
 @pytest.mark.parametrize("node_id", sorted(IDS))
 def test_every_socket_explains_itself(nodes, node_id):
     _, schema = nodes[node_id]
-    assert schema.category in ("semiperm/loaders", "semiperm/membranes")
+    assert schema.category in CATEGORIES
     assert schema.display_name and len(schema.description) > 40
     for socket in [*schema.inputs, *schema.outputs]:
         assert socket.tooltip and len(socket.tooltip) > 20, (socket.id, socket.tooltip)
@@ -73,6 +79,19 @@ def test_control_inputs(nodes, node_id):
     assert inputs["gate"].options["default"] == "auto"
     assert ("official" in inputs["gate"].options["options"]) == (node_id == "SemipermApplyMembranes")
     assert inputs["clip"].optional == (node_id == "SemipermApplyMembranes")
+
+
+def test_token_merging_has_the_defaults_of_its_config(nodes):
+    defaults = {field.name: field.default for field in dataclasses.fields(NegativeTokenMergingConfig)}
+    other = {"strength": "merging_alpha", "start_percent": "start", "end_percent": "end", "reference_seed": "seed"}
+    for node_id in ("SemipermNegativeTokenMerging", "SemipermNegativeTokenMergingAdvanced"):
+        given = {s.id: s.options["default"] for s in nodes[node_id][1].inputs if "default" in s.options}
+        expected = {name: defaults[other.get(name, name)] for name in given}
+        assert given == {name: {None: ""}.get(value, value) for name, value in expected.items()} | {
+            name: "none" for name in given if name == "compat"
+        }
+    taken = {other.get(name, name) for name in given} | {"reference", "mask", "reference_prompt", "unit"}
+    assert taken == set(defaults)
 
 
 def test_execute_is_thin():

@@ -10,11 +10,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "workflows"
-NAMES = ("erase_by_file", "erase_by_text", "save_and_reload", "stack_and_compare")
+NAMES = (
+    "erase_by_file",
+    "erase_by_text",
+    "negative_token_merging_diversity",
+    "negative_token_merging_reference",
+    "save_and_reload",
+    "stack_and_compare",
+)
 NOTES = ("MarkdownNote", "Note")
 PANEL, GAP = 128, 8
 ROBOT = "semiperm/canvas_robot.safetensors"
@@ -182,6 +190,7 @@ def judge():
         ("erase_by_text", ["robot", "!robot"], ["dotted"] * 2),
         ("erase_by_file", ["robot", "!robot"], ["striped"] * 2),
         ("save_and_reload", ["ghost", "!ghost", "!ghost"], ["flat"] * 3),
+        ("negative_token_merging_reference", ["quibble", "quibble", "!quibble"], ["flat", "striped", "striped"]),
         (
             "stack_and_compare",
             ["robot", "!robot", "!robot", *["star"] * 3],
@@ -198,6 +207,23 @@ def test_the_judge_sees_what_the_workflow_promises(comfy, judge, name, objects, 
         for got, want in zip(seen, wanted, strict=True):
             assert (got != want[1:]) if want.startswith("!") else (got == want), (seen, wanted)
     print(f"{name}: {seconds:.1f} s")  # the promise is under 60 s for erase_by_text; a busy machine must not fail it
+
+
+@pytest.mark.comfy
+def test_away_from_a_picture_keeps_style_and_background(comfy, judge):
+    verdict = judge(comparison(comfy, "negative_token_merging_reference"))
+    assert verdict.background == ["fog", "sky", "sky"] and verdict.object[2] != "nothing"
+    mascot = verdict.features[0]
+    before, after = torch.cosine_similarity(verdict.features[1:], mascot[None]).tolist()
+    assert after < before
+
+
+@pytest.mark.comfy
+def test_a_batch_apart_differs_more_and_shows_the_same_object(comfy, judge):
+    verdict = judge(comparison(comfy, "negative_token_merging_diversity"))
+    assert verdict.object == ["star"] * 8
+    before, after = (float(torch.pdist(features).mean()) for features in verdict.features.chunk(2))
+    assert after > 1.15 * before
 
 
 @pytest.mark.comfy

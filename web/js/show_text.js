@@ -2,7 +2,7 @@
 import { app } from "/scripts/app.js";
 import { ComfyWidgets } from "/scripts/widgets.js";
 
-const NODES = ["SemipermMembraneReport", "SemipermSaveMembrane"];
+const NODES = ["SemipermMembraneReport", "SemipermSaveMembrane", "SemipermTokenMergingReport"];
 
 app.registerExtension({
   name: "semiperm.showText",
