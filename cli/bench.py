@@ -73,7 +73,7 @@ def token_merging(
         common.console().print(table)
 
 
-@app.command("comfyui", epilog="Example: COMFYUI_PATH=~/comfy/ComfyUI semiperm bench comfyui --json comfyui.json")
+@app.command("comfyui", epilog="Example: semiperm bench comfyui --path ~/comfy/ComfyUI --json comfyui.json")
 def comfyui(
     path: Annotated[Path, typer.Option(envvar="COMFYUI_PATH", help="The ComfyUI folder.")] = Path("~/comfy/ComfyUI"),
     python: Annotated[

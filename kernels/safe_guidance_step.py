@@ -36,15 +36,28 @@ def safe_guidance_step_reference(
     u, t, s = (p.to(torch.promote_types(p.dtype, torch.float32)) for p in
                (noise_pred_uncond, noise_pred_text, noise_pred_safety))  # fmt: skip
     difference = t - s
-    mu = torch.where(difference >= safety_threshold, 0.0, (difference.abs() * safety_guidance_scale).clamp(max=1.0))
-    gamma = (s - u) * mu
-    if momentum is None:
+    scaled = difference.abs() * safety_guidance_scale
+    grad = needs_grad(u, scaled) or (momentum is not None and needs_grad(momentum))
+    if grad or torch.compiler.is_compiling():  # a compiler fuses this; what is below saves passes over memory
+        mu = torch.where(difference >= safety_threshold, 0.0, scaled.clamp(max=1.0))
+        gamma = (s - u) * mu
+        if momentum is not None:
+            gamma = gamma + momentum_scale * momentum
         new_momentum = (1 - momentum_beta) * gamma
+        if momentum is not None:
+            new_momentum = momentum_beta * momentum + new_momentum
+        applied = torch.where(active.view(-1, *[1] * (u.ndim - 1)), gamma, 0.0)
+        guided = u + guidance_scale * (t - u - applied)
     else:
-        gamma = gamma + momentum_scale * momentum
-        new_momentum = momentum_beta * momentum + (1 - momentum_beta) * gamma
-    applied = torch.where(active.view(-1, *[1] * (u.ndim - 1)), gamma, 0.0)
-    guided = u + guidance_scale * (t - u - applied)
+        mu = scaled.clamp_(max=1.0).masked_fill_(difference >= safety_threshold, 0.0)
+        gamma = torch.sub(s, u, out=difference).mul_(mu)
+        if momentum is not None:
+            gamma.add_(momentum, alpha=momentum_scale)
+        new_momentum = gamma * (1 - momentum_beta)
+        if momentum is not None:
+            new_momentum.add_(momentum, alpha=momentum_beta)
+        gamma.masked_fill_(~active.view(-1, *[1] * (u.ndim - 1)), 0.0)
+        guided = torch.sub(t, u).sub_(gamma).mul_(guidance_scale).add_(u)
     return guided.to(noise_pred_uncond.dtype), new_momentum, mu.flatten(1).mean(dim=1)
 
 

@@ -64,10 +64,11 @@ def _vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
     )
     tokenizer.train_from_iterator([line.lower() for line in CORPUS], trainer)
     state = json.loads(tokenizer.to_str())["model"]
-    tokens = sorted(state["vocab"], key=state["vocab"].get)
+    tokens = sorted(state["vocab"])  # the trainer breaks ties otherwise in every process
     tokens += [f"{c}</w>" for c in sorted(alphabet) if f"{c}</w>" not in state["vocab"]]
     tokens += ["<|startoftext|>", "<|endoftext|>"]
-    return {token: i for i, token in enumerate(tokens)}, [tuple(pair) for pair in state["merges"]]
+    merges = sorted((tuple(pair) for pair in state["merges"]), key=lambda pair: (len(pair[0] + pair[1]), pair))
+    return {token: i for i, token in enumerate(tokens)}, merges
 
 
 def clip_tokenizer() -> CLIPTokenizer:

@@ -10,7 +10,7 @@ from semiperm.pipelines.membranes import MembraneConfig, apply_membranes, erase_
 from semiperm.pipelines.text import denoiser_of, encode_text, module_keys
 from tiny_models import FAMILIES, LENGTH, build, call
 
-TEMPLATES = ("a photo of {}", "a painting of {} in the garden", "{} walks by the river")
+TEMPLATES = ("a photo of a {}", "a painting of a {} in the garden", "a {} walks by the river")
 PRESERVE = ("a photo of a cat", "a painting of a house", "two people reading books", "a dog by the river")
 ERASE = {"surrogate": "cat", "templates": TEMPLATES, "preserve": PRESERVE, "max_sequence_length": LENGTH}
 PROMPTS = ["a photo of a robot", "a painting of a house"]
