@@ -13,11 +13,13 @@ _EXPORTS = {
     "NegativeTokenMergingConfig": "methods.negative_token_merging",
     "apply_membranes": "pipelines.membranes",
     "apply_negative_token_merging": "pipelines.negative_token_merging",
+    "detect": "pipelines.watermark",
     "erase_concepts": "pipelines.membranes",
     "load_membranes": "methods.membranes",
     "remove_membranes": "pipelines.membranes",
     "remove_negative_token_merging": "pipelines.negative_token_merging",
     "save_membranes": "methods.membranes",
+    "sign_noise": "pipelines.watermark",
 }
 __all__ = sorted(_EXPORTS)
 

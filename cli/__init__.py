@@ -2,7 +2,7 @@
 
 import typer
 
-from . import bench, bench_kernels, canvas, demo, erase, evaluate, generate, inspect
+from . import bench, bench_kernels, canvas, demo, detect, erase, evaluate, generate, inspect, keys
 from .common import OneLineErrors
 
 app = typer.Typer(
@@ -36,10 +36,11 @@ def _options(
     pass
 
 
-for _module in (demo, erase, generate, inspect, evaluate):
+for _module in (demo, erase, generate, detect, inspect, evaluate):
     _name = _module.__name__.rpartition(".")[2]
     app.command(_name, epilog=_module.EXAMPLE)(_module.run)
 bench.app.command("kernels", epilog=bench_kernels.EXAMPLE)(bench_kernels.run)
+app.add_typer(keys.app, name="keys")
 app.add_typer(bench.app, name="bench")
 app.add_typer(canvas.app, name="canvas")
 

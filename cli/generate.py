@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from . import common
+from . import common, keys
 
 EXAMPLE = (
     'Example: semiperm generate canvas "a robot in sketch style on sky" --membrane erased.safetensors -o robot.png'
@@ -22,19 +22,32 @@ def run(
     ] = None,
     gate: Annotated[str, typer.Option(help="auto, probe, paper, official or always (see the README).")] = "auto",
     negative: Annotated[str | None, typer.Option(help="Negative prompt.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the first picture; the next ones count up.")] = 0,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Seed of the first picture; the next ones count up. Default: 0.")
+    ] = None,
+    sign: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Mark the noise with this key of --keyring. Excludes --seed.")
+    ] = None,
+    keyring: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A keyring, made by `semiperm keys new`.")
+    ] = None,
     steps: common.Steps = None,
     guidance: common.Guidance = None,
     device: common.Device = "auto",
     dtype: common.DType = "auto",
 ):
-    """Generate one picture a prompt. What the gates did is kept in each PNG's text chunk `semiperm`."""
+    """Generate one picture a prompt. What the gates did is kept in each PNG's text chunk `semiperm`.
+
+    With --sign the initial noise carries a mark that `semiperm detect` reads; key id and unique id are kept there too.
+    """
     paths = output_paths(output, prompt)
+    key = signing_key(sign, keyring, seed)
     for text in membrane or ():
         common.split_strength(text)
     pipe = common.load_model(model, device, dtype)
     stack = common.load_stack(pipe, membrane or [])
     sampling = common.sampling(model, steps, guidance)
+    noises = seeded(seed or 0, len(prompt)) if key is None else signed(pipe, key, len(prompt))
 
     from ..pipelines.membranes import MembraneConfig, apply_membranes
 
@@ -42,9 +55,9 @@ def run(
     if negative is not None:
         sampling["negative_prompt"] = negative
     with common.progress("generating", len(prompt)) as advance:
-        for index, (words, path) in enumerate(zip(prompt, paths, strict=True)):
-            image = pipe(words, generator=common.generators([seed + index]), **sampling).images[0]
-            record = {"model": model, "prompt": words, "seed": seed + index, **sampling}
+        for words, path, (noise, origin) in zip(prompt, paths, noises, strict=True):
+            image = pipe(words, **noise, **sampling).images[0]
+            record = {"model": model, "prompt": words, **origin, **sampling}
             if handle is not None:
                 record |= {"membranes": list(stack.concepts), "fired": handle.report()}
             common.write_png(path, image, record)
@@ -52,6 +65,57 @@ def run(
     console = common.console()
     for path in paths:
         console.print(str(path), markup=False)
+
+
+def signing_key(name: str | None, keyring: Path | None, seed: int | None):
+    """The key to sign with, or None.
+
+    Raises:
+        CliError: half of the options, a seed, an unknown name, or a key that can only detect.
+    """
+    if name is None and keyring is None:
+        return None
+    if name is None or keyring is None:
+        raise common.CliError("--sign NAME and --keyring FILE go together; give both")
+    if seed is not None:
+        # a seed repeats noise, and two pictures with the same marked noise give the mark away
+        raise common.CliError("--seed does not go with --sign: marked noise is drawn afresh for every picture")
+
+    from ..methods.watermark_keys import load_keyring
+
+    key = load_keyring(keyring).get(name)
+    if key.mac_key is None:
+        raise common.CliError(f"{keyring} can only detect {name!r}; sign with the keyring it was exported from")
+    return key
+
+
+def seeded(seed: int, count: int) -> list[tuple[dict, dict]]:
+    """For each picture the pipeline's argument for plain noise, and what the record says of it."""
+    return [({"generator": common.generators([seed + i])}, {"seed": seed + i}) for i in range(count)]
+
+
+def signed(pipe, key, count: int) -> list[tuple[dict, dict]]:
+    """For each picture the pipeline's argument for marked noise, and what the record says of it: nothing secret."""
+    import secrets
+    from time import time
+
+    from ..methods.membranes import base_model_hash
+    from ..methods.watermark import Payload, capacity
+    from ..pipelines.text import denoiser_of
+    from ..pipelines.watermark import sign_noise
+    from ..pipelines.watermark_inversion import check_scheduler, latent_shape
+
+    check_scheduler(pipe)
+    bits, said = capacity(latent_shape(pipe)), {}  # a small latent carries some fields only
+    if bits.time:
+        said["time"] = int(time())
+    if bits.model:
+        weights = {name: value for name, value in denoiser_of(pipe)[0].state_dict().items() if value.ndim == 2}
+        said["model"] = int(base_model_hash(weights), 16) >> (64 - bits.model)
+    payloads = [Payload(secrets.randbits(bits.unique_id), **said) for _ in range(count)]
+    latents = sign_noise(pipe, key, count, payload=payloads)
+    records = [{"key_id": key.key_id, "unique_id": keys.payload_record(payload)["unique_id"]} for payload in payloads]
+    return [({"latents": one[None]}, record) for one, record in zip(latents, records, strict=True)]
 
 
 def output_paths(output: Path, prompts: list[str]) -> list[Path]:

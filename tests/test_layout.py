@@ -151,11 +151,13 @@ def test_public_names_resolve():
         "NegativeTokenMergingConfig",
         "apply_membranes",
         "apply_negative_token_merging",
+        "detect",
         "erase_concepts",
         "load_membranes",
         "remove_membranes",
         "remove_negative_token_merging",
         "save_membranes",
+        "sign_noise",
     }
     for name in semiperm.__all__:
         assert callable(getattr(semiperm, name)), name

@@ -1,0 +1,234 @@
+"""`semiperm detect`: which pictures carry a mark of the keyring's keys, and what it says."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import common, keys
+
+EXAMPLE = "Example: semiperm detect pictures/ --keyring keys.json --json > found.json"
+BATCH = 8  # pictures looked at together, and lost at most when the run is stopped
+PIXELS = 8 << 20  # in the model at once: eight of SDXL's
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")  # no formats that make Pillow start other programs
+
+
+def run(
+    images: Annotated[
+        list[Path], typer.Argument(metavar="IMAGES...", help="Pictures, and folders of them.", show_default=False)
+    ],
+    keyring: keys.File,
+    model: Annotated[str, typer.Option(metavar="MODEL", help=common.MODEL_HELP)] = "canvas",
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list instead of a table.")] = False,
+    resume: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Keep finished pictures here and go on from them.")
+    ] = None,
+    device: common.Device = "auto",
+    dtype: common.DType = "auto",
+):
+    """Look for the marks of a keyring in pictures made by MODEL.
+
+    Verdicts: valid (a mark whose seal is right), unverified (a mark, but its seal is wrong or unreadable, or this
+    keyring cannot check it) and absent (no mark of these keys, or too little is left of one). Pictures that cannot be
+    read are named on standard error and left out; the exit code is then 1.
+    """
+    files = picture_files(images)
+
+    from ..methods.watermark_keys import load_keyring
+
+    ring = load_keyring(keyring)
+    finished = Finished(resume, settings(keyring, model))
+    rows, failed, pipe = {}, 0, None
+    with common.progress("pictures", len(files)) as advance:
+        for start in range(0, len(files), BATCH):
+            part, pictures = files[start : start + BATCH], {}
+            found = {}
+            for file in part:
+                try:
+                    found[file] = finished.get(file)
+                    if found[file] is None:
+                        pictures[file] = read_picture(file)
+                except (common.CliError, OSError) as error:
+                    found[file] = error
+            if pictures:
+                pipe = common.load_model(model, device, dtype) if pipe is None else pipe
+                found |= look(pipe, ring, pictures)
+            for file in part:
+                if isinstance(found[file], Exception):
+                    failed += 1
+                    typer.echo(f"error: {file}: {common.one_line(found[file])}", err=True)
+                    continue
+                if file in pictures:
+                    finished.put(file, found[file])
+                rows[file] = {"file": str(file), **found[file]}
+            advance(len(part))
+    if as_json:
+        typer.echo(json.dumps(list(rows.values()), indent=2))  # ASCII: file names need not be text
+    else:
+        show(common.console(), list(rows.values()), ring)
+    if failed:
+        raise typer.Exit(1)
+
+
+def picture_files(paths: list[Path]) -> list[Path]:
+    """The files named, and the pictures in the folders named, each once.
+
+    Raises:
+        CliError: nothing to look at.
+    """
+    files = {}
+    for path in paths:
+        inside = [path]
+        if path.is_dir():
+            inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+        files |= dict.fromkeys(inside)
+    if not files:
+        raise common.CliError(f"there are no pictures ({', '.join(sorted(SUFFIXES))}) in {', '.join(map(str, paths))}")
+    return list(files)
+
+
+def read_picture(file: Path):
+    """Read a whole picture as RGB.
+
+    Raises:
+        CliError: not a file, not a picture, a damaged or a huge one.
+    """
+    import warnings
+
+    from PIL import Image, UnidentifiedImageError
+
+    if not file.is_file():
+        raise common.CliError("there is no such file")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(file, formats=FORMATS) as image:
+                return image.convert("RGB")
+    except UnidentifiedImageError as error:
+        raise common.CliError(f"not a picture that can be read here ({', '.join(FORMATS)})") from error
+    except Image.DecompressionBombError as error:
+        raise common.CliError(f"too large: {common.one_line(error)}") from error
+    except Image.DecompressionBombWarning as error:
+        raise common.CliError(f"too large: {common.one_line(error)}") from error
+    except Exception as error:  # decoders fail on damaged files in every way there is
+        raise common.CliError(f"damaged: {common.one_line(error)}") from error
+
+
+def look(pipe, ring, pictures: dict) -> dict:
+    """File -> what was found, or the error; where the pictures fail together, they are looked at one by one."""
+    from ..methods.watermark_keys import WatermarkError
+    from ..pipelines.watermark import detect
+
+    largest = max(picture.width * picture.height for picture in pictures.values())
+    try:
+        results = detect([*pictures.values()], pipe, ring, batch_size=max(1, PIXELS // largest))
+    except (WatermarkError, RuntimeError, MemoryError) as error:
+        if not isinstance(error, WatermarkError) and "memory" not in f"{error!r}".lower():
+            raise  # torch says RuntimeError when memory runs out on the CPU, and of our own mistakes
+        if len(pictures) == 1:
+            return dict.fromkeys(pictures, error)
+        return {file: look(pipe, ring, {file: picture})[file] for file, picture in pictures.items()}
+    return {file: described(result) for file, result in zip(pictures, results, strict=True)}
+
+
+def described(result) -> dict:
+    """A detection as JSON keeps it."""
+    return {
+        "verdict": result.verdict,
+        "p_value": float(result.p_value),
+        "log10_p": float(result.log10_p),
+        "payload": None if result.payload is None else keys.payload_record(result.payload),
+        "key_id": result.key_id,
+        "model_evaluations": result.model_evaluations,
+    }
+
+
+def settings(keyring: Path, model: str) -> str:
+    """A digest of all that changes a verdict: the keys, the model's name, and the code of the mark."""
+    from .. import methods, pipelines
+
+    folders = [Path(package.__file__).parent for package in (methods, pipelines)]
+    code = b"".join(file.read_bytes() for folder in folders for file in sorted(folder.glob("watermark*.py")))
+    return hashlib.sha256(b"\0".join((keyring.read_bytes(), model.encode(), code))).hexdigest()[:16]
+
+
+class Finished:
+    """Finished pictures on disk, one JSON line each, known by their bytes.
+
+    Args:
+        path: the file, or None to keep nothing.
+        settings: pictures finished under other settings are not used.
+
+    Raises:
+        CliError: the file is something else; it is left as it is.
+    """
+
+    HEADER = json.dumps({"semiperm": "detect", "format": 1})
+
+    def __init__(self, path: Path | None, settings: str):
+        self._path, self._settings, self._digests = path, settings, {}
+        self._rows: dict[str, dict] = {}
+        if path is None:
+            return
+        text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+        header, *lines = text.splitlines() or [self.HEADER]
+        if header != self.HEADER:
+            raise common.CliError(f"--resume {path} was not written by semiperm detect; give another file")
+        for line in lines:
+            try:
+                entry = json.loads(line)
+                if entry["settings"] == settings:
+                    self._rows[entry["sha256"]] = entry["found"]
+            except (ValueError, KeyError, TypeError):
+                continue  # a line that a stopped run left half written: that picture is looked at again
+        if not text.endswith("\n"):
+            self._append("\n" if text else self.HEADER + "\n")
+
+    def get(self, file: Path) -> dict | None:
+        if self._path is None:
+            return None
+        self._digests[file] = _sha256(file)
+        return self._rows.get(self._digests[file])
+
+    def put(self, file: Path, found: dict) -> None:
+        if self._path is not None:
+            entry = {"settings": self._settings, "sha256": self._digests[file], "found": found}
+            self._append(json.dumps(entry) + "\n")
+
+    def _append(self, text: str) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with self._path.open("a", encoding="utf-8") as out:
+            out.write(text)
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as data:
+        while block := data.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def show(console, rows: list[dict], ring) -> None:
+    """Print the table."""
+    from datetime import datetime, timezone
+
+    from rich.table import Table
+    from rich.text import Text
+
+    names = {key.key_id: key.name for key in ring}
+    table = Table()
+    for heading in ("file", "verdict", "p", "key", "unique id", "made (UTC)"):
+        table.add_column(heading, overflow="fold")
+    for row in rows:
+        payload = row["payload"] or {}
+        made = payload.get("time")
+        made = datetime.fromtimestamp(made, timezone.utc).strftime("%Y-%m-%d %H:%M") if made else ""
+        p = f"{row['p_value']:.2g}" if row["p_value"] > 1e-99 else f"1e{row['log10_p']:.0f}"
+        file = row["file"].encode("utf-8", "backslashreplace").decode()
+        key = names.get(row["key_id"], "")
+        table.add_row(*map(Text, (file, row["verdict"], p, key, str(payload.get("unique_id", "")), made)))
+    console.print(table)

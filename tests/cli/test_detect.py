@@ -1,0 +1,231 @@
+"""`semiperm detect` as a user runs it, with a stand-in for the model and the detector."""
+
+import json
+import struct
+import zlib
+from types import SimpleNamespace
+
+import pytest
+from PIL import Image
+from semiperm.cli import app, common
+from semiperm.cli import detect as detect_command
+from semiperm.methods.watermark import Payload
+from semiperm.methods.watermark_keys import Keyring, WatermarkError, load_keyring, save_keyring
+from semiperm.pipelines import watermark
+from typer.testing import CliRunner
+
+KEYS = ["file", "verdict", "p_value", "log10_p", "payload", "key_id", "model_evaluations"]
+MARKED, PLAIN, BROKEN = (10, 200, 10), (10, 10, 200), (200, 10, 10)  # what the stand-in goes by
+TOO_LARGE = (192, 64)
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def keyring(tmp_path):
+    file = tmp_path / "keys.json"
+    ring = Keyring()
+    ring.new("studio")
+    save_keyring(ring, file)
+    return file
+
+
+@pytest.fixture
+def detector(monkeypatch):
+    """The stand-in; `.groups` counts the pictures of each call, `.loads` the models loaded."""
+    seen = SimpleNamespace(groups=[], loads=[])
+
+    def detect(images, pipe, ring, batch_size):
+        seen.groups.append(len(images))
+        assert pipe == "the model" and batch_size * max(i.width * i.height for i in images) <= detect_command.PIXELS
+        if any(image.size == TOO_LARGE for image in images):
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        if any(image.getpixel((0, 0)) == BROKEN for image in images):
+            raise WatermarkError("the picture is too small")
+        return [result(image.getpixel((0, 0)) == MARKED, next(iter(ring)).key_id) for image in images]
+
+    def result(marked, key_id):
+        payload = Payload(unique_id=2**63 + 1, time=1_800_000_000, model=7) if marked else None
+        p = (0.0, -400.0) if marked else (0.5, -0.301)
+        return SimpleNamespace(
+            verdict="valid" if marked else "absent", p_value=p[0], log10_p=p[1], payload=payload, bit_confidence=1.0,
+            key_id=key_id if marked else None, key_name="studio" if marked else None, model_evaluations=int(marked),
+        )  # fmt: skip
+
+    monkeypatch.setattr(watermark, "detect", detect)
+    monkeypatch.setattr(common, "load_model", lambda *a: seen.loads.append(a) or "the model")
+    return seen
+
+
+def picture(path, colour, size=(64, 64)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).save(path)
+    return path
+
+
+def lines(result) -> list[str]:
+    assert "Traceback" not in result.output and isinstance(result.exception, (SystemExit, type(None))), result.output
+    got = result.stderr.strip().splitlines()
+    assert all(line.startswith("error: ") for line in got), result.stderr
+    return got
+
+
+def test_files_and_folders(keyring, detector, tmp_path):
+    one = picture(tmp_path / "one.png", MARKED)
+    inside = [picture(tmp_path / "in" / name, PLAIN) for name in ("a.PNG", "b/c.webp", "d.jpg")]
+    (tmp_path / "in" / "notes.txt").write_text("no picture")
+    result = run("detect", one, tmp_path / "in", inside[0], "--keyring", keyring, "--json")
+    assert result.exit_code == 0 and lines(result) == [], result.output
+    rows = json.loads(result.stdout)
+    assert [row["file"] for row in rows] == [str(file) for file in (one, *inside)]
+    assert all(list(row) == KEYS for row in rows)
+    assert [row["verdict"] for row in rows] == ["valid", "absent", "absent", "absent"]
+    key_id = load_keyring(keyring).get("studio").key_id
+    assert rows[0]["key_id"] == key_id and rows[0]["log10_p"] == -400 and rows[0]["model_evaluations"] == 1
+    payload = {"version": 1, "time": 1_800_000_000, "model": "00000007", "unique_id": "8000000000000001"}
+    assert rows[0]["payload"] == payload and rows[1]["payload"] is None and rows[1]["key_id"] is None
+    assert detector.loads == [("canvas", "auto", "auto")]
+
+
+def test_the_table_names_key_and_id(keyring, detector, tmp_path):
+    result = run("detect", picture(tmp_path / "one.png", MARKED), "--keyring", keyring)
+    assert result.exit_code == 0, result.output
+    shown = "".join(result.stdout.split())
+    assert "valid" in shown and "1e-400" in shown and "studio" in shown
+
+
+def test_pictures_go_in_groups(keyring, detector, tmp_path):
+    for index in range(11):
+        picture(tmp_path / "in" / f"{index:02d}.png", PLAIN, (64, 64) if index % 2 else (96, 64))
+    result = run("detect", tmp_path / "in", "--keyring", keyring, "--json")
+    assert result.exit_code == 0 and len(json.loads(result.stdout)) == 11, result.output
+    assert detector.groups == [8, 3]
+
+
+def huge_png() -> bytes:
+    """A small PNG that says it is 60,000 x 60,000."""
+    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(b"")), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks
+    )
+
+
+def test_pictures_that_fail_do_not_stop_the_others(keyring, detector, tmp_path):
+    folder = tmp_path / "in"
+    good = [picture(folder / name, MARKED) for name in ("a.png", "z.png")]
+    whole = picture(folder / "c.jpg", PLAIN, (256, 256)).read_bytes()
+    (folder / "c.jpg").write_bytes(whole[: len(whole) // 2])
+    (folder / "d.png").write_text("not a picture")
+    (folder / "e.png").write_bytes(huge_png())
+    (folder / "f.png").write_bytes(b"")
+    picture(folder / "g.png", BROKEN)
+    picture(folder / "i.png", PLAIN, TOO_LARGE)
+    cut = picture(folder / "h.png", PLAIN).read_bytes()
+    (folder / "h.png").write_bytes(cut[:50])
+    result = run("detect", folder, folder / "none.png", "--keyring", keyring, "--json")
+    assert result.exit_code == 1
+    assert [row["file"] for row in json.loads(result.stdout)] == [str(file) for file in good]
+    errors = lines(result)
+    assert [line.split(": ")[1].rpartition("/")[2] for line in errors] == [
+        "c.jpg", "d.png", "e.png", "f.png", "g.png", "h.png", "i.png", "none.png",
+    ]  # fmt: skip
+    reasons = ("damaged", "not a picture", "too large", "not a picture", "small", "damaged", "memory", "no such file")
+    for line, words in zip(errors, reasons, strict=True):
+        assert words in line, line
+
+
+def test_a_large_picture_is_refused_where_pillow_only_warns(keyring, detector, tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64 * 64)
+    files = picture(tmp_path / "a.png", PLAIN, (64, 80)), picture(tmp_path / "b.png", PLAIN)
+    result = run("detect", *files, "--keyring", keyring, "--json")
+    assert result.exit_code == 1 and len(json.loads(result.stdout)) == 1
+    assert "a.png: too large" in lines(result)[0]
+
+
+def test_no_model_is_loaded_for_nothing(keyring, detector, tmp_path):
+    (tmp_path / "in").mkdir()
+    for target, code in ((tmp_path / "in", 2), (tmp_path / "none.png", 1)):
+        result = run("detect", target, "--keyring", keyring)
+        assert result.exit_code == code and len(lines(result)) == 1
+    assert not detector.loads
+
+
+def test_our_own_bugs_keep_their_traceback(keyring, detector, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(watermark, "detect", fail)
+    result = run("detect", picture(tmp_path / "a.png", PLAIN), "--keyring", keyring)
+    assert isinstance(result.exception, RuntimeError)
+
+
+@pytest.mark.parametrize("content", [b"", b'{"a": 1}', b"\x89PNG"])
+def test_a_damaged_keyring_is_one_line(content, keyring, detector, tmp_path):
+    keyring.write_bytes(content)
+    result = run("detect", picture(tmp_path / "one.png", MARKED), "--keyring", keyring)
+    assert result.exit_code == 2 and len(lines(result)) == 1
+    assert keyring.read_bytes() == content
+
+
+def test_resume(keyring, detector, tmp_path):
+    folder, state = tmp_path / "in", tmp_path / "made" / "state.jsonl"
+    picture(folder / "a.png", MARKED), picture(folder / "b.png", PLAIN)
+    (folder / "c.png").write_text("not a picture")
+    arguments = ("detect", folder, "--keyring", keyring, "--resume", state, "--json")
+    first = run(*arguments)
+    assert first.exit_code == 1 and len(detector.loads) == 1
+    again = run(*arguments)
+    assert again.stdout == first.stdout and again.exit_code == 1 and len(detector.loads) == 1
+
+    picture(folder / "b.png", MARKED, (80, 64))  # another picture under the same name
+    state.write_bytes(state.read_bytes()[:-9])  # stopped in the middle of a line
+    changed = run(*arguments)
+    assert [row["verdict"] for row in json.loads(changed.stdout)] == ["valid", "valid"] and len(detector.loads) == 2
+    assert json.loads(run(*arguments).stdout) == json.loads(changed.stdout) and len(detector.loads) == 2
+
+    ring = load_keyring(keyring)
+    ring.new("other")
+    save_keyring(ring, keyring)
+    assert run(*arguments).exit_code == 1 and len(detector.loads) == 3  # p-values depend on the number of keys
+    assert not [k for k in ring if k.stream_key.hex() in state.read_text()]
+
+
+def test_resume_writes_into_no_other_file(keyring, detector, tmp_path):
+    one = picture(tmp_path / "one.png", MARKED)
+    for other in (one, keyring):
+        before = other.read_bytes()
+        result = run("detect", one, "--keyring", keyring, "--resume", other)
+        assert result.exit_code == 2 and "--resume" in lines(result)[0]
+        assert other.read_bytes() == before
+
+
+def test_signed_on_the_canvas_and_found_again(tmp_path):
+    """The whole way, by the real commands: keys, sign, detect; another key and a detector's copy."""
+
+    def real(*arguments):
+        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+        assert result.exit_code == 0, result.output
+        return result.stdout
+
+    ring, other, copy = (tmp_path / name for name in ("keys.json", "other.json", "detector.json"))
+    real("keys", "new", "--name", "studio", "--keyring", ring)
+    real("keys", "new", "--name", "studio", "--keyring", other)
+    real("keys", "export-detector", "--name", "studio", "--keyring", ring, "-o", copy)
+    prompt = "a robot in striped style on a sky background"
+    real("generate", "canvas", prompt, "--sign", "studio", "--keyring", ring, "-o", tmp_path / "a.png")
+    real("generate", "canvas", prompt, "-o", tmp_path / "b.png")
+    pictures = (tmp_path / "a.png", tmp_path / "b.png")
+    verdicts = {}
+    for keyring in (ring, other, copy):
+        rows = json.loads(real("detect", *pictures, "--keyring", keyring, "--json"))
+        verdicts[keyring.name] = [row["verdict"] for row in rows]
+        if keyring == ring:
+            assert rows[0]["p_value"] < 1e-6 < rows[1]["p_value"] and rows[0]["key_id"] == 0
+    assert verdicts == {
+        "keys.json": ["valid", "absent"],
+        "other.json": ["absent", "absent"],
+        "detector.json": ["unverified", "absent"],
+    }
