@@ -11,6 +11,7 @@ negative, so that two unrelated pictures already have a plain cosine of about 0.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import random
 from collections.abc import Callable
@@ -152,8 +153,6 @@ _SAMPLING = {"num_inference_steps": 25, "guidance_scale": 4.0, "output_type": "p
 
 
 def _applied(pipe, options: dict | None):
-    import contextlib
-
     if options is None:
         return contextlib.nullcontext()
     return apply_negative_token_merging(pipe, NegativeTokenMergingConfig(**options))

@@ -134,11 +134,11 @@ class NegativeTokenMergingConfig:
         """ "reference" or "diversity"."""
         return "diversity" if self.reference is None else "reference"
 
-    def inside(self, percent: float, sigma: float) -> bool:
-        """Whether a step lies in the window; percent from 0 (noise) to 1 (image)."""
+    def inside(self, percent: float | Tensor, sigma: float | Tensor) -> bool | Tensor:
+        """Whether a step lies in the window; percent from 0 (noise) to 1 (image). Numbers, or scalar tensors."""
         if self.unit == "sigma":
-            return self.end < sigma <= self.start
-        return self.start <= percent <= self.end
+            return (self.end < sigma) & (sigma <= self.start)
+        return (self.start <= percent) & (percent <= self.end)
 
     def takes(self, path: str) -> bool:
         """Whether `blocks` lets this layer in."""

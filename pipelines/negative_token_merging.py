@@ -12,7 +12,8 @@ from torch import nn
 
 from ..methods.negative_token_merging import NegativeTokenMergingConfig, TokenMergingError
 from .hooks import TOKEN_MERGING, install, uninstall
-from .text import denoiser_of
+from .latents import pixels_per_latent
+from .text import denoiser_of, family_of
 from .token_merging_hooks import BeforeOutputHook, LayerHook, MergeState, RowsHook, told_context
 
 __all__ = [
@@ -23,12 +24,6 @@ __all__ = [
 ]
 
 
-_FAMILIES = {
-    "UNet2DConditionModel": "sd",
-    "SD3Transformer2DModel": "sd3",
-    "FluxTransformer2DModel": "flux",
-    "WanTransformer3DModel": "wan",
-}
 _ATTRIBUTE = "_semiperm_negative_token_merging"
 
 
@@ -54,14 +49,7 @@ def apply_negative_token_merging(pipe, config: NegativeTokenMergingConfig | None
     """
     config = config or NegativeTokenMergingConfig()
     denoiser, _ = denoiser_of(pipe)
-    family = next((_FAMILIES[c.__name__] for c in type(denoiser).__mro__ if c.__name__ in _FAMILIES), None)
-    if family is None:
-        raise TokenMergingError(
-            f"{type(pipe).__name__} with a {type(denoiser).__name__} is not supported; expected a pipeline of the"
-            " SD1.x, SD2, SDXL, SD3, Flux or Wan family"
-        )
-    if family == "sd" and getattr(pipe, "text_encoder_2", None) is not None:
-        family = "sdxl"
+    family = family_of(pipe, wan=True, error=TokenMergingError)
     layers = _layers(denoiser, family, config)
     state = MergeState(pipe, family, config, [path for path, _, _ in layers])
     remove_negative_token_merging(pipe)
@@ -115,7 +103,7 @@ class TokenMergingHandle:
     def prepare(self, height: int, width: int) -> None:
         """Encode the reference for images of this size now; needed before a compiled model's first call only."""
         if self.config.mode == "reference":
-            scale = self.state.reference.pixels_per_latent
+            scale = pixels_per_latent(self.pipe)
             self.state.reference.prepare(height // scale, width // scale)
 
     def report(self) -> dict:

@@ -14,11 +14,11 @@ from ..methods.concept_fit import Segment, TextFeatures
 from ..methods.membrane_types import MembraneError
 
 _CHUNK = 32  # prompts per text-encoder call
-# (family, class of the denoiser, attribute, parameter of its forward that holds the pooled text or None)
-_FAMILIES = {
-    "UNet2DConditionModel": ("sd", "unet"),
-    "SD3Transformer2DModel": ("sd3", "transformer"),
-    "FluxTransformer2DModel": ("flux", "transformer"),
+_FAMILIES = {  # class of the denoiser -> family
+    "UNet2DConditionModel": "sd",
+    "SD3Transformer2DModel": "sd3",
+    "FluxTransformer2DModel": "flux",
+    "WanTransformer3DModel": "wan",
 }
 _TEXT_TOKEN_MODULES = re.compile(r"(^|\.)(attn2\.to_[kv]|context_embedder)$")
 _TEXT_POOLED_MODULES = re.compile(r"(^|\.)time_text_embed\.text_embedder\.linear_1$")
@@ -44,21 +44,20 @@ def denoiser_of(pipe) -> tuple[nn.Module, str]:
     )
 
 
-def family_of(pipe) -> str:
-    """Return "sd" (SD1.x, SD2), "sdxl", "sd3" or "flux".
+def family_of(pipe, *, wan: bool = False, error: type[MembraneError] = MembraneError) -> str:
+    """Return "sd" (SD1.x, SD2), "sdxl", "sd3" or "flux"; or "wan", where the caller takes it.
 
     Raises:
-        MembraneError: another architecture.
+        error: another architecture.
     """
     denoiser, _ = denoiser_of(pipe)
-    for cls in type(denoiser).__mro__:
-        if cls.__name__ in _FAMILIES:
-            family, _ = _FAMILIES[cls.__name__]
-            return "sdxl" if family == "sd" and getattr(pipe, "text_encoder_2", None) is not None else family
-    raise MembraneError(
-        f"{type(pipe).__name__} with a {type(denoiser).__name__} is not supported; expected a pipeline of the SD1.x,"
-        " SD2, SDXL, SD3 or Flux family"
-    )
+    family = next((_FAMILIES[c.__name__] for c in type(denoiser).__mro__ if c.__name__ in _FAMILIES), None)
+    if family is None or (family == "wan" and not wan):
+        raise error(
+            f"{type(pipe).__name__} with a {type(denoiser).__name__} is not supported; expected a pipeline of the"
+            f" SD1.x, SD2, SDXL, {'SD3, Flux or Wan' if wan else 'SD3 or Flux'} family"
+        )
+    return "sdxl" if family == "sd" and getattr(pipe, "text_encoder_2", None) is not None else family
 
 
 def module_keys(denoiser: nn.Module, attribute: str) -> dict[str, tuple[str, nn.Module]]:
@@ -136,8 +135,8 @@ def encode_text(
 
     Args:
         prompts: B strings; "" is the unconditional prompt.
-        max_sequence_length: T5 positions (SD3, Flux); None is the pipeline's default. It changes every position: these
-            pipelines let T5 attend to its padding.
+        max_sequence_length: T5 positions (SD3, Flux, Wan); None is the pipeline's default. It changes every position:
+            these pipelines let T5 attend to its padding.
         positions: keep only the first so many of the N positions; None keeps all.
 
     Returns:
@@ -146,7 +145,7 @@ def encode_text(
     Raises:
         MembraneError: unsupported pipeline, or no prompts.
     """
-    family_of(pipe)
+    family_of(pipe, wan=True)
     prompts = list(prompts)
     if not prompts:
         raise MembraneError("encode_text got no prompts; expected at least one string")

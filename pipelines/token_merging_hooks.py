@@ -140,7 +140,7 @@ class MergeState:
             self.record.clear()
         image, noise = (float(value) for value in self.reference.level(timestep))
         sigma = noise / max(image, 1e-8) if self.family in ("sd", "sdxl") else noise
-        percent = self._percent(timestep)
+        percent = self._percent(float(timestep.reshape(-1)[0]))
         active = self.config.inside(percent, sigma)
         chunks = self._chunks(sample.shape[0], percent, hidden)
         plan = next((p for p in self._plans if p.hidden is hidden and p.chunks == chunks), None) if active else None
@@ -150,15 +150,12 @@ class MergeState:
         self.record.step(percent, sigma, active, plan.extra if plan is not None else 0)
         return plan
 
-    def _percent(self, timestep: Tensor) -> float:
-        return 1.0 - float(timestep.reshape(-1)[0]) / (1.0 if self.family == "flux" else 1000.0)
+    def _percent(self, timestep):
+        return 1.0 - timestep / (1.0 if self.family == "flux" else 1000.0)
 
     def _inside_tensor(self, timestep: Tensor, image: Tensor, noise: Tensor) -> Tensor:
-        if self.config.unit == "sigma":
-            value = noise / image.clamp_min(1e-8) if self.family in ("sd", "sdxl") else noise
-            return (value > self.config.end) & (value <= self.config.start)
-        value = 1.0 - timestep.reshape(-1)[0].float() / (1.0 if self.family == "flux" else 1000.0)
-        return (value >= self.config.start) & (value <= self.config.end)
+        sigma = noise / image.clamp_min(1e-8) if self.family in ("sd", "sdxl") else noise
+        return self.config.inside(self._percent(timestep.reshape(-1)[0].float()), sigma)
 
     def _chunks(self, batch: int, percent: float | None, hidden: Tensor) -> tuple[bool, ...]:
         """For each equal part of the batch, whether it is conditional."""
@@ -232,9 +229,7 @@ class MergeState:
         latents = self.reference.rows(*self.grid, timestep.to(sample.device))
         latents = latents.repeat(len(plan.sources), *[1] * (latents.ndim - 1)).to(sample.dtype)
         if self.family == "flux":
-            rows, channels, height, width = latents.shape
-            packed = latents.view(rows, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
-            latents = packed.reshape(rows, height * width // 4, channels * 4)
+            latents = self.pipe._pack_latents(latents, *latents.shape)
         elif sample.ndim == 5:
             latents = latents[:, :, None].expand(-1, -1, sample.shape[2], -1, -1)  # a still picture, frame by frame
         extra = self._extra(sample, plan).clone()

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..methods.negative_token_merging import NegativeTokenMergingConfig, TokenMergingError, grid_of, token_mask
-from .text import device_of, encode_text, split_encoded
+from .latents import alphas_of, encode_pixels, pixels_per_latent
+from .text import encode_text
 
 
 class Reference:
@@ -18,12 +19,7 @@ class Reference:
     def __init__(self, pipe, family: str, config: NegativeTokenMergingConfig):
         self.pipe, self.family, self.config = pipe, family, config
         self.images, self.masks = config.reference or (), config.mask or ()
-        self.alphas = getattr(pipe.scheduler, "alphas_cumprod", None)
-        if family in ("sd", "sdxl") and self.alphas is None:
-            raise TokenMergingError(
-                f"{type(pipe.scheduler).__name__} has no alphas_cumprod, so the noise level of a UNet's step is"
-                " unknown; use DDIM, Euler, DPM-Solver or another scheduler of that family"
-            )
+        self.alphas = alphas_of(pipe, TokenMergingError) if family in ("sd", "sdxl") else None
         self._latents: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         self._masks: dict[tuple[int, int, int], Tensor] = {}
         self._texts: dict[tuple, tuple[Tensor, Tensor | None]] = {}
@@ -50,9 +46,13 @@ class Reference:
                     f"the reference was not encoded for latents of {height} x {width} before the model was compiled;"
                     " call handle.prepare(image_height, image_width) first"
                 )
-            scale = self.pixels_per_latent
+            scale = pixels_per_latent(self.pipe)
             pixels = torch.stack([cover(image, height * scale, width * scale) for image in self.images])
-            latents = self._encode(pixels * 2 - 1)
+            pixels = pixels * 2 - 1
+            if self.family == "wan":  # a video of one frame
+                latents = encode_pixels(self.pipe, [pixels[:, :, None]])[:, :, 0]
+            else:
+                latents = encode_pixels(self.pipe, [pixels])
             draws = [
                 torch.randn(latents.shape[1:], generator=torch.Generator().manual_seed(self.config.seed + r))
                 for r in range(len(latents))
@@ -86,16 +86,9 @@ class Reference:
     def text(self, length: int) -> tuple[Tensor, Tensor | None]:
         """The reference prompt's embeddings (1, length, d) and pooled embedding (1, p) or None; cached."""
         if length not in self._texts:
-            prompt = [self.config.reference_prompt]
-            if self.family == "wan":
-                encoded = self.pipe.encode_prompt(
-                    prompt, do_classifier_free_guidance=False, max_sequence_length=length, device=device_of(self.pipe)
-                )
-                self._texts[length] = split_encoded(encoded)
-            else:
-                clip = self.pipe.tokenizer_max_length if self.family == "sd3" else 0
-                features = encode_text(self.pipe, prompt, max_sequence_length=length - clip or None)
-                self._texts[length] = features.hidden, features.pooled
+            clip = self.pipe.tokenizer_max_length if self.family == "sd3" else 0
+            features = encode_text(self.pipe, [self.config.reference_prompt], length - clip or None)
+            self._texts[length] = features.hidden, features.pooled
         hidden, pooled = self._texts[length]
         if hidden.shape[1] != length:
             raise TokenMergingError(
@@ -108,36 +101,6 @@ class Reference:
     def sizes(self) -> list[tuple[int, int]]:
         """The sizes of latents for which the images are encoded."""
         return list(self._latents)
-
-    @property
-    def pixels_per_latent(self) -> int:
-        """Along one side."""
-        if self.family == "wan":
-            return self.pipe.vae_scale_factor_spatial
-        return 2 ** (len(self.pipe.vae.config.block_out_channels) - 1)
-
-    @torch.no_grad()
-    def _encode(self, pixels: Tensor) -> Tensor:
-        vae, device = self.pipe.vae, device_of(self.pipe)
-        dtype = vae.dtype
-        upcast = dtype == torch.float16 and getattr(vae.config, "force_upcast", False)  # SDXL's overflows in float16
-        if upcast:
-            vae.to(torch.float32)
-        pixels = pixels.to(device, vae.dtype)
-        try:
-            if self.family == "wan":
-                latents = vae.encode(pixels[:, :, None]).latent_dist.mode().float()[:, :, 0]
-                mean, std = (
-                    torch.tensor(values, device=device).view(1, -1, 1, 1)
-                    for values in (vae.config.latents_mean, vae.config.latents_std)
-                )
-                return (latents - mean) / std
-            latents = vae.encode(pixels).latent_dist.mode().float()
-        finally:
-            if upcast:
-                vae.to(dtype)
-        shift = getattr(vae.config, "shift_factor", None) or 0.0
-        return (latents - shift) * vae.config.scaling_factor
 
 
 def cover(image: Tensor, height: int, width: int) -> Tensor:

@@ -19,16 +19,12 @@ import torch
 from torch import Tensor
 
 from ..methods.watermark_keys import WatermarkError
-from .text import denoiser_of, device_of, encode_text, split_encoded
+from . import text
+from .latents import alphas_of, encode_pixels, pixels_per_latent
+from .text import denoiser_of, device_of, encode_text
 
 __all__ = ["check_scheduler", "encode_images", "family_of", "invert", "latent_shape", "pixels_of"]
 
-_FAMILIES = {
-    "UNet2DConditionModel": "sd",
-    "SD3Transformer2DModel": "sd3",
-    "FluxTransformer2DModel": "flux",
-    "WanTransformer3DModel": "wan",
-}
 # Where the denoiser is asked, as a share of the training steps. Told t = 0 it says nothing of the noise that a picture
 # still carries; measured on the canvas, signs agree best when it is told .05 to .1 at first (one step: .785 of signs
 # at .05, .740 at 0, .631 at .96, the end of the step). 5 steps so find .793, diffusers' DDIMInverseScheduler .721.
@@ -59,14 +55,7 @@ def family_of(pipe) -> str:
     Raises:
         WatermarkError: another architecture.
     """
-    denoiser, _ = denoiser_of(pipe)
-    family = next((_FAMILIES[c.__name__] for c in type(denoiser).__mro__ if c.__name__ in _FAMILIES), None)
-    if family is None:
-        raise WatermarkError(
-            f"{type(pipe).__name__} with a {type(denoiser).__name__} is not supported; expected a pipeline of the"
-            " SD1.x, SD2, SDXL, SD3, Flux or Wan family"
-        )
-    return "sdxl" if family == "sd" and getattr(pipe, "text_encoder_2", None) is not None else family
+    return text.family_of(pipe, wan=True, error=WatermarkError)
 
 
 def check_scheduler(pipe) -> None:
@@ -102,7 +91,7 @@ def latent_shape(pipe, height: int | None = None, width: int | None = None, fram
     Raises:
         WatermarkError: a size that the model cannot draw.
     """
-    family, scale, step = family_of(pipe), _scale(pipe), _multiple(pipe)
+    family, scale, step = family_of(pipe), pixels_per_latent(pipe), _multiple(pipe)
     native = getattr(pipe, "default_sample_size", None)
     if family == "wan":
         defaults = 480, 832
@@ -122,18 +111,11 @@ def latent_shape(pipe, height: int | None = None, width: int | None = None, fram
     return channels, (frames - 1) // steps + 1, height // scale, width // scale
 
 
-def _scale(pipe) -> int:
-    """Pixels a latent, along one side."""
-    if family_of(pipe) == "wan":
-        return pipe.vae_scale_factor_spatial
-    return 2 ** (len(pipe.vae.config.block_out_channels) - 1)
-
-
 def _multiple(pipe) -> int:
     """What height and width in pixels are a multiple of."""
     family, config = family_of(pipe), denoiser_of(pipe)[0].config
     patch = {"flux": 2, "wan": 2, "sd3": config.get("patch_size", 1)}.get(family, 1)
-    return _scale(pipe) * patch
+    return pixels_per_latent(pipe) * patch
 
 
 def pixels_of(pipe, images) -> list[Tensor]:
@@ -171,7 +153,6 @@ def _picture(image) -> Tensor:
     return image.float()
 
 
-@torch.no_grad()
 def encode_images(pipe, images, batch_size: int = 16) -> Tensor:
     """Pictures of one size to the latents that the pipeline's decoder would have been given, without chance.
 
@@ -189,27 +170,11 @@ def encode_images(pipe, images, batch_size: int = 16) -> Tensor:
     sizes = sorted({tuple(p.shape) for p in pixels})
     if len(sizes) > 1:
         raise WatermarkError(f"pictures of {len(sizes)} sizes, {sizes[0]} and {sizes[1]} among them; expected one size")
-    vae, device, video = pipe.vae, device_of(pipe), family_of(pipe) == "wan"
-    dtype = vae.dtype
-    upcast = dtype == torch.float16 and getattr(vae.config, "force_upcast", False)  # SDXL's overflows in float16
-    if upcast:
-        vae.to(torch.float32)
-    parts = []
-    try:
-        for i in range(0, len(pixels), batch_size):
-            given = (torch.stack(pixels[i : i + batch_size]) * 2 - 1).to(device, vae.dtype)
-            parts.append(vae.encode(given.transpose(1, 2) if video else given).latent_dist.mode())
-    finally:
-        if upcast:
-            vae.to(dtype)
-    latents = torch.cat(parts).float()
-    if video:
-        mean, std = (
-            torch.tensor(values, device=device).view(1, -1, 1, 1, 1)
-            for values in (vae.config.latents_mean, vae.config.latents_std)
-        )
-        return (latents - mean) / std
-    return (latents - (getattr(vae.config, "shift_factor", None) or 0.0)) * vae.config.scaling_factor
+    starts = range(0, len(pixels), batch_size)
+    batches = (torch.stack(pixels[i : i + batch_size]) * 2 - 1 for i in starts)
+    if family_of(pipe) == "wan":
+        batches = (batch.transpose(1, 2) for batch in batches)
+    return encode_pixels(pipe, batches)
 
 
 @torch.no_grad()
@@ -238,15 +203,11 @@ def invert(pipe, latents0: Tensor, steps: int, prompt: str = "", batch_size: int
     if not steps:
         return latents0.float()
     device = device_of(pipe)
-    if family == "wan":
-        encoded = pipe.encode_prompt([prompt], do_classifier_free_guidance=False, device=device)
-        text = split_encoded(encoded)
-    else:
-        features = encode_text(pipe, [prompt])
-        text = features.hidden, features.pooled
+    features = encode_text(pipe, [prompt])
     reverse = _ddim if family in ("sd", "sdxl") else _flow
     parts = latents0.float().to(device).split(batch_size)
-    return torch.cat([reverse(pipe, part, steps, _denoiser(pipe, family, part, *text)) for part in parts])
+    words = features.hidden, features.pooled
+    return torch.cat([reverse(pipe, part, steps, _denoiser(pipe, family, part, *words)) for part in parts])
 
 
 def _denoiser(pipe, family: str, latents: Tensor, hidden: Tensor, pooled: Tensor | None) -> Callable:
@@ -257,9 +218,9 @@ def _denoiser(pipe, family: str, latents: Tensor, hidden: Tensor, pooled: Tensor
     kwargs = {"encoder_hidden_states": hidden, "return_dict": False}
     if pooled is not None:
         pooled = pooled.to(dtype).expand(rows, -1)
-    height, width = latents.shape[-2:]
+    (height, width), scale = latents.shape[-2:], pixels_per_latent(pipe)
     if family == "sdxl":
-        size = height * _scale(pipe), width * _scale(pipe)
+        size = height * scale, width * scale
         width_of_text = pipe.text_encoder_2.config.projection_dim
         ids = pipe._get_add_time_ids(size, (0, 0), size, dtype, width_of_text).to(latents.device)
         kwargs["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": ids.expand(rows, -1)}
@@ -278,7 +239,7 @@ def _denoiser(pipe, family: str, latents: Tensor, hidden: Tensor, pooled: Tensor
         if family == "flux":
             packed = pipe._pack_latents(given, *latents.shape)
             out = module(packed, timestep=latents.new_full((rows,), t / 1000).to(dtype), **kwargs)[0]
-            out = pipe._unpack_latents(out, height * _scale(pipe), width * _scale(pipe), _scale(pipe))
+            out = pipe._unpack_latents(out, height * scale, width * scale, scale)
             return out.float()
         return module(given, timestep=latents.new_full((rows,), t), **kwargs)[0].float()
 
@@ -291,12 +252,7 @@ def _path(steps: int) -> list[float]:
 
 
 def _ddim(pipe, z: Tensor, steps: int, predict: Callable) -> Tensor:
-    alphas = getattr(pipe.scheduler, "alphas_cumprod", None)
-    if alphas is None:
-        raise WatermarkError(
-            f"{type(pipe.scheduler).__name__} has no alphas_cumprod, so the noise level of a UNet's step is unknown;"
-            " use DDIM, Euler, DPM-Solver or another scheduler of that family"
-        )
+    alphas = alphas_of(pipe, WatermarkError)
     kind = pipe.scheduler.config.get("prediction_type", "epsilon")
     if kind not in ("epsilon", "v_prediction"):
         raise WatermarkError(f"the model predicts {kind!r}; expected 'epsilon' or 'v_prediction'")
