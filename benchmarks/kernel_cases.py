@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels.gated_low_rank import gated_low_rank
+from ..kernels.keyed_correlation import keyed_correlation
 from ..kernels.normalized_attention_guidance import normalized_attention_guidance
 from ..kernels.safe_guidance_step import safe_guidance_step
 from ..kernels.token_match_merge import token_match_merge
@@ -192,20 +193,71 @@ class SafeGuidanceStep(Operation):
         return math.prod(self.size) * (4 * element + 8), 0
 
 
+class KeyedCorrelation(Operation):
+    """B images of 8 L values under K keys. All numbers are integers, and equal to the last bit."""
+
+    name, letters, bound = "watermark/keyed_correlation", ("B", "K", "L", "cosets"), "arithmetic"
+
+    def __init__(self, *size: int, **how):
+        super().__init__(*size, **({"dtype": torch.int8} | how))
+
+    def inputs(self, device, dtype) -> tuple[Tensor, ...]:
+        images, keys, length, cosets = self.size
+        g = torch.Generator().manual_seed(0)
+        values = torch.randint(-14, 15, (images, 8 * length), generator=g, dtype=torch.int8)
+        positions = torch.randint(0, 8 * length, (keys, length), generator=g, dtype=torch.int32)
+        signs = torch.randint(0, 256, (keys, cosets, length // 8), generator=g, dtype=torch.uint8)
+        return tuple(t.to(device) for t in (values, positions, signs))
+
+    def kernel(self, values, positions, signs) -> tuple[Tensor, Tensor, Tensor]:
+        return keyed_correlation(values, positions, signs)
+
+    def naive(self, values, positions, signs) -> tuple[Tensor, Tensor, Tensor]:
+        """The fast Walsh-Hadamard transform of all pairs at once."""
+        field = values[:, positions.long()].int()
+        bits = (signs[..., None] >> torch.arange(7, -1, -1, dtype=torch.uint8, device=signs.device)) & 1
+        scores = field[:, :, None] * (1 - 2 * bits.flatten(2).int())
+        half = 1
+        while half < scores.shape[-1]:
+            low, high = scores.view(*scores.shape[:3], -1, 2, half).unbind(-2)
+            scores = torch.stack((low + high, low - high), -2).flatten(3)
+            half *= 2
+        scores = scores.flatten(2)
+        index = scores.abs().argmax(-1, keepdim=True)
+        best = scores.gather(-1, index)[..., 0]
+        return best.abs(), 2 * index[..., 0] + (best < 0), field.square().sum(-1).int()
+
+    def check(self, inputs, ours, naive) -> None:
+        for name, mine, theirs in zip(("the peak", "the pattern", "the energy"), ours, naive, strict=True):
+            self.require(name, float((mine != theirs).sum()), 0)
+
+    def work(self, element) -> tuple[int, int]:
+        """A product by a Walsh matrix on each side of a square or nearly square tile, of 64 at most."""
+        images, keys, length, cosets = self.size
+        rows = 1 << (length.bit_length() - 1) // 2
+        moved = images * 8 * length + keys * length * (4 + cosets / 8) + images * keys * 16
+        return int(moved), 2 * images * keys * cosets * length * min(128, rows + length // rows)
+
+
 def small_cases() -> list[Operation]:
     """Odd sizes, checked before anything is timed; the match's is large enough for blocks."""
     return [
         TokenMatchMerge(3, 1111, 72),
         GatedLowRank(3, 77, 40, 56, 5),
+        KeyedCorrelation(3, 5, 256, 3),
         NormalizedAttentionGuidance(3, 77, 72),
         SafeGuidanceStep(3, 4, 9, 7),
     ]
 
 
 def timed_cases(device: torch.device, quick: bool) -> list[Operation]:
-    """What is timed: SDXL's layers on a CPU; those of SDXL and Flux at 1024 pixels and Wan at 480p on a GPU."""
+    """What is timed: SDXL's layers on a CPU; those of SDXL and Flux at 1024 pixels and Wan at 480p on a GPU.
+
+    The watermark's keys are those of latents of 16,384 (SDXL) and 65,536 (Flux) elements.
+    """
     if quick:
         cases = [TokenMatchMerge(4, 1024, 640), GatedLowRank(2, 1024, 640, 640, 20)]
+        cases.append(KeyedCorrelation(2, 64, 2048, 4))
         return cases + [NormalizedAttentionGuidance(2, 1024, 640), SafeGuidanceStep(4, 4, 64, 64)]
     if device.type == "cuda":
         cases = [TokenMatchMerge(4, 4096, 640), TokenMatchMerge(4, 4096, 3072), TokenMatchMerge(2, 32760, 1536)]
@@ -214,6 +266,9 @@ def timed_cases(device: torch.device, quick: bool) -> list[Operation]:
         cases.append(TokenMatchMerge(4, 1024, 1280))
         cases.append(TokenMatchMerge(2, 32760, 1536, timed=False, dtype=torch.bfloat16))
     cases += [GatedLowRank(8, 4096, 640, 640, rank) for rank in (2, 20, 200)]
+    cases += [
+        KeyedCorrelation(*((16, 1024) if device.type == "cuda" else (4, 64)), length, 4) for length in (2048, 8192)
+    ]
     return cases + [NormalizedAttentionGuidance(2, 4096, 640), SafeGuidanceStep(4, 4, 128, 128)]
 
 

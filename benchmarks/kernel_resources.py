@@ -21,7 +21,13 @@ from pathlib import Path
 
 from .timing import versions
 
-KERNELS = ("token_match_merge", "gated_low_rank", "normalized_attention_guidance", "safe_guidance_step")
+KERNELS = (
+    "token_match_merge",
+    "gated_low_rank",
+    "keyed_correlation",
+    "normalized_attention_guidance",
+    "safe_guidance_step",
+)
 TARGETS = {
     "sm_80": ("cuda", 80, 32),
     "sm_90": ("cuda", 90, 32),

@@ -18,7 +18,7 @@ import math
 import secrets
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -29,21 +29,22 @@ from .watermark_fields import (
     Fields,
     best_patterns,
     codeword,
-    correlate,
     fields_of,
     first_field,
-    peaks,
-    remaining,
+    screen,
     second_nonce,
     second_order,
     second_signs,
+    split,
 )
 from .watermark_keys import WatermarkError, WatermarkKey
 from .watermark_statistics import corrected, level_counts, log_chernoff, log_tail, quantise
 
-_KEYS = 32  # of a block: 32 x 8,192 int16 scores are 512 KB, which stay in the cache
+_KEYS = 1024  # screened in one call
 _CANDIDATES = 4  # nonces of all keys that are decoded: a union bound covers any choice, so more only costs time
 _JOINT = 1e-3  # share of the error that the joint statistic may spend; it is so steep that little is enough
+_HOPELESS = math.log(5)  # first fields whose Chernoff bound is above it are not read on (their p is about .5 or more)
+_FIELDS = ("bound", "version", "key_id", "time", "model", "unique_id")  # of a payload, in this order
 _DECODED = math.log(1e-6)  # a payload is reported where chance gives one this good less often,
 _CLEAR = 2.3  # and, unless its MAC verifies, above this signal-to-noise power ratio for each bit of the code
 
@@ -56,7 +57,7 @@ class Payload:
         unique_id: below 2^64 (2^32 or 2^24 in small latents).
         time: seconds since 1970, below 2^32.
         model: 32-bit hash of the model.
-        version: 0..15.
+        version: 0..7.
 
     Raises:
         WatermarkError: a value out of range.
@@ -68,7 +69,7 @@ class Payload:
     version: int = 1
 
     def __post_init__(self):
-        for name, bits in (("unique_id", 64), ("time", 32), ("model", 32), ("version", 4)):
+        for name, bits in (("unique_id", 64), ("time", 32), ("model", 32), ("version", 3)):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << bits:
                 raise WatermarkError(f"the payload has {name}={value!r}; expected a whole number in 0..2^{bits} - 1")
@@ -84,10 +85,11 @@ class Layout:
     model: int
     unique_id: int
     mac: int
+    bound: int = 1  # whether the picture's content is bound, see `content_binding`
 
     @property
     def payload(self) -> int:
-        return self.version + self.key_id + self.time + self.model + self.unique_id
+        return self.bound + self.version + self.key_id + self.time + self.model + self.unique_id
 
     @property
     def total(self) -> int:
@@ -109,6 +111,9 @@ class Reading:
         bit_confidence: share of the payload field's soft weight that agrees with the decoded codeword; about .5 plus
             the fit of chance without a mark, 1 for untouched noise.
         nonce: the likeliest nonce.
+        bound: whether the payload says that content is bound; None without a payload.
+        evidence: one image's latent of soft values times the signs that the mark says, float32: positive where the
+            mark agrees, 0 where content is bound; None without a mark beyond chance.
     """
 
     p_value: float
@@ -119,15 +124,17 @@ class Reading:
     mac_ok: bool | None
     bit_confidence: float
     nonce: int
+    bound: bool | None = None
+    evidence: np.ndarray | None = field(default=None, repr=False, compare=False)
 
 
-_FULL = Layout(version=4, key_id=12, time=32, model=32, unique_id=64, mac=48)
-_MEDIUM = Layout(version=4, key_id=0, time=32, model=0, unique_id=32, mac=32)
+_FULL = Layout(version=3, key_id=12, time=32, model=32, unique_id=64, mac=48)
+_MEDIUM = Layout(version=3, key_id=0, time=32, model=0, unique_id=32, mac=32)
 _SMALL = Layout(version=0, key_id=0, time=0, model=0, unique_id=24, mac=24)
 
 
 def capacity(shape: Sequence[int]) -> Layout:
-    """The payload that one image's latent carries: 192 bits from 16,384 elements on, 100 from 4,096, 48 from 1,024.
+    """The payload that one image's latent carries: 192 bits from 16,384 elements on, 100 from 4,096, 49 from 1,024.
 
     Args:
         shape: (C, H, W), (C, F, H, W) or packed (N, C): without the batch.
@@ -157,7 +164,7 @@ def _mac(key: WatermarkKey, layout: Layout, body: Sequence[int], shape: tuple[in
     return _bits(key.mac(message.encode(), layout.mac), layout.mac)
 
 
-def _body(payload: Payload, key: WatermarkKey, layout: Layout) -> list[int]:
+def _body(payload: Payload, key: WatermarkKey, layout: Layout, bound: bool) -> list[int]:
     limit = 1 << layout.unique_id
     if payload.unique_id >= limit or (not layout.version and payload.version != 1):
         raise WatermarkError(
@@ -165,21 +172,17 @@ def _body(payload: Payload, key: WatermarkKey, layout: Layout) -> list[int]:
             f" carries {layout.unique_id} bits of unique_id and {layout.version} of version (1 where none): use a"
             " smaller number or a larger picture"
         )
-    values = {"version": payload.version, "key_id": key.key_id, "time": payload.time, "model": payload.model}
-    values["unique_id"] = payload.unique_id
-    return [
-        bit for name, value in values.items() if getattr(layout, name) for bit in _bits(value, getattr(layout, name))
-    ]
+    values = vars(payload) | {"bound": int(bound), "key_id": key.key_id}
+    return [bit for name in _FIELDS for bit in _bits(values[name], getattr(layout, name))]
 
 
 def _payload(body: np.ndarray, layout: Layout) -> Payload:
     values, position = {}, 0
-    for name in ("version", "key_id", "time", "model", "unique_id"):
+    for name in _FIELDS:
         width = getattr(layout, name)
-        if width:
+        if width and name not in ("bound", "key_id"):
             values[name] = int("".join(map(str, body[position : position + width])), 2)
         position += width
-    values.pop("key_id", None)
     return Payload(**values)
 
 
@@ -205,6 +208,8 @@ class KeyedMark:
         generator: torch.Generator | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        *,
+        bound: bool = False,
     ) -> Tensor:
         """Marked latents: each image exactly N(0, I), under a nonce of its own.
 
@@ -214,6 +219,7 @@ class KeyedMark:
             generator: makes magnitudes, nonces and drawn ids reproducible; without it they come from torch's global
                 generator and the operating system. Images signed with the same generator state share their nonce.
             dtype, device: of the result.
+            bound: say that the content of each picture is bound; `content_binding.bind` then has to do it.
 
         Raises:
             WatermarkError: a shape that cannot carry a mark, a payload that does not fit, a key without MAC secret.
@@ -238,7 +244,7 @@ class KeyedMark:
                 entry = Payload(fresh, time=int(time.time()) % (1 << 32))
             else:
                 entry = payload if isinstance(payload, Payload) else payload[index]
-            body = _body(entry, self.key, layout)
+            body = _body(entry, self.key, layout, bound)
             code_bits = _code(fields, layout).encode(body + _mac(self.key, layout, body, image, nonce, self.scope))
             _lay(flips[index], fields, self.key, self.scope, nonce, code_bits, first)
         signs = torch.from_numpy(1 - 2 * flips.astype(np.int8)).reshape(shape)
@@ -254,13 +260,13 @@ def _lay(flips, fields: Fields, key: WatermarkKey, scope: str, nonce: int, code_
     first_nonce, second = nonce % fields.first_nonces, nonce // fields.first_nonces
     positions, signs = first[0][0], first[1][0]
     flips[positions] = codeword(fields, signs[first_nonce // (2 * fields.length)], first_nonce)
-    rest = remaining(fields, positions)
+    rest, binding, payload = split(fields, positions)
     if fields.second_cosets:
         order = second_order(fields, key, first_nonce, scope)
         coset = second_signs(fields, key, first_nonce, scope, second // (2 * fields.length))[0]
-        flips[rest[: fields.length][order]] = codeword(fields, coset, second)
-        rest = rest[fields.length :]
-    flips[rest] = code_bits ^ key.stream("payload", fields.shape, nonce, len(rest), scope=scope)
+        flips[rest[order]] = codeword(fields, coset, second)
+    flips[binding] = key.stream("binding", fields.shape, nonce, len(binding), scope=scope)
+    flips[payload] = code_bits ^ key.stream("payload", fields.shape, nonce, len(payload), scope=scope)
 
 
 def read(latents: Tensor, keys: Iterable[WatermarkKey], *, scope: str = "") -> list[Reading]:
@@ -286,18 +292,19 @@ def read(latents: Tensor, keys: Iterable[WatermarkKey], *, scope: str = "") -> l
     image = _image_shape(latents.shape)
     fields, layout = fields_of(image), capacity(image)
     values = quantise(latents)
-    candidates: list[list[tuple[float, int, int, int]]] = [[] for _ in values]
+    rows, screened = torch.from_numpy(values).to(latents.device), []
     for start in range(0, len(keys), _KEYS):
-        positions, signs = first_field(fields, keys[start : start + _KEYS], scope)
-        for index, row in enumerate(values):
-            field = row[positions]
-            scores = correlate(field, signs)
-            energy = np.square(field.astype(np.float32)).sum(axis=1)
-            root = np.sqrt(np.maximum(energy, 1))
-            for key in np.argsort(-peaks(scores) / root)[:_CANDIDATES]:
-                for score, number in best_patterns(scores[:, key], _CANDIDATES):
-                    candidates[index].append((score / float(root[key]), start + int(key), score, number))
-            candidates[index] = sorted(candidates[index], reverse=True)[:_CANDIDATES]
+        screened.append(screen(fields, keys[start : start + _KEYS], scope, rows))
+    peaks, energies = (np.concatenate(part, axis=1) for part in zip(*screened, strict=True))
+    roots = np.sqrt(np.maximum(energies, 1))
+    candidates: list[list[tuple[float, int, int, int]]] = []
+    for row, peak, root in zip(values, peaks, roots, strict=True):
+        some = [
+            (score / float(root[index]), int(index), score, number)
+            for index in np.argsort(-peak / root)[:_CANDIDATES]  # no other key has one of the best patterns
+            for score, number in best_patterns(fields, keys[index], scope, row, _CANDIDATES)
+        ]
+        candidates.append(sorted(some, reverse=True)[:_CANDIDATES])
     return [
         _best_reading(fields, layout, row, keys, found, scope) for row, found in zip(values, candidates, strict=True)
     ]
@@ -307,8 +314,10 @@ def _best_reading(
     fields: Fields, layout: Layout, row: np.ndarray, keys: list[WatermarkKey], candidates, scope: str
 ) -> Reading:
     """The candidate with a verified payload, else the one of least p-value."""
-    readings = []
+    readings: list[Reading] = []
     for _, index, score, number in candidates:
+        if readings and _hopeless(fields, row, keys[index], score, scope):
+            continue
         reading = _reading(fields, layout, row, keys[index], score, number, len(keys), scope)
         readings.append(reading)
         if reading.payload is not None and reading.mac_ok is not False:
@@ -316,33 +325,44 @@ def _best_reading(
     return min(readings, key=lambda reading: (not reading.mac_ok, reading.log10_p))
 
 
+def _hopeless(fields: Fields, row: np.ndarray, key: WatermarkKey, score: int, scope: str) -> bool:
+    counts = level_counts(row[first_field(fields, [key], scope)[0][0]])
+    return math.log(fields.first_nonces) + log_chernoff(counts, score) > _HOPELESS
+
+
 def _reading(
     fields: Fields, layout: Layout, row: np.ndarray, key: WatermarkKey, score: int, first: int, tries: int, scope: str
 ) -> Reading:
     laid = first_field(fields, [key], scope)
     positions = laid[0][0]
-    log_first = math.log(fields.first_nonces) + log_tail(level_counts(row[positions]), score)
-    rest, second = remaining(fields, positions), 0
-    if fields.second_cosets:
-        second = second_nonce(fields, key, first, scope, row[rest[: fields.length]])
-        rest = rest[fields.length :]
+    log_first = math.log(fields.first_nonces) + log_tail(level_counts(row[positions]), score) - math.log1p(-_JOINT)
+    if _hopeless(fields, row, key, score, scope):
+        return Reading(*corrected(log_first, tries), key.key_id, key.name, None, None, 0.5, first)
+    rest, binding, places = split(fields, positions)
+    second = second_nonce(fields, key, first, scope, row[rest]) if fields.second_cosets else 0
     nonce = first + fields.first_nonces * second
-    stream = key.stream("payload", fields.shape, nonce, len(rest), scope=scope)
+    stream = key.stream("payload", fields.shape, nonce, len(places), scope=scope)
     code = _code(fields, layout)
-    decoded, confidence = code.decode(row[rest] * (1 - 2 * stream.astype(np.float32)))
+    decoded, confidence = code.decode(row[places] * (1 - 2 * stream.astype(np.float32)))
     flips = np.empty(len(row), np.uint8)
     _lay(flips, fields, key, scope, nonce, code.encode(decoded), laid)
-    total = int(row.astype(np.int64) @ (1 - 2 * flips.astype(np.int64)))
-    log_joint = (math.log2(fields.nonces) + layout.total) * math.log(2) + log_chernoff(level_counts(row), total)
-    p_value, log10_p = corrected(min(log_first - math.log1p(-_JOINT), log_joint - math.log(_JOINT)), tries)
-    payload = mac_ok = None
-    if log_joint + math.log(tries) < _DECODED:
-        body = decoded[: layout.payload]
-        if key.mac_key is not None:
-            mac_ok = _mac(key, layout, body.tolist(), fields.shape, nonce, scope) == decoded[layout.payload :].tolist()
-        # A weak mark is decoded to a neighbour of its codeword, which is just as far beyond chance.
-        soft = row[rest].astype(np.float64)
-        fit = (2 * confidence - 1) * np.abs(soft).sum()
-        if mac_ok or fit**2 > _CLEAR * code.steps * (soft @ soft):
-            payload = _payload(body, layout)
-    return Reading(p_value, log10_p, key.key_id, key.name, payload, mac_ok, confidence, nonce)
+    evidence = row * (1 - 2 * flips.astype(np.int8))
+    bound = bool(decoded[0])
+    if bound:  # what these signs say depends on the picture
+        evidence[binding] = 0
+    log_joint = (math.log2(fields.nonces) + layout.total) * math.log(2)
+    log_joint += log_chernoff(level_counts(evidence), int(evidence.sum(dtype=np.int64)))
+    p_value, log10_p = corrected(min(log_first, log_joint - math.log(_JOINT)), tries)
+    if log_joint + math.log(tries) >= _DECODED:
+        return Reading(p_value, log10_p, key.key_id, key.name, None, None, confidence, nonce)
+    body, payload, mac_ok = decoded[: layout.payload], None, None
+    if key.mac_key is not None:
+        mac_ok = _mac(key, layout, body.tolist(), fields.shape, nonce, scope) == decoded[layout.payload :].tolist()
+    # A weak mark is decoded to a neighbour of its codeword, which is just as far beyond chance.
+    soft = row[places].astype(np.float64)
+    fit = (2 * confidence - 1) * np.abs(soft).sum()
+    if mac_ok or fit**2 > _CLEAR * code.steps * (soft @ soft):
+        payload = _payload(body, layout)
+    evidence = evidence.reshape(fields.shape).astype(np.float32)
+    said = payload, mac_ok, confidence, nonce, bound if payload else None, evidence
+    return Reading(p_value, log10_p, key.key_id, key.name, *said)

@@ -1,10 +1,11 @@
-"""Where a keyed mark lies in a latent: the nonce's first field, its second field, and the payload's field.
+"""Where a keyed mark lies in a latent: the nonce's first field, its second field, the binding, and the payload.
 
 First field: L positions, order and signs from the key and the shape alone. Its signs are one of `cosets` keyed
 streams times one of the 2 L signed Walsh functions over the keyed order, so that a Walsh-Hadamard transform finds the
 likeliest of all nonces at once. Second field (latents of 4,096 elements or more): the same with 1,024 streams under
-the first field's nonce, which makes the whole nonce 27..38 bits long. Payload: every other position, under a stream
-of the whole nonce. The first field uses 2^14 patterns or more for one key; which of its elements belong together
+the first field's nonce, which makes the whole nonce 27..38 bits long. Binding: an eighth of small latents, 1,024 of
+large ones, whose signs may say what the picture shows (`content_binding`). Payload: every other position, under a
+stream of the whole nonce. The first field uses 2^14 patterns or more for one key; which of its elements belong together
 (four by four, through the Walsh functions) is known only to the key.
 """
 
@@ -16,10 +17,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from ..kernels.keyed_correlation import keyed_correlation, walsh_scores
 from .watermark_code import parity
 from .watermark_keys import WatermarkError, WatermarkKey
-from .watermark_statistics import LARGEST
 
 MINIMUM = 1024  # elements
 _SECOND_COSETS = 1024
@@ -33,6 +36,7 @@ class Fields:
     length: int  # of the first field, and of the second where there is one
     cosets: int
     second_cosets: int
+    binding: int  # elements
     bucket: int
     public: np.ndarray  # (n,) a fixed pseudorandom order of the positions
 
@@ -50,7 +54,7 @@ class Fields:
 
     @property
     def payload_elements(self) -> int:
-        return len(self.public) - self.length * (2 if self.second_cosets else 1)
+        return len(self.public) - self.length * (2 if self.second_cosets else 1) - self.binding
 
 
 @lru_cache(maxsize=16)
@@ -71,27 +75,36 @@ def fields_of(shape: tuple[int, ...]) -> Fields:
     public = np.argsort(np.frombuffer(raw, "<u8"), kind="stable")
     public.flags.writeable = False
     bucket = 1 << min(3, (n // length).bit_length() - 1)
-    return Fields(shape, length, max(4, 8192 // length), _SECOND_COSETS if n >= 4096 else 0, bucket, public)
+    second_cosets = _SECOND_COSETS if n >= 4096 else 0
+    return Fields(shape, length, max(4, 8192 // length), second_cosets, min(n // 8, 1024), bucket, public)
 
 
-def first_field(fields: Fields, keys: list[WatermarkKey], scope: str) -> tuple[np.ndarray, np.ndarray]:
-    """(K, L) positions in keyed order and (K, cosets, L) uint8 sign bits of the first field under each key."""
+def packed_first_field(fields: Fields, keys: list[WatermarkKey], scope: str) -> tuple[np.ndarray, np.ndarray]:
+    """(K, L) int32 positions in keyed order and (K, cosets, L / 8) packed sign bits of the first field of each key."""
     order_bytes, total = 3 * fields.length, 3 * fields.length + fields.cosets * fields.length // 8
-    raw = b"".join(key.keystream("first field", fields.shape, 0, total, scope=scope) for key in keys)
+    raw = bytearray().join(key.keystream("first field", fields.shape, 0, total, scope=scope) for key in keys)
     raw = np.frombuffer(raw, np.uint8).reshape(len(keys), total)
     sort = np.ascontiguousarray(raw[:, : 2 * fields.length]).view("<u2")
     order = np.argsort(sort, axis=1, kind="stable").astype(np.int32)
     order *= fields.bucket
     order += raw[:, 2 * fields.length : order_bytes] & np.uint8(fields.bucket - 1)  # one position of each bucket
-    signs = np.unpackbits(raw[:, order_bytes:], axis=1)
-    return fields.public.astype(np.int32)[order], signs.reshape(len(keys), fields.cosets, fields.length)
+    signs = raw[:, order_bytes:].reshape(len(keys), fields.cosets, -1)
+    return fields.public.astype(np.int32)[order], np.ascontiguousarray(signs)
 
 
-def remaining(fields: Fields, first: np.ndarray) -> np.ndarray:
-    """The positions outside the first field, in public order: the second field's L come first, then the payload."""
+def first_field(fields: Fields, keys: list[WatermarkKey], scope: str) -> tuple[np.ndarray, np.ndarray]:
+    """(K, L) positions in keyed order and (K, cosets, L) uint8 sign bits of the first field under each key."""
+    positions, signs = packed_first_field(fields, keys, scope)
+    return positions, np.unpackbits(signs, axis=2)
+
+
+def split(fields: Fields, first: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The positions outside the first field, in public order: of the second field, the binding and the payload."""
     free = np.ones(len(fields.public), bool)
     free[first] = False
-    return fields.public[free[fields.public]]
+    start = fields.length if fields.second_cosets else 0
+    second, binding, payload = np.split(fields.public[free[fields.public]], [start, start + fields.binding])
+    return second, binding, payload
 
 
 def second_order(fields: Fields, key: WatermarkKey, first_nonce: int, scope: str) -> np.ndarray:
@@ -115,38 +128,22 @@ def codeword(fields: Fields, signs: np.ndarray, number: int) -> np.ndarray:
     return signs ^ parity(np.arange(fields.length) & walsh) ^ np.uint8(number & 1)
 
 
-def correlate(values: np.ndarray, signs: np.ndarray) -> np.ndarray:
-    """Scores of all patterns of a field: integer butterflies, no threads, exact.
+def screen(fields: Fields, keys: list[WatermarkKey], scope: str, values: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """(B, K) peaks and energies of the first field: all images and keys in one call, on the values' device.
 
     Args:
-        values: (K, L) int8 soft values in keyed order.
-        signs: (K, cosets, L) uint8 sign bits.
-
-    Returns:
-        (L, K, cosets) int16 or int32: the score of Walsh function w under each stream; its negative scores -that.
+        values: (B, n) int8 of `quantise`.
     """
-    keys, cosets, length = signs.shape
-    dtype = np.int16 if LARGEST * length < 1 << 15 else np.int32
-    scores = np.where(signs, -values[:, None], values[:, None]).reshape(keys * cosets, length)
-    # Streams innermost: every butterfly then runs over contiguous memory.
-    scores = np.ascontiguousarray(scores.T).astype(dtype)
-    other, half = np.empty_like(scores), 1
-    while half < length:
-        pairs, out = scores.reshape(-1, 2, half * keys * cosets), other.reshape(-1, 2, half * keys * cosets)
-        np.add(pairs[:, 0], pairs[:, 1], out=out[:, 0])
-        np.subtract(pairs[:, 0], pairs[:, 1], out=out[:, 1])
-        scores, other, half = other, scores, 2 * half
-    return scores.reshape(length, keys, cosets)
+    positions, signs = (torch.from_numpy(t).to(values.device) for t in packed_first_field(fields, keys, scope))
+    peak, _, energy = keyed_correlation(values, positions, signs)
+    return peak.cpu().numpy(), energy.cpu().numpy()
 
 
-def peaks(scores: np.ndarray) -> np.ndarray:
-    """(K,) largest magnitude of each key's scores."""
-    return np.maximum(scores.max(axis=0), -scores.min(axis=0)).max(axis=1)
-
-
-def best_patterns(scores: np.ndarray, count: int) -> list[tuple[int, int]]:
-    """(L, cosets) scores of one key -> the `count` best (score, pattern number), best first."""
-    flat = scores.T.reshape(-1).astype(np.int64)
+def best_patterns(fields: Fields, key: WatermarkKey, scope: str, values: np.ndarray, count: int) -> list:
+    """The `count` best (score, pattern number) of (n,) values in the key's first field, best first."""
+    positions, signs = packed_first_field(fields, [key], scope)
+    scores = walsh_scores(torch.from_numpy(values[positions]), torch.from_numpy(signs)).numpy()
+    flat = scores[..., 0].T.reshape(-1).astype(np.int64)
     magnitude = np.abs(flat)
     top = np.argpartition(-magnitude, count)[:count]
     return [(int(magnitude[i]), int(2 * i + (flat[i] < 0))) for i in top[np.argsort(-magnitude[top], kind="stable")]]
@@ -154,12 +151,8 @@ def best_patterns(scores: np.ndarray, count: int) -> list[tuple[int, int]]:
 
 def second_nonce(fields: Fields, key: WatermarkKey, first_nonce: int, scope: str, values: np.ndarray) -> int:
     """The likeliest pattern of the second field, from its (L,) soft values in public order."""
-    values = values[second_order(fields, key, first_nonce, scope)][None]
-    signs = second_signs(fields, key, first_nonce, scope, count=fields.second_cosets)
-    highest, found, block = -1, 0, max(1, (1 << 17) // fields.length)  # scores of a block stay in the cache
-    for start in range(0, fields.second_cosets, block):
-        scores = correlate(values, signs[None, start : start + block])
-        if peaks(scores)[0] > highest:
-            highest, number = best_patterns(scores[:, 0], 1)[0]
-            found = number + 2 * fields.length * start
-    return found
+    size = fields.second_cosets * fields.length // 8
+    raw = bytearray(key.keystream("second field", fields.shape, first_nonce, size, scope=scope))
+    signs = torch.frombuffer(raw, dtype=torch.uint8).view(1, fields.second_cosets, -1)
+    order = torch.from_numpy(second_order(fields, key, first_nonce, scope).astype(np.int32))
+    return int(keyed_correlation(torch.from_numpy(values[None]), order[None], signs)[1])

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..methods.watermark_detection import whole_cells
 from ..methods.watermark_keys import WatermarkError
 from . import text
 from .latents import alphas_of, encode_pixels, pixels_per_latent
@@ -61,7 +62,7 @@ def family_of(pipe) -> str:
 def check_scheduler(pipe) -> None:
     """Refuse a sampler that adds noise on its way: the picture would forget the noise that carries the mark.
 
-    DDIM's `eta` is an argument of the pipeline's call and cannot be seen here: leave it at 0.
+    DDIM's `eta` is an argument of the pipeline's call and cannot be seen here: leave it at 0. `signed_noise` sees it.
 
     Raises:
         WatermarkError: an ancestral or SDE sampler, or one that is not known to be deterministic.
@@ -91,7 +92,7 @@ def latent_shape(pipe, height: int | None = None, width: int | None = None, fram
     Raises:
         WatermarkError: a size that the model cannot draw.
     """
-    family, scale, step = family_of(pipe), pixels_per_latent(pipe), _multiple(pipe)
+    family, scale, step = family_of(pipe), pixels_per_latent(pipe), multiple_of(pipe)
     native = getattr(pipe, "default_sample_size", None)
     if family == "wan":
         defaults = 480, 832
@@ -101,7 +102,7 @@ def latent_shape(pipe, height: int | None = None, width: int | None = None, fram
     height, width = height or defaults[0], width or defaults[1]
     if height < step or width < step or height % step or width % step:
         raise WatermarkError(f"{type(pipe).__name__} cannot draw {height} x {width}; expected multiples of {step}")
-    channels = denoiser_of(pipe)[0].config.in_channels // (4 if family == "flux" else 1)
+    channels = pipe.vae.config.get("latent_channels") or pipe.vae.config.z_dim
     if family != "wan":
         return channels, height // scale, width // scale
     frames = 81 if frames is None else frames
@@ -111,7 +112,7 @@ def latent_shape(pipe, height: int | None = None, width: int | None = None, fram
     return channels, (frames - 1) // steps + 1, height // scale, width // scale
 
 
-def _multiple(pipe) -> int:
+def multiple_of(pipe) -> int:
     """What height and width in pixels are a multiple of."""
     family, config = family_of(pipe), denoiser_of(pipe)[0].config
     patch = {"flux": 2, "wan": 2, "sd3": config.get("patch_size", 1)}.get(family, 1)
@@ -119,21 +120,13 @@ def _multiple(pipe) -> int:
 
 
 def pixels_of(pipe, images) -> list[Tensor]:
-    """Pictures as (3, H, W), videos as (F, 3, H, W), in 0..1, cut to whole latents from the top left corner."""
-    video, step = family_of(pipe) == "wan", _multiple(pipe)
+    """Pictures as (3, H, W), videos as (F, 3, H, W), in 0..1."""
+    video = family_of(pipe) == "wan"
     one = hasattr(images, "convert") or (
         isinstance(images, (Tensor, np.ndarray)) and images.ndim == (4 if video else 3)
     )
-    found = []
-    for item in [images] if one else images:
-        pixels = torch.stack([_picture(frame) for frame in item]) if video else _picture(item)
-        height, width = (side - side % step for side in pixels.shape[-2:])
-        if not height or not width:
-            raise WatermarkError(
-                f"a picture of {pixels.shape[-2]} x {pixels.shape[-1]} pixels is smaller than what"
-                f" {type(pipe).__name__} encodes; expected at least {step} x {step}"
-            )
-        found.append(pixels[..., :height, :width])
+    items = [images] if one else images
+    found = [torch.stack([_picture(frame) for frame in item]) if video else _picture(item) for item in items]
     if not found:
         raise WatermarkError("no pictures were given; expected at least one PIL image or tensor (3, H, W) in 0..1")
     return found
@@ -166,7 +159,7 @@ def encode_images(pipe, images, batch_size: int = 16) -> Tensor:
     Raises:
         WatermarkError: no pictures, other things than pictures, or pictures of different sizes.
     """
-    pixels = pixels_of(pipe, images)
+    pixels = [whole_cells(picture, multiple_of(pipe)) for picture in pixels_of(pipe, images)]
     sizes = sorted({tuple(p.shape) for p in pixels})
     if len(sizes) > 1:
         raise WatermarkError(f"pictures of {len(sizes)} sizes, {sizes[0]} and {sizes[1]} among them; expected one size")
@@ -221,8 +214,8 @@ def _denoiser(pipe, family: str, latents: Tensor, hidden: Tensor, pooled: Tensor
     (height, width), scale = latents.shape[-2:], pixels_per_latent(pipe)
     if family == "sdxl":
         size = height * scale, width * scale
-        width_of_text = pipe.text_encoder_2.config.projection_dim
-        ids = pipe._get_add_time_ids(size, (0, 0), size, dtype, width_of_text).to(latents.device)
+        last = (6.0,) if pipe.config.get("requires_aesthetics_score") else size  # the refiner's
+        ids = torch.tensor([[*size, 0, 0, *last]], device=latents.device, dtype=dtype)
         kwargs["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": ids.expand(rows, -1)}
     elif family == "sd3":
         kwargs["pooled_projections"] = pooled
@@ -236,6 +229,11 @@ def _denoiser(pipe, family: str, latents: Tensor, hidden: Tensor, pooled: Tensor
 
     def predict(latents: Tensor, t: float) -> Tensor:
         given = latents.to(dtype)
+        extra = denoiser.config.in_channels - given.shape[1]
+        if family in ("sd", "sdxl") and extra > 0:  # an inpainting model is also told what to draw: here, everything
+            told = given.new_zeros(rows, extra, height, width)
+            told[:, 0] = 1
+            given = torch.cat([given, told], 1)
         if family == "flux":
             packed = pipe._pack_latents(given, *latents.shape)
             out = module(packed, timestep=latents.new_full((rows,), t / 1000).to(dtype), **kwargs)[0]

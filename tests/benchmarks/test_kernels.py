@@ -10,6 +10,7 @@ from semiperm.benchmarks import kernel_cases, kernels
 from semiperm.benchmarks.kernel_cases import (
     GatedLowRank,
     KernelBenchmarkError,
+    KeyedCorrelation,
     NormalizedAttentionGuidance,
     SafeGuidanceStep,
     TokenMatchMerge,
@@ -25,6 +26,7 @@ KEYS |= {"baseline_peak_bytes", "gbps", "machine", "environment", "versions"}
 TINY = (
     TokenMatchMerge(3, 64, 32),
     GatedLowRank(2, 40, 16, 24, 3),
+    KeyedCorrelation(2, 5, 256, 4),
     NormalizedAttentionGuidance(2, 40, 16),
     SafeGuidanceStep(2, 4, 8, 8),
 )
@@ -56,10 +58,10 @@ def test_rows(tiny, monkeypatch):
         assert row["ms"] > 0 and row["baseline_ms"] > 0 and row["gbps"] > 0
         for peak in ("peak_bytes", "baseline_peak_bytes"):
             assert (row[peak] is None) == (row["baseline"] == kernels.COMPILED)
-        assert row["dtype"] == "float32" and row["path"] == "reference" and "CPU" in row["machine"]
+        assert row["dtype"] == ("int8" if "keyed" in row["name"] else "float32") and row["path"] == "reference" and "CPU" in row["machine"]
         assert row["environment"]["MALLOC_MMAP_MAX_"] == "0" and "torch" in row["versions"]
     assert rows[2]["shape"] == "B2 N40 in16 out24 R3"
-    assert len(told) == 8 and "checking negative_token_merging" in told[0] and "B3 N64 C32" in told[4]
+    assert len(told) == 10 and "checking negative_token_merging" in told[0] and "B3 N64 C32" in told[5]
 
 
 def test_quick_compiles_nothing_and_no_compiler_leaves_the_rows_out(tiny, monkeypatch):
@@ -114,7 +116,7 @@ def test_right_answers_pass_in_every_dtype(case, dtype):
     inputs = case.inputs(CPU, dtype)
     case.check(inputs, case.kernel(*inputs), case.naive(*inputs))
     moved, flops = case.work(dtype.itemsize)
-    assert moved >= sum(t.nbytes for t in inputs[:4]) and (flops > 0) == (case.name.split("/")[-1] in KERNELS[:2])
+    assert moved >= sum(t.nbytes for t in inputs[:4]) and (flops > 0) == (case.name.split("/")[-1] in KERNELS[:3])
 
 
 def test_smooth_images_are_checked_too():

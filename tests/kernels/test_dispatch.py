@@ -45,7 +45,13 @@ def test_without_triton_auto_takes_the_reference_and_force_raises(monkeypatch):
         kernel_path(OnGpu)
 
 
-KERNELS = "gated_low_rank", "normalized_attention_guidance", "safe_guidance_step", "token_match_merge"
+KERNELS = (
+    "gated_low_rank",
+    "keyed_correlation",
+    "normalized_attention_guidance",
+    "safe_guidance_step",
+    "token_match_merge",
+)
 WITHOUT_TRITON = f"""
 import sys
 sys.modules["triton"] = None  # as if it were not installed

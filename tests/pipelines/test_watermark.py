@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import diffusers
 import pytest
+import semiperm.methods.watermark_detection as core
 import semiperm.pipelines.watermark as face
 import torch
 from diffusers import StableDiffusionPipeline
@@ -109,9 +110,10 @@ def test_the_ladder_stops_early_and_pays_for_every_rung(key, monkeypatch):
         values = [v for v in p_of_rung[next(rungs)] if v is not None]
         rows.append(len(noise))
         said = {"key_id": 7, "key_name": "studio", "payload": face.Payload(1), "bit_confidence": 0.5}
+        said |= {"bound": False, "evidence": None}
         return [SimpleNamespace(p_value=10**v, log10_p=v, mac_ok=v < -8, **said) for v in values]
 
-    monkeypatch.setattr(face, "read", read)
+    monkeypatch.setattr(core, "read", read)
     first, second = detect(torch.rand(2, 3, 32, 32), pipe, [key], ladder=(0, 1, 5))
     assert rows == [2, 2, 1]
     assert first.verdict == "valid" and first.model_evaluations == 1

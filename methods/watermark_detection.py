@@ -1,0 +1,223 @@
+"""From pictures to verdicts: climb a ladder of inversion steps, undo edits, check the content that is bound.
+
+Diffusers pipelines and ComfyUI models come in as an `Inverter`; nothing here knows of either.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .content_binding import Embedding, content_p_value, perceptual_hash
+from .watermark import Payload, Reading, read
+from .watermark_keys import WatermarkError, WatermarkKey
+from .watermark_search import Search, run
+from .watermark_statistics import levelled
+
+LADDER = (0, 1, 5, 10, 25)
+CONTENT = 3e-3  # of pictures that show something unrelated, this many are taken for the one that was signed
+AS_GIVEN = "as given"
+
+
+class Inverter(Protocol):
+    """How to get from pictures to their initial noise.
+
+    multiple: sides of pictures are cut to multiples of it, in pixels.
+    """
+
+    multiple: int
+
+    def encode(self, pixels: list[Tensor]) -> Tensor:
+        """Pictures (3, H, W) in 0..1 of one size (videos (F, 3, H, W)) -> latents (B, C, h, w) or (B, C, f, h, w)."""
+
+    def invert(self, latents: Tensor, steps: int) -> Tensor:
+        """Estimate the noise with `steps` evaluations of the denoiser for each latent; 0 gives the latents back."""
+
+
+@dataclass(frozen=True)
+class DetectionResult:
+    """What one picture says.
+
+    verdict: "valid" (mark present, payload authenticated, and the content is what was signed where it is bound),
+    "content differs" (an authentic mark in a picture that shows something else: a transplant), "unverified" (mark
+    present, but the payload did not decode, or its MAC is wrong, or the keyring has no MAC key: treat the payload as
+    a claim) or "absent".
+    p_value, log10_p: the chance that a picture made without the keys looks so marked; all keys, nonces, rungs of the
+    ladder and edits undone are accounted for. payload: None if absent or not decoded. key_id, key_name: None if
+    absent. bit_confidence: share of the payload field's weight that agrees with the decoded payload, about .5 without
+    a mark. model_evaluations: of the denoiser, over all rungs and edits.
+    content_p_value: the chance that a picture of unrelated content fits the bound one so well; None where no content
+    is bound or the payload was not decoded. transform: the edit that was undone, "as given" without one.
+    evidence: float32 in the latent's shape (C, h, w), positive where the mark agrees; None where nothing was decoded.
+    """
+
+    verdict: str
+    p_value: float
+    log10_p: float
+    payload: Payload | None
+    bit_confidence: float
+    key_id: int | None
+    key_name: str | None
+    model_evaluations: int
+    content_p_value: float | None = None
+    transform: str = AS_GIVEN
+    evidence: np.ndarray | None = field(default=None, repr=False, compare=False)
+
+
+@dataclass
+class _Case:
+    """One picture while it is looked at; `found` holds (log10 p corrected for its share, reading, noise, pixels)."""
+
+    pixels: Tensor
+    found: list[tuple[float, Reading, Tensor, Tensor, str]] = field(default_factory=list)
+    evaluations: int = 0
+
+    @property
+    def log10_p(self) -> float:
+        return min([0.0, *(log10_p for log10_p, *_ in self.found)])
+
+    def settled(self, log10_alpha: float) -> bool:
+        """Present, and no further rung could say more: authenticated, or decoded where there is no MAC key."""
+        last = self.found[-1][1]
+        decoded = last.payload is not None and last.mac_ok is not False
+        return decoded and self.log10_p <= log10_alpha
+
+
+def detect_in(
+    pixels: Sequence[Tensor],
+    inverter: Inverter,
+    keys: Iterable[WatermarkKey],
+    *,
+    alpha: float = 1e-6,
+    ladder: Sequence[int] = LADDER,
+    scope: str = "",
+    batch_size: int = 16,
+    mask: Tensor | None = None,
+    search: Search | None = None,
+    size: tuple[int, int] | None = None,
+    embedding: Embedding = perceptual_hash,
+) -> list[DetectionResult]:
+    """Look for the mark of any key in pictures, taking more inversion steps only where fewer do not settle it.
+
+    A picture leaves the ladder once the mark is present and its payload authenticated, or without a MAC key decoded.
+    With R rungs each is tested at alpha / R, so p = min(1, R min_r p_r) holds wherever the climb stops (Bonferroni:
+    rungs see the same picture and are not independent). With a search half of alpha is the ladder's and half is
+    shared by all edits that the search tried to undo.
+
+    Args:
+        pixels: (3, H, W) in 0..1 each, of any sizes; videos (F, 3, H, W).
+        inverter: of the model that drew them.
+        keys: at least one.
+        alpha: the false positive rate at which a mark counts as present, above 0, below 1.
+        ladder: inversion steps of each rung, rising.
+        scope, batch_size: as at signing; pictures at a time.
+        mask: (H, W) of the pictures, 1 (in uint8: 255) where an inpainting drew; None is everywhere.
+        search: edits to undo where the ladder finds nothing; None for none.
+        size: (height, width) that was signed, in pixels, where pictures may have been resized since.
+        embedding: as when the content was bound.
+
+    Raises:
+        WatermarkError: no keys, or an argument out of range.
+    """
+    keys, ladder = list(keys), tuple(ladder)
+    if not keys:
+        raise WatermarkError("the keyring is empty; expected at least one key: make one with `semiperm keys new`")
+    if not 0 < alpha < 1:
+        raise WatermarkError(f"alpha is {alpha}; expected a rate above 0 and below 1, such as 1e-6")
+    if not ladder or ladder[0] < 0 or any(b <= a for a, b in zip(ladder, ladder[1:], strict=False)):
+        raise WatermarkError(f"the ladder is {ladder}; expected rising numbers of inversion steps, such as {LADDER}")
+    if search is not None and (mask is not None or any(picture.ndim != 3 for picture in pixels)):
+        raise WatermarkError("a search for edits was asked for with a mask or in videos; it works on whole pictures")
+    cases = [_Case(whole_cells(_sized(picture, size), inverter.multiple)) for picture in pixels]
+    by_size: dict[tuple[int, ...], list[_Case]] = {}
+    for case in cases:
+        by_size.setdefault(tuple(case.pixels.shape), []).append(case)
+    log10_alpha, share = math.log10(alpha), len(ladder) * (1 if search is None else 2)
+    for group in by_size.values():
+        for start in range(0, len(group), batch_size):
+            _climb(group[start : start + batch_size], inverter, keys, log10_alpha, ladder, share, scope, mask)
+    if search is not None:
+        for case, picture in zip(cases, pixels, strict=True):
+            if case.log10_p > log10_alpha:
+                readings, tries, evaluations = run(picture, inverter, keys, search, size=size, scope=scope)
+                case.evaluations += evaluations
+                for reading, noise, undone, what in readings:
+                    case.found.append((reading.log10_p + math.log10(2 * tries), reading, noise, undone, what))
+    return [
+        _result(case, log10_alpha, {(key.key_id, key.name): key for key in keys}, scope, embedding) for case in cases
+    ]
+
+
+def latent_mask(mask: Tensor, height: int, width: int) -> Tensor:
+    """(H, W) of a picture -> (height, width) bool of its latent, as inpainting pipelines do: the nearest pixel, at .5.
+
+    Cells on the mask's border still agree with the mark in part, so they count.
+
+    Raises:
+        WatermarkError: not two-dimensional, or no cell is inside.
+    """
+    if mask.ndim != 2:
+        raise WatermarkError(f"the mask has shape {tuple(mask.shape)}; expected (H, W) of the picture")
+    inside = (mask >= (0.5 if mask.is_floating_point() or mask.dtype == torch.bool else 128)).float()[None, None]
+    inside = torch.nn.functional.interpolate(inside, size=(height, width))[0, 0] > 0
+    if not inside.any():
+        raise WatermarkError(f"the mask holds no cell of the {height} x {width} latent; expected a larger area")
+    return inside
+
+
+def _sized(picture: Tensor, size: tuple[int, int] | None) -> Tensor:
+    if size is None or picture.shape[-2:] == tuple(size):
+        return picture
+    frames = picture if picture.ndim == 4 else picture[None]
+    resized = torch.nn.functional.interpolate(frames, size=size, mode="bicubic", antialias=True).clamp(0, 1)
+    return resized if picture.ndim == 4 else resized[0]
+
+
+def whole_cells(picture: Tensor, multiple: int) -> Tensor:
+    """Leave out what is beyond the last whole latent cell, on the right and below.
+
+    Raises:
+        WatermarkError: nothing is left.
+    """
+    height, width = (side - side % multiple for side in picture.shape[-2:])
+    if not height or not width:
+        raise WatermarkError(
+            f"a picture of {picture.shape[-2]} x {picture.shape[-1]} pixels is smaller than what the model encodes;"
+            f" expected at least {multiple} x {multiple}"
+        )
+    return picture[..., :height, :width]
+
+
+def _climb(cases: list[_Case], inverter, keys, log10_alpha: float, ladder, share: int, scope: str, mask) -> None:
+    latents, pending = inverter.encode([case.pixels for case in cases]), list(range(len(cases)))
+    inside = None if mask is None else latent_mask(whole_cells(mask, inverter.multiple), *latents.shape[-2:])
+    inside = inside if inside is None else inside.to(latents.device)
+    for steps in ladder:
+        noise = levelled(inverter.invert(latents[pending], steps), inside)
+        for row, i, reading in zip(noise, pending, read(noise, keys, scope=scope), strict=True):
+            case = cases[i]
+            case.found.append((reading.log10_p + math.log10(share), reading, row, case.pixels, AS_GIVEN))
+            case.evaluations += steps
+        pending = [i for i in pending if not cases[i].settled(log10_alpha)]
+        if not pending:
+            return
+
+
+def _result(case: _Case, log10_alpha: float, keys: dict, scope: str, embedding) -> DetectionResult:
+    _, best, noise, pixels, transform = min(case.found, key=lambda found: (not found[1].mac_ok, found[0]))
+    log10_p, counted = case.log10_p, case.evaluations
+    if log10_p > log10_alpha:
+        return DetectionResult("absent", 10**log10_p, log10_p, None, best.bit_confidence, None, None, counted)
+    verdict, content = "valid" if best.mac_ok else "unverified", None
+    if best.bound:
+        content = content_p_value(noise, best, embedding(pixels[None])[0], keys[best.key_id, best.key_name], scope)
+        if verdict == "valid" and content > CONTENT:
+            verdict = "content differs"
+    said = best.payload, best.bit_confidence, best.key_id, best.key_name, counted, content, transform, best.evidence
+    return DetectionResult(verdict, 10**log10_p, log10_p, *said)
