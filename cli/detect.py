@@ -26,21 +26,30 @@ def run(
     resume: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Keep finished pictures here and go on from them.")
     ] = None,
+    search: Annotated[
+        bool, typer.Option("--search", help="Where nothing is found, undo flips, turns, shifts and crops. Slow.")
+    ] = False,
+    size: Annotated[
+        str | None,
+        typer.Option(metavar="WIDTHxHEIGHT", help="Of the signed pictures, if they were resized or cropped."),
+    ] = None,
     device: common.Device = "auto",
     dtype: common.DType = "auto",
 ):
     """Look for the marks of a keyring in pictures made by MODEL.
 
-    Verdicts: valid (a mark whose seal is right), unverified (a mark, but its seal is wrong or unreadable, or this
-    keyring cannot check it) and absent (no mark of these keys, or too little is left of one). Pictures that cannot be
-    read are named on standard error and left out; the exit code is then 1.
+    Verdicts: valid (a mark whose seal is right), content differs (such a mark, in a picture that does not show what
+    was bound to it: it was carried over), unverified (a mark, but its seal is wrong or unreadable, or this keyring
+    cannot check it) and absent (no mark of these keys, or too little is left of one). Pictures that cannot be read
+    are named on standard error and left out; the exit code is then 1.
     """
     files = picture_files(images)
+    options = {"search": search, "size": parse_size(size)}
 
     from ..methods.watermark_keys import load_keyring
 
     ring = load_keyring(keyring)
-    finished = Finished(resume, settings(keyring, model))
+    finished = Finished(resume, settings(keyring, model, options))
     rows, failed, pipe = {}, 0, None
     with common.progress("pictures", len(files)) as advance:
         for start in range(0, len(files), BATCH):
@@ -55,7 +64,7 @@ def run(
                     found[file] = error
             if pictures:
                 pipe = common.load_model(model, device, dtype) if pipe is None else pipe
-                found |= look(pipe, ring, pictures)
+                found |= look(pipe, ring, pictures, options)
             for file in part:
                 if isinstance(found[file], Exception):
                     failed += 1
@@ -90,6 +99,20 @@ def picture_files(paths: list[Path]) -> list[Path]:
     return list(files)
 
 
+def parse_size(text: str | None) -> tuple[int, int] | None:
+    """ "640x480" -> (480, 640): height first, as everywhere inside.
+
+    Raises:
+        CliError: something else.
+    """
+    if text is None:
+        return None
+    width, cross, height = text.lower().partition("x")
+    if not (cross and width.isdecimal() and height.isdecimal() and int(width) and int(height)):
+        raise common.CliError(f"--size {text}: expected WIDTHxHEIGHT in pixels, such as 1024x768")
+    return int(height), int(width)
+
+
 def read_picture(file: Path):
     """Read a whole picture as RGB.
 
@@ -117,25 +140,30 @@ def read_picture(file: Path):
         raise common.CliError(f"damaged: {common.one_line(error)}") from error
 
 
-def look(pipe, ring, pictures: dict) -> dict:
+def look(pipe, ring, pictures: dict, options: dict = {}) -> dict:  # noqa: B006 (never written to)
     """File -> what was found, or the error; where the pictures fail together, they are looked at one by one."""
     from ..methods.watermark_keys import WatermarkError
     from ..pipelines.watermark import detect
 
     largest = max(picture.width * picture.height for picture in pictures.values())
     try:
-        results = detect([*pictures.values()], pipe, ring, batch_size=max(1, PIXELS // largest))
+        results = detect([*pictures.values()], pipe, ring, batch_size=max(1, PIXELS // largest), **options)
     except (WatermarkError, RuntimeError, MemoryError) as error:
         if not isinstance(error, WatermarkError) and "memory" not in f"{error!r}".lower():
             raise  # torch says RuntimeError when memory runs out on the CPU, and of our own mistakes
         if len(pictures) == 1:
             return dict.fromkeys(pictures, error)
-        return {file: look(pipe, ring, {file: picture})[file] for file, picture in pictures.items()}
+        return {file: look(pipe, ring, {file: picture}, options)[file] for file, picture in pictures.items()}
     return {file: described(result) for file, result in zip(pictures, results, strict=True)}
 
 
 def described(result) -> dict:
-    """A detection as JSON keeps it."""
+    """A detection as JSON keeps it; what was undone and the content's p-value only where there is something to say."""
+    from ..methods.watermark_detection import AS_GIVEN
+
+    more = {} if result.transform == AS_GIVEN else {"transform": result.transform}
+    if result.content_p_value is not None:
+        more["content_p_value"] = float(result.content_p_value)
     return {
         "verdict": result.verdict,
         "p_value": float(result.p_value),
@@ -143,16 +171,20 @@ def described(result) -> dict:
         "payload": None if result.payload is None else keys.payload_record(result.payload),
         "key_id": result.key_id,
         "model_evaluations": result.model_evaluations,
+        **more,
     }
 
 
-def settings(keyring: Path, model: str) -> str:
-    """A digest of all that changes a verdict: the keys, the model's name, and the code of the mark."""
+def settings(keyring: Path, model: str, options: dict) -> str:
+    """A digest of all that changes a verdict: the keys, the model's name, the options, and the code of the mark."""
     from .. import methods, pipelines
 
     folders = [Path(package.__file__).parent for package in (methods, pipelines)]
-    code = b"".join(file.read_bytes() for folder in folders for file in sorted(folder.glob("watermark*.py")))
-    return hashlib.sha256(b"\0".join((keyring.read_bytes(), model.encode(), code))).hexdigest()[:16]
+    files = (
+        file for folder in folders for part in ("watermark", "content") for file in sorted(folder.glob(f"{part}*.py"))
+    )
+    said = (keyring.read_bytes(), model.encode(), repr(options).encode(), *(file.read_bytes() for file in files))
+    return hashlib.sha256(b"\0".join(said)).hexdigest()[:16]
 
 
 class Finished:
@@ -221,7 +253,7 @@ def show(console, rows: list[dict], ring) -> None:
 
     names = {key.key_id: key.name for key in ring}
     table = Table()
-    for heading in ("file", "verdict", "p", "key", "unique id", "made (UTC)"):
+    for heading in ("file", "verdict", "p", "key", "unique id", "made (UTC)", "undone"):
         table.add_column(heading, overflow="fold")
     for row in rows:
         payload = row["payload"] or {}
@@ -230,5 +262,6 @@ def show(console, rows: list[dict], ring) -> None:
         p = f"{row['p_value']:.2g}" if row["p_value"] > 1e-99 else f"1e{row['log10_p']:.0f}"
         file = row["file"].encode("utf-8", "backslashreplace").decode()
         key = names.get(row["key_id"], "")
-        table.add_row(*map(Text, (file, row["verdict"], p, key, str(payload.get("unique_id", "")), made)))
+        said = (file, row["verdict"], p, key, str(payload.get("unique_id", "")), made)
+        table.add_row(*map(Text, (*said, row.get("transform", ""))))
     console.print(table)

@@ -1,12 +1,14 @@
 """`semiperm generate`: pictures, with any number of membranes."""
 
+import io
+import json
 import re
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from . import common, keys
+from . import common
 
 EXAMPLE = (
     'Example: semiperm generate canvas "a robot in sketch style on sky" --membrane erased.safetensors -o robot.png'
@@ -31,6 +33,21 @@ def run(
     keyring: Annotated[
         Path | None, typer.Option(metavar="FILE", help="A keyring, made by `semiperm keys new`.")
     ] = None,
+    bind_content: Annotated[
+        bool,
+        typer.Option(
+            "--bind-content", help="With --sign: bind the mark to what the picture shows. Takes twice as long."
+        ),
+    ] = False,
+    provider: Annotated[
+        str | None, typer.Option(metavar="NAME", help="With --sign: who offers the program, for the provenance record.")
+    ] = None,
+    c2pa_cert: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="With --sign: add a C2PA manifest by this certificate (PEM).")
+    ] = None,
+    c2pa_key: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The certificate's private key (PEM, no password).")
+    ] = None,
     steps: common.Steps = None,
     guidance: common.Guidance = None,
     device: common.Device = "auto",
@@ -38,16 +55,24 @@ def run(
 ):
     """Generate one picture a prompt. What the gates did is kept in each PNG's text chunk `semiperm`.
 
-    With --sign the initial noise carries a mark that `semiperm detect` reads; key id and unique id are kept there too.
+    With --sign the initial noise carries a mark that `semiperm detect` reads, and the file a provenance record with
+    the key's id and a unique id, which `semiperm provenance` shows.
     """
     paths = output_paths(output, prompt)
     key = signing_key(sign, keyring, seed)
+    credentials = c2pa_credentials(c2pa_cert, c2pa_key, key)
+    if provider is not None and key is None:
+        raise common.CliError("--provider needs --sign and --keyring: the provenance record comes with the mark")
+    if bind_content and key is None:
+        raise common.CliError("--bind-content needs --sign and --keyring: it is the mark that content is bound to")
     for text in membrane or ():
         common.split_strength(text)
     pipe = common.load_model(model, device, dtype)
     stack = common.load_stack(pipe, membrane or [])
     sampling = common.sampling(model, steps, guidance)
-    noises = seeded(seed or 0, len(prompt)) if key is None else signed(pipe, key, len(prompt))
+    noises = (
+        seeded(seed or 0, len(prompt)) if key is None else signed(pipe, key, model, provider, len(prompt), bind_content)
+    )
 
     from ..pipelines.membranes import MembraneConfig, apply_membranes
 
@@ -55,12 +80,18 @@ def run(
     if negative is not None:
         sampling["negative_prompt"] = negative
     with common.progress("generating", len(prompt)) as advance:
-        for words, path, (noise, origin) in zip(prompt, paths, noises, strict=True):
-            image = pipe(words, **noise, **sampling).images[0]
+        for words, path, (noise, origin, provenance) in zip(prompt, paths, noises, strict=True):
+            if bind_content:
+                image = bound(pipe, key, words, **noise, **sampling)
+            else:
+                image = pipe(words, **noise, **sampling).images[0]
             record = {"model": model, "prompt": words, **origin, **sampling}
             if handle is not None:
                 record |= {"membranes": list(stack.concepts), "fired": handle.report()}
-            common.write_png(path, image, record)
+            if provenance is None:
+                common.write_png(path, image, record)
+            else:
+                common.write_file(path, sealed(image, record, provenance, credentials))
             advance()
     console = common.console()
     for path in paths:
@@ -89,17 +120,59 @@ def signing_key(name: str | None, keyring: Path | None, seed: int | None):
     return key
 
 
-def seeded(seed: int, count: int) -> list[tuple[dict, dict]]:
+def c2pa_credentials(certificate: Path | None, private_key: Path | None, key):
+    """What signs manifests, or None; read before anything is drawn.
+
+    Raises:
+        CliError: half of the options, or nothing to name in the manifest.
+    """
+    if certificate is None and private_key is None:
+        return None
+    if certificate is None or private_key is None:
+        raise common.CliError("--c2pa-cert FILE and --c2pa-key FILE go together; give both")
+    if key is None:
+        raise common.CliError("--c2pa-cert needs --sign and --keyring: the manifest names the mark")
+
+    from ..methods.provenance_c2pa import load_credentials
+
+    return load_credentials(certificate, private_key)
+
+
+def sealed(image, record: dict, provenance, credentials) -> bytes:
+    """A PNG with the record, the provenance record and, signed last, the C2PA manifest: whole before it is written."""
+    from ..methods.provenance import embed
+    from ..methods.provenance_files import parse
+
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    data = embed(parse(buffer.getvalue()).with_text("semiperm", json.dumps(record)).to_bytes(), provenance)
+    if credentials is not None:
+        from ..methods.provenance_c2pa import sign
+
+        data = sign(data, credentials)
+    return data
+
+
+def seeded(seed: int, count: int) -> list[tuple[dict, dict, None]]:
     """For each picture the pipeline's argument for plain noise, and what the record says of it."""
-    return [({"generator": common.generators([seed + i])}, {"seed": seed + i}) for i in range(count)]
+    return [({"generator": common.generators([seed + i])}, {"seed": seed + i}, None) for i in range(count)]
 
 
-def signed(pipe, key, count: int) -> list[tuple[dict, dict]]:
-    """For each picture the pipeline's argument for marked noise, and what the record says of it: nothing secret."""
+def bound(pipe, key, prompt: str, **options):
+    """A picture whose mark knows what it shows."""
+    from ..pipelines.content_binding import generate_bound
+
+    return generate_bound(pipe, key, prompt, **options).images[0]
+
+
+def signed(pipe, key, model: str, provider: str | None, count: int, bind_content: bool) -> list[tuple]:
+    """For each picture the argument for marked noise (or the payload, where `bound` draws the noise), what the record
+    says of it, and its provenance: no secrets."""
     import secrets
     from time import time
 
     from ..methods.membranes import base_model_hash
+    from ..methods.provenance import describe
     from ..methods.watermark import Payload, capacity
     from ..pipelines.text import denoiser_of
     from ..pipelines.watermark import sign_noise
@@ -113,9 +186,16 @@ def signed(pipe, key, count: int) -> list[tuple[dict, dict]]:
         weights = {name: value for name, value in denoiser_of(pipe)[0].state_dict().items() if value.ndim == 2}
         said["model"] = int(base_model_hash(weights), 16) >> (64 - bits.model)
     payloads = [Payload(secrets.randbits(bits.unique_id), **said) for _ in range(count)]
-    latents = sign_noise(pipe, key, count, payload=payloads)
-    records = [{"key_id": key.key_id, "unique_id": keys.payload_record(payload)["unique_id"]} for payload in payloads]
-    return [({"latents": one[None]}, record) for one, record in zip(latents, records, strict=True)]
+    if bind_content:
+        noises = [{"payload": payload} for payload in payloads]
+    else:
+        noises = [{"latents": noise[None]} for noise in sign_noise(pipe, key, count, payload=payloads)]
+    pictures = []
+    for noise, payload in zip(noises, payloads, strict=True):
+        provenance = describe(model, key, payload, provider=provider)
+        origin = {"key_id": provenance.key_id, "unique_id": provenance.unique_id}
+        pictures.append((noise, origin, provenance))
+    return pictures
 
 
 def output_paths(output: Path, prompts: list[str]) -> list[Path]:

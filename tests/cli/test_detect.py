@@ -37,7 +37,8 @@ def detector(monkeypatch):
     """The stand-in; `.groups` counts the pictures of each call, `.loads` the models loaded."""
     seen = SimpleNamespace(groups=[], loads=[])
 
-    def detect(images, pipe, ring, batch_size):
+    def detect(images, pipe, ring, batch_size, **options):
+        seen.options = options
         seen.groups.append(len(images))
         assert pipe == "the model" and batch_size * max(i.width * i.height for i in images) <= detect_command.PIXELS
         if any(image.size == TOO_LARGE for image in images):
@@ -52,6 +53,7 @@ def detector(monkeypatch):
         return SimpleNamespace(
             verdict="valid" if marked else "absent", p_value=p[0], log10_p=p[1], payload=payload, bit_confidence=1.0,
             key_id=key_id if marked else None, key_name="studio" if marked else None, model_evaluations=int(marked),
+            transform="as given", content_p_value=None,
         )  # fmt: skip
 
     monkeypatch.setattr(watermark, "detect", detect)
@@ -228,4 +230,41 @@ def test_signed_on_the_canvas_and_found_again(tmp_path):
         "keys.json": ["valid", "absent"],
         "other.json": ["absent", "absent"],
         "detector.json": ["unverified", "absent"],
+    }
+
+
+def test_options_reach_the_search_and_count_for_resuming(keyring, detector, tmp_path):
+    resume, file = tmp_path / "found.jsonl", picture(tmp_path / "a.png", MARKED)
+    assert run("detect", file, "--keyring", keyring, "--resume", resume).exit_code == 0
+    assert detector.options == {"search": False, "size": None}
+    before = sum(detector.groups)
+    more = ("--search", "--size", "640x480")
+    assert run("detect", file, "--keyring", keyring, "--resume", resume, *more).exit_code == 0
+    assert detector.options == {"search": True, "size": (480, 640)} and sum(detector.groups) == 2 * before
+    for text in ("640", "640x", "x480", "axb", "0x480"):
+        wrong = run("detect", file, "--keyring", keyring, "--size", text)
+        assert wrong.exit_code == 2 and "WIDTHxHEIGHT" in wrong.output
+
+
+def test_what_was_undone_and_the_content_are_told(detector):
+    found = SimpleNamespace(
+        verdict="content differs",
+        p_value=1e-9,
+        log10_p=-9.0,
+        payload=None,
+        key_id=3,
+        model_evaluations=5,
+        transform="turned by 90 degrees",
+        content_p_value=0.4,
+    )
+    told = detect_command.described(found)
+    assert told["transform"] == "turned by 90 degrees" and told["content_p_value"] == 0.4
+    found.transform, found.content_p_value = "as given", None
+    assert set(detect_command.described(found)) == {
+        "verdict",
+        "p_value",
+        "log10_p",
+        "payload",
+        "key_id",
+        "model_evaluations",
     }
