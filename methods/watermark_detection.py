@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .content_binding import Embedding, content_p_value, perceptual_hash
 from .watermark import Payload, Reading, read
+from .watermark_edits import cells_inside, without_flats
 from .watermark_keys import WatermarkError, WatermarkKey
 from .watermark_search import Search, run
 from .watermark_statistics import levelled
@@ -75,6 +76,7 @@ class _Case:
     """One picture while it is looked at; `found` holds (log10 p corrected for its share, reading, noise, pixels)."""
 
     pixels: Tensor
+    filled: tuple[Tensor, Tensor] | None  # with areas of one colour filled, and where it is valid; None without any
     found: list[tuple[float, Reading, Tensor, Tensor, str]] = field(default_factory=list)
     evaluations: int = 0
 
@@ -107,8 +109,9 @@ def detect_in(
 
     A picture leaves the ladder once the mark is present and its payload authenticated, or without a MAC key decoded.
     With R rungs each is tested at alpha / R, so p = min(1, R min_r p_r) holds wherever the climb stops (Bonferroni:
-    rungs see the same picture and are not independent). With a search half of alpha is the ladder's and half is
-    shared by all edits that the search tried to undo.
+    rungs see the same picture and are not independent). A picture with areas of one colour (bars, erased boxes) has
+    two climbs, as it is and with these filled and not counted. With a search half of alpha is the ladders' and half
+    is shared by all edits that the search can undo.
 
     Args:
         pixels: (3, H, W) in 0..1 each, of any sizes; videos (F, 3, H, W).
@@ -134,18 +137,22 @@ def detect_in(
         raise WatermarkError(f"the ladder is {ladder}; expected rising numbers of inversion steps, such as {LADDER}")
     if search is not None and (mask is not None or any(picture.ndim != 3 for picture in pixels)):
         raise WatermarkError("a search for edits was asked for with a mask or in videos; it works on whole pictures")
-    cases = [_Case(whole_cells(_sized(picture, size), inverter.multiple)) for picture in pixels]
+    cases = [_case(whole_cells(_sized(picture, size), inverter.multiple)) for picture in pixels]
     by_size: dict[tuple[int, ...], list[_Case]] = {}
     for case in cases:
         by_size.setdefault(tuple(case.pixels.shape), []).append(case)
     log10_alpha, share = math.log10(alpha), len(ladder) * (1 if search is None else 2)
     for group in by_size.values():
         for start in range(0, len(group), batch_size):
-            _climb(group[start : start + batch_size], inverter, keys, log10_alpha, ladder, share, scope, mask)
+            part = group[start : start + batch_size]
+            _climb(part, inverter, keys, log10_alpha, ladder, share, scope, mask)
+            if part := [case for case in part if case.filled and not case.settled(log10_alpha)]:
+                _climb(part, inverter, keys, log10_alpha, ladder, share, scope, mask, filled=True)
     if search is not None:
         for case, picture in zip(cases, pixels, strict=True):
             if case.log10_p > log10_alpha:
-                readings, tries, evaluations = run(picture, inverter, keys, search, size=size, scope=scope)
+                found = run(picture, inverter, keys, search, size=size, scope=scope, alpha=alpha)
+                readings, tries, evaluations = found
                 case.evaluations += evaluations
                 for reading, noise, undone, what in readings:
                     case.found.append((reading.log10_p + math.log10(2 * tries), reading, noise, undone, what))
@@ -194,15 +201,29 @@ def whole_cells(picture: Tensor, multiple: int) -> Tensor:
     return picture[..., :height, :width]
 
 
-def _climb(cases: list[_Case], inverter, keys, log10_alpha: float, ladder, share: int, scope: str, mask) -> None:
-    latents, pending = inverter.encode([case.pixels for case in cases]), list(range(len(cases)))
-    inside = None if mask is None else latent_mask(whole_cells(mask, inverter.multiple), *latents.shape[-2:])
-    inside = inside if inside is None else inside.to(latents.device)
+def _case(pixels: Tensor) -> _Case:
+    if pixels.ndim != 3:
+        return _Case(pixels, None)
+    filled, valid = without_flats(pixels)
+    return _Case(pixels, None if valid.all() else (filled, valid))
+
+
+def _climb(cases: list[_Case], inverter, keys, log10_alpha, ladder, share: int, scope, mask, *, filled=False) -> None:
+    pictures = [case.filled[0] if filled else case.pixels for case in cases]
+    latents, pending = inverter.encode(pictures), list(range(len(cases)))
+    cells = latents.shape[-2:]
+    inside = torch.ones(len(cases), *cells, dtype=torch.bool, device=latents.device)
+    if filled:
+        inside &= torch.stack([cells_inside(case.filled[1], cells) for case in cases]).to(inside.device)
+    if mask is not None:
+        inside &= latent_mask(whole_cells(mask, inverter.multiple), *cells).to(inside.device)
     for steps in ladder:
-        noise = levelled(inverter.invert(latents[pending], steps), inside)
+        noise = levelled(inverter.invert(latents[pending], steps), inside[pending])
         for row, i, reading in zip(noise, pending, read(noise, keys, scope=scope), strict=True):
             case = cases[i]
-            case.found.append((reading.log10_p + math.log10(share), reading, row, case.pixels, AS_GIVEN))
+            tries = share * (2 if case.filled else 1)  # told by the picture alone, whichever climb this is
+            said = "plain areas filled" if filled else AS_GIVEN
+            case.found.append((reading.log10_p + math.log10(tries), reading, row, pictures[i], said))
             case.evaluations += steps
         pending = [i for i in pending if not cases[i].settled(log10_alpha)]
         if not pending:

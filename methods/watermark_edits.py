@@ -101,6 +101,11 @@ def without_flats(picture: Tensor) -> tuple[Tensor, Tensor]:
     return picture[:, torch.from_numpy(rows).long(), torch.from_numpy(columns).long()], (~flat).float()
 
 
+def cells_inside(valid: Tensor, cells: tuple[int, int]) -> Tensor:
+    """(H, W) of a picture -> (h, w) bool: latent cells of which more than half is valid."""
+    return F.adaptive_avg_pool2d(valid[None].float(), cells)[0] > 0.5
+
+
 def _places(low: int, high: int, cell: int, phases: int) -> list[tuple[int, list[int]]]:
     """Places from low to high in pixels, at most `cell / phases` apart: one of each phase, and its moves by cells."""
     if high - low < cell:

@@ -18,15 +18,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels.keyed_correlation import keyed_correlation
 from .watermark import Reading, read
-from .watermark_edits import ROUNDS, Edit, Family, crops, shifts, turns, without_flats
+from .watermark_edits import ROUNDS, Edit, Family, cells_inside, crops, shifts, turns, without_flats
 from .watermark_fields import fields_of, packed_first_field
 from .watermark_keys import WatermarkError, WatermarkKey
-from .watermark_statistics import quantise
+from .watermark_statistics import levelled, quantise
 
 __all__ = ["Search", "run"]
 
@@ -103,10 +102,8 @@ class _Run:
             undone = [edit.undo(self.picture, self.valid, frame) for edit in edits[start : start + _BATCH]]
             latents = self.inverter.encode([pixels for pixels, _ in undone])
             for noise, (_, inside) in zip(self.inverter.invert(latents, self.search.steps), undone, strict=True):
-                inside = F.adaptive_avg_pool2d(inside[None].float(), noise.shape[-2:])[0] > 0.5
-                noise, count = noise.float().cpu(), inside.sum().clamp(min=1)
-                mean = (noise * inside).sum((-2, -1), keepdim=True) / count
-                out.append(((noise - mean) * inside, inside))
+                inside = cells_inside(inside, noise.shape[-2:])
+                out.append((levelled(noise.float().cpu()[None], inside)[0], inside))
         if out and tuple(out[0][0].shape) != self.shape:
             self.shape = tuple(out[0][0].shape)
             self.cell = frame[0] // self.shape[-2]
