@@ -26,22 +26,36 @@ STAGES = {
     "Membranes": ("SemipermEraseConcept", "SemipermLoadMembrane", "SemipermApplyMembranes", "SemipermSaveMembrane"),
     "Reference": ("The reference picture", "Decode the reference"),
     "Negative token merging": ("SemipermNegativeTokenMerging", "SemipermNegativeTokenMergingAdvanced"),
-    "Sampling": ("KSampler", "VAEDecode"),
+    "Watermark": (
+        "SemipermKeyring",
+        "SemipermWatermarkModel",
+        "SemipermWatermarkNoise",
+        "KSamplerSelect",
+        "RandomNoise",
+    ),
+    "Sampling": ("KSampler", "CFGGuider", "BasicScheduler", "SamplerCustomAdvanced", "VAEDecode"),
+    "Detection": ("SemipermAttackSuite", "ImageBatch", "PrimitiveStringMultiline", "SemipermDetectWatermark"),
     "Pictures": (
         "ImageStitch",
         "ImageFromBatch",
         "SaveImage",
         "SemipermMembraneReport",
+        "SemipermSaveWithProvenance",
         "SemipermTokenMergingReport",
     ),
 }
-COLORS = ("#3f789e", "#8a5ea8", "#7a7f3a", "#9b4f6b", "#4f8a5b", "#a1763f")
+COLORS = ("#3f789e", "#8a5ea8", "#7a7f3a", "#9b4f6b", "#3a7f7a", "#4f8a5b", "#6b5ea8", "#a1763f")
 SIZES = {  # of nodes that show a text field or a picture
     "CLIPTextEncode": (340, 120),
+    "PrimitiveStringMultiline": (300, 120),
     "SaveImage": (380, 340),
+    "SemipermAttackSuite": (320, 280),
+    "SemipermDetectWatermark": (560, 760),
     "SemipermEraseConcept": (340, 300),
+    "SemipermKeyring": (420, 230),
     "SemipermMembraneReport": (380, 520),
     "SemipermSaveMembrane": (340, 160),
+    "SemipermSaveWithProvenance": (560, 520),
     "SemipermTokenMergingReport": (400, 300),
 }
 
@@ -49,6 +63,10 @@ SWITCH = (
     "\n\n**With a real checkpoint:** replace *Load Canvas* by *Load Checkpoint* (`CheckpointLoaderSimple`), set the "
     "latent to the model's own size (512x512 for SD 1.x) and write your own prompt and concept."
 )
+KEYS = (
+    "\n\nThe keyring `my_keys.json` is made in `user/__semiperm/keyrings` when there is none. It is the secret: keep a "
+    "copy, give it to nobody. The workflow holds its name alone."
+) + SWITCH.replace(" and concept", "")
 NOTES = {
     "erase_by_text": "## Erase by text\nThe same prompt and seed twice: by the model as it is (left), and by a clone "
     "from which *Erase Concept* took the robot (right). No file and no training: the membrane is computed from the "
@@ -76,6 +94,15 @@ NOTES = {
     "has in common with the others. No extra picture is denoised for it."
     + SWITCH
     + " Begin with *Negative Token Merging*, whose settings are the paper's.",
+    "watermark_sign": "## Sign\nThe same prompt and seed twice: by the model as it is (left), and with the signs of "
+    "its noise set by your key (middle): another picture of the same quality. *Detect Watermark* finds the mark again "
+    "and shows where (right); *Save With Provenance* writes down what was found, beside the workflow." + KEYS,
+    "watermark_detect": "## Detect\n*SamplerCustomAdvanced* draws one picture from *Watermark Noise* and one from "
+    "*RandomNoise*; *Detect Watermark* tells them apart. p is the chance that a picture without a mark looks so "
+    "marked. For pictures of your own put *Load Image* before *Detect Watermark*." + KEYS,
+    "watermark_attack_and_detect": "## Attack and detect\n*Attack Suite* does to a signed picture what happens to "
+    "pictures on their way, one attack a line; *Detect Watermark* tells what of the mark is left, and where: green "
+    "agrees with the mark, red does not. Turned pictures need *search*, which takes longer." + KEYS,
 }
 
 
@@ -193,16 +220,23 @@ def get(url: str, body: dict | None = None) -> bytes:
 
 
 def render(server: str, api: dict, path: Path) -> None:
-    """Run the workflow and write the last picture it saves as the thumbnail."""
+    """Run the workflow and write what its last Save Image saves as the thumbnail: a batch in rows of four."""
     from PIL import Image
 
     job = json.loads(get(f"{server}/prompt", {"prompt": api}))["prompt_id"]
     while not (history := json.loads(get(f"{server}/history/{job}"))):
         time.sleep(0.5)
-    saved = [i for o in history[job]["outputs"].values() for i in o.get("images", ()) if i["type"] == "output"]
-    if not saved:
+    savers = [key for key in api if api[key]["class_type"] == "SaveImage" and key in history[job]["outputs"]]
+    if not savers:
         raise SystemExit(f"{path.stem}: the run saved no picture: {history[job]['status']}")
-    image = Image.open(io.BytesIO(get(f"{server}/view?{urllib.parse.urlencode(saved[-1])}"))).convert("RGB")
+    saved = history[job]["outputs"][savers[-1]]["images"]
+    files = [get(f"{server}/view?{urllib.parse.urlencode(one)}") for one in saved]
+    panels = [Image.open(io.BytesIO(file)).convert("RGB") for file in files]
+    (width, height), gap, columns = panels[0].size, 8, min(4, len(panels))
+    rows = -(-len(panels) // columns)
+    image = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
+    for index, panel in enumerate(panels):
+        image.paste(panel, (index % columns * (width + gap), index // columns * (height + gap)))
     size = (THUMBNAIL_WIDTH, round(image.height * THUMBNAIL_WIDTH / image.width))
     image.resize(size, Image.Resampling.LANCZOS).save(path, quality=90)
 

@@ -48,7 +48,15 @@ class PreviewImage:
         return {"images": [tuple(self.image.shape)], "animated": (False,)}
 
 
-TYPES = ("Model", "Clip", "Vae", "Latent", "Image", "Mask", "Conditioning")
+class SavedImages:
+    def __init__(self, results):
+        self.results = results
+
+    def as_dict(self):
+        return {"images": self.results}
+
+
+TYPES = ("Model", "Clip", "Vae", "Latent", "Image", "Mask", "Conditioning", "Noise", "Sampler")
 TYPES += ("String", "Float", "Int", "Boolean", "Combo")
 IO = SimpleNamespace(
     ComfyNode=object,
@@ -58,7 +66,7 @@ IO = SimpleNamespace(
     Input=Socket,
     **{name: custom(name.upper()) for name in TYPES},
 )
-UI = SimpleNamespace(PreviewText=PreviewText, PreviewImage=PreviewImage)
+UI = SimpleNamespace(PreviewText=PreviewText, PreviewImage=PreviewImage, SavedImages=SavedImages)
 
 
 def folder_paths(models: Path) -> ModuleType:
@@ -77,6 +85,8 @@ def folder_paths(models: Path) -> ModuleType:
         return next((path for path in candidates if os.path.isfile(path)), None)
 
     module.models_dir, module.folder_names_and_paths = str(models), known
+    module.get_user_directory = lambda: str(models / "user")
+    module.get_output_directory = lambda: str(models / "output")
     module.get_folder_paths = lambda folder: list(known[folder][0])
     module.get_filename_list, module.get_full_path = listed, full_path
     return module

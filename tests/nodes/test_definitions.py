@@ -24,8 +24,14 @@ IDS = {
     "SemipermNegativeTokenMerging",
     "SemipermNegativeTokenMergingAdvanced",
     "SemipermTokenMergingReport",
+    "SemipermKeyring",
+    "SemipermWatermarkNoise",
+    "SemipermWatermarkModel",
+    "SemipermDetectWatermark",
+    "SemipermAttackSuite",
+    "SemipermSaveWithProvenance",
 }
-CATEGORIES = ("semiperm/loaders", "semiperm/membranes", "semiperm/negative token merging")
+CATEGORIES = ("semiperm/loaders", "semiperm/membranes", "semiperm/negative token merging", "semiperm/watermark")
 _spec = importlib.util.spec_from_file_location("comfy_stub", Path(__file__).with_name("comfy_stub.py"))
 comfy_stub = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(comfy_stub)

@@ -22,6 +22,9 @@ NAMES = (
     "negative_token_merging_reference",
     "save_and_reload",
     "stack_and_compare",
+    "watermark_attack_and_detect",
+    "watermark_detect",
+    "watermark_sign",
 )
 NOTES = ("MarkdownNote", "Note")
 PANEL, GAP = 128, 8
@@ -50,7 +53,7 @@ def to_api(graph: dict) -> dict:
         for slot in node["inputs"]:
             if "widget" in slot:
                 inputs[slot["widget"]["name"]] = values.pop(0)
-                if slot["widget"]["name"] == "seed":
+                if slot["widget"]["name"] in ("seed", "noise_seed"):
                     assert values.pop(0) == "fixed", "a shared workflow must give the same picture twice"
             if slot["link"] is not None:
                 _, source, index, target, _, _ = links[slot["link"]]

@@ -2,7 +2,14 @@
 import { app } from "/scripts/app.js";
 import { ComfyWidgets } from "/scripts/widgets.js";
 
-const NODES = ["SemipermMembraneReport", "SemipermSaveMembrane", "SemipermTokenMergingReport"];
+const NODES = [
+  "SemipermDetectWatermark",
+  "SemipermKeyring",
+  "SemipermMembraneReport",
+  "SemipermSaveMembrane",
+  "SemipermSaveWithProvenance",
+  "SemipermTokenMergingReport",
+];
 
 app.registerExtension({
   name: "semiperm.showText",
