@@ -15,11 +15,13 @@ _EXPORTS = {
     "apply_negative_token_merging": "pipelines.negative_token_merging",
     "detect": "pipelines.watermark",
     "erase_concepts": "pipelines.membranes",
+    "generate_bound": "pipelines.content_binding",
     "load_membranes": "methods.membranes",
     "remove_membranes": "pipelines.membranes",
     "remove_negative_token_merging": "pipelines.negative_token_merging",
     "save_membranes": "methods.membranes",
     "sign_noise": "pipelines.watermark",
+    "signed_noise": "pipelines.watermark_noise",
 }
 __all__ = sorted(_EXPORTS)
 

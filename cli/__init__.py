@@ -2,7 +2,21 @@
 
 import typer
 
-from . import bench, bench_kernels, canvas, demo, detect, erase, evaluate, generate, inspect, keys
+from . import (
+    attack,
+    bench,
+    bench_kernels,
+    bench_watermark,
+    canvas,
+    demo,
+    detect,
+    erase,
+    evaluate,
+    generate,
+    inspect,
+    keys,
+    provenance,
+)
 from .common import OneLineErrors
 
 app = typer.Typer(
@@ -13,7 +27,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    help="Take concepts out of text-to-image diffusion models, reversibly.",
+    help="Take concepts out of text-to-image diffusion models, reversibly, and mark their pictures.",
     epilog="Start with: semiperm demo",
 )
 
@@ -36,10 +50,11 @@ def _options(
     pass
 
 
-for _module in (demo, erase, generate, detect, inspect, evaluate):
+for _module in (demo, erase, generate, detect, provenance, attack, inspect, evaluate):
     _name = _module.__name__.rpartition(".")[2]
     app.command(_name, epilog=_module.EXAMPLE)(_module.run)
 bench.app.command("kernels", epilog=bench_kernels.EXAMPLE)(bench_kernels.run)
+bench.app.command("watermark", epilog=bench_watermark.EXAMPLE)(bench_watermark.run)
 app.add_typer(keys.app, name="keys")
 app.add_typer(bench.app, name="bench")
 app.add_typer(canvas.app, name="canvas")

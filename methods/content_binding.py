@@ -28,6 +28,9 @@ from .watermark_keys import WatermarkError, WatermarkKey
 from .watermark_statistics import level_counts, log_tail, quantise
 
 Embedding = Callable[[Tensor], Tensor]  # pictures (B, 3, H, W) in 0..1 -> (B, D), about 0 on average over pictures
+ROUNDS = 4  # redraws at most of a picture whose content is bound,
+ENOUGH = 0.88  # the share of content bits that it keeps (cosine .93) before it is left as it is,
+LEAST = 0.7  # and what it must keep: below it a detector would call the picture someone else's
 _GRID = 8  # cosines along each side
 
 

@@ -121,19 +121,21 @@ def log_tail(counts: np.ndarray, score: int) -> float:
         return -math.inf
     tilt, bound = _tilt(counts, score)
     # S = sum of v_i over positive signs, T = 2 S - total; under the tilt P(positive) = logistic(2 lambda v).
-    first = (score + total + 1) // 2
-    size = 1 << (total + 1).bit_length()
+    positive = 1 / (1 + np.exp(-2 * tilt * levels))
+    mean, deviation = counts @ (levels * positive), math.sqrt(counts @ (levels**2 * positive * (1 - positive)))
+    # All but 1e-40 of the tilted mass lies within 14 deviations: one period of the lattice has to hold no more.
+    size = 1 << min(math.ceil(28 * deviation + 4 * LARGEST), total + 1).bit_length()
+    lowest = max(0, math.floor(mean) - size // 2)
     angle = np.exp(-2j * np.pi / size * np.arange(size // 2 + 1))
     transform, power = np.ones_like(angle), np.ones_like(angle)
     for level in range(1, LARGEST + 1):
         power = power * angle
         if counts[level]:
-            positive = 1 / (1 + math.exp(-2 * tilt * level))
-            transform = transform * (1 - positive + positive * power) ** int(counts[level])
-    mass = np.clip(np.fft.irfft(transform, size)[: total + 1], 0, None)
-    above = np.arange(first, total + 1)
+            transform = transform * (1 - positive[level] + positive[level] * power) ** int(counts[level])
+    mass = np.clip(np.fft.irfft(transform, size), 0, None)
+    above = np.arange(max((score + total + 1) // 2, lowest), min(total + 1, lowest + size))
     # exp(-lambda (T - score)) <= 1, and the common factor is exactly Chernoff's bound.
-    value = float(mass[above] @ np.exp(-tilt * (2 * above - total - score)))
+    value = float(mass[above % size] @ np.exp(-tilt * (2 * above - total - score)))
     return min(0.0, bound + math.log(value)) if value > 0 else bound
 
 

@@ -8,15 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..methods.content_binding import Embedding, agreement, bind, perceptual_hash
+from ..methods.content_binding import ENOUGH, LEAST, ROUNDS, Embedding, agreement, bind, perceptual_hash
 from ..methods.watermark import Payload
 from ..methods.watermark_keys import WatermarkError, WatermarkKey
 from .latents import pixels_per_latent
 from .watermark import draw_noise, packed
 from .watermark_inversion import pixels_of
-
-ENOUGH = 0.88  # share of content bits that a redrawn picture keeps (cosine .93) before it is left as it is
-LEAST = 0.7  # below it a detector would call the picture someone else's
 
 
 @dataclass(frozen=True)
@@ -39,7 +36,7 @@ def generate_bound(
     generator: torch.Generator | None = None,
     height: int | None = None,
     width: int | None = None,
-    rounds: int = 4,
+    rounds: int = ROUNDS,
     embedding: Embedding = perceptual_hash,
     scope: str = "",
     **kwargs,

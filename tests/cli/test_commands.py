@@ -10,9 +10,11 @@ import torch
 from semiperm.cli import app, common
 from typer.testing import CliRunner
 
-COMMANDS = ("demo", "erase", "generate", "detect", "inspect", "evaluate")
+COMMANDS = ("demo", "erase", "generate", "detect", "provenance", "attack", "inspect", "evaluate")
 COMMANDS += tuple(f"keys {name}" for name in ("new", "list", "export-detector"))
-COMMANDS += tuple(f"bench {name}" for name in ("membranes", "kernels", "sampling", "token-merging", "comfyui"))
+COMMANDS += tuple(
+    f"bench {name}" for name in ("membranes", "kernels", "sampling", "token-merging", "watermark", "comfyui")
+)
 COMMANDS += tuple(f"canvas {name}" for name in ("render", "gallery", "train", "check"))
 
 

@@ -1,0 +1,225 @@
+"""`semiperm bench watermark`: what the watermark's statistics are worth, what it survives, and what it costs."""
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import common
+
+EXAMPLE = "Example: semiperm bench watermark --resume watermark.jsonl --json watermark.json"
+
+
+def run(
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Few latents, pictures and rounds: minutes instead of hours.")
+    ] = False,
+    parts: Annotated[
+        list[str] | None, typer.Option("--part", metavar="PART", help="latents, canvas or speed. Default: all three.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes. Default: one for each core.")] = None,
+    resume: Annotated[
+        Path | None, typer.Option("--resume", metavar="FILE", help="Keep finished work here, and go on from it.")
+    ] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures here.")] = None,
+):
+    """Test the watermark on latents and on pictures: false positives, secrecy, noise, attacks, forgery, quality, speed.
+
+    Other marks stand beside it in the same tables.
+    """
+    from ..benchmarks.watermark import PARTS, TimingError
+    from ..benchmarks.watermark import run as measure
+
+    parts = parts or list(PARTS)
+    if unknown := set(parts) - set(PARTS):
+        raise common.CliError(f"there is no part {', '.join(sorted(unknown))}; choose among {', '.join(PARTS)}")
+    with ExitStack() as bars:
+
+        def starting(label: str, total: int):
+            bars.close()  # one bar at a time
+            return bars.enter_context(common.progress(label, total))
+
+        try:
+            rows = measure(quick, parts, workers, resume, starting)
+        except TimingError as error:
+            raise common.CliError(f"a process failed: {str(error).splitlines()[-1]}") from error
+    if json_path is not None:
+        common.write_json(json_path, rows)
+    console = common.console()
+    for table in tables(rows):
+        console.print(table)
+
+
+def tables(rows: list[dict]):
+    """One rich table for each kind of row that there is, the channel's one for each shape and number of bits."""
+    makers = {
+        "null": null_table,
+        "classifier": classifier_table,
+        "channel": channel_tables,
+        "attack": attack_tables,
+        "guidance": guidance_table,
+        "decoder": decoder_table,
+        "quality": quality_table,
+        "forgery": forgery_table,
+        "speed": speed_table,
+    }
+    for name, maker in makers.items():
+        if some := [row for row in rows if row["table"] == name]:
+            made = maker(some)
+            yield from made if isinstance(made, list) else [made]
+
+
+def null_table(rows: list[dict]):
+    """False positives, each beside the interval that a uniform p-value keeps 99 times in 100."""
+    table = _table(
+        "latents without the mark: how many have p < alpha (99 % interval of a uniform p);\n"
+        "tests of uniformity (p): one nonce alone, p below .01, and of p too small anywhere",
+        *("mark", "latents", "shape", "n", *(f"{rate['alpha']:g}" for rate in rows[0]["rates"])),
+        *("one nonce", "tail", "too small"),
+    )
+    for row in rows:
+        cells = [f"{rate['count']} ({rate['interval'][0]}..{rate['interval'][1]})" for rate in row["rates"]]
+        tests = ["" if row[name] is None else f"{row[name][1]:.3f}" for name in ("ks_single", "ks_tail", "ks_small")]
+        table.add_row(row["mark"], row["latents"], shape(row), str(row["n"]), *cells, *tests)
+    return table
+
+
+def classifier_table(rows: list[dict]):
+    """Accuracy of every classifier on every mark."""
+    low, high = rows[0]["interval"]
+    names = list(dict.fromkeys(row["classifier"] for row in rows))
+    caption = f"marked or plain, of one key, {shape(rows[0])}, {rows[0]['n']} latents asked: right answers"
+    table = _table(f"{caption}\n(a coin: {low:.3f} to {high:.3f} with 99 %)", "mark", *names)
+    for mark in dict.fromkeys(row["mark"] for row in rows):
+        found = {row["classifier"]: row["accuracy"] for row in rows if row["mark"] == mark}
+        table.add_row(mark, *(f"{found[name]:.3f}" for name in names))
+    return table
+
+
+def channel_tables(rows: list[dict]) -> list:
+    """Of each shape and number of bits: exact payloads and detections, rho by rho."""
+    made = []
+    for size in dict.fromkeys((shape(row), row["bits"]) for row in rows):
+        some = [row for row in rows if (shape(row), row["bits"]) == size]
+        rhos = sorted({row["rho"] for row in some})
+        caption = (
+            f"{size[0]}, {size[1]} bits, z' = rho z + sqrt(1 - rho^2) n: share of exact messages / detected at 1e-6"
+        )
+        table = _table(caption, "mark", "n", *(f"{rho:g}" for rho in rhos))
+        for mark in dict.fromkeys(row["mark"] for row in some):
+            found = {row["rho"]: row for row in some if row["mark"] == mark}
+            cells = (
+                f"{found[rho]['exact'][0]:.2f}/{found[rho]['detected'][0]:.2f}" if rho in found else "" for rho in rhos
+            )
+            table.add_row(mark, str(max(row["n"] for row in found.values())), *cells)
+        made.append(table)
+    return made
+
+
+def attack_tables(rows: list[dict]) -> list:
+    """Attack by attack: the marks' detections at 1e-3; and what else is known of clean pictures and of the mean."""
+    marks = list(dict.fromkeys(row["mark"] for row in rows))
+    found = _table(
+        "share of pictures found at p < 1e-3; the mean is that of all attacks but averaging", "attack", *marks
+    )
+    for text in dict.fromkeys(row["attack"] for row in rows):
+        cells = {row["mark"]: percent(row["tpr"]) for row in rows if row["attack"] == text}
+        found.add_row(text, *(cells.get(mark, "") for mark in marks))
+    whole = _table("pictures found, exact messages, denoiser evaluations a picture", "mark", "attack", "n")
+    for heading in ("found at 1e-3", "at 1e-6", "exact", "evaluations"):
+        whole.add_column(heading, justify="right")
+    for row in rows:
+        if row["attack"] in ("none", "mean"):
+            cells = (percent(row[name]) for name in ("tpr", "detected", "exact"))
+            whole.add_row(row["mark"], row["attack"], str(row["n"]), *cells, f"{row['evaluations']:.1f}")
+    return [found, whole]
+
+
+def guidance_table(rows: list[dict]):
+    """Agreement of signs by guidance scale."""
+    steps = list(rows[0]["agreement"])
+    table = _table("the mark by guidance scale: share of right signs after so many inversion steps", "guidance", "n")
+    for heading in (*(f"{n} steps" for n in steps), "found at 1e-6", "exact", "evaluations"):
+        table.add_column(heading, justify="right")
+    for row in sorted(rows, key=lambda row: row["guidance"]):
+        shares = (f"{row['agreement'][n]:.3f}" for n in steps)
+        rest = percent(row["detected"]), percent(row["exact"]), f"{row['evaluations']:.1f}"
+        table.add_row(f"{row['guidance']:g}", str(row["n"]), *shares, *rest)
+    return table
+
+
+def decoder_table(rows: list[dict]):
+    """Decoder inversion beside the encoder's latent."""
+    table = _table("latents of pictures by the encoder, and after decoder inversion", "latents", "n")
+    for heading in ("right signs", "found at 1e-6", "exact"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        cells = f"{row['agreement']:.3f}", percent(row["detected"]), percent(row["exact"])
+        table.add_row(row["latents"], str(row["n"]), *cells)
+    return table
+
+
+def quality_table(rows: list[dict]):
+    """What the judge sees, and how far its features move."""
+    table = _table(
+        "pictures as asked, by the judge (95 % interval); Frechet distance of its features to plain noise's pictures\n"
+        "(95 % interval if the mark changed nothing) and its p-value",
+        *("mark", "n", "object", "style", "background", "distance", "p"),
+    )
+    for row in rows:
+        seen = (
+            f"{v:.3f} ({low:.2f}..{high:.2f})" for v, low, high in (row[n] for n in ("object", "style", "background"))
+        )
+        far = "", ""
+        if row["distance"] is not None:
+            far = "{:.3f} ({:.3f}..{:.3f})".format(row["distance"], *row["interval"]), f"{row['p_value']:.3f}"
+        table.add_row(row["mark"], str(row["n"]), *seen, *far)
+    return table
+
+
+def forgery_table(rows: list[dict]):
+    """Verdicts on pictures whose content is bound, as they are and forged."""
+    first = rows[0]
+    table = _table(
+        f"bound content ({first['draws']:.1f} draws a picture, {first['unbound']} not bound): authentic mark found,"
+        " wanted object shown,\nboth; caught of both (content differs); valid of all",
+        *("picture", "n"),
+    )
+    names = "authentic", "shown", "forged", "caught", "valid"
+    for heading in ("authentic", "shown", "both", "caught", "valid"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        table.add_row(row["attack"], str(row["n"]), *(percent(row[name]) for name in names))
+    return table
+
+
+def percent(share: list[float] | None) -> str:
+    """The value of [value, low, high]."""
+    return "" if share is None else f"{share[0]:.1%}"
+
+
+def speed_table(rows: list[dict]):
+    """Time and memory of signing one latent and of searching many keys."""
+    what = {"sign": "sign one latent", "bank": "search keys for one latent"}
+    table = _table("median time; the process's peak memory, and beyond what it had", "what", "shape", "keys", "threads")
+    for heading in ("ms", "best ms", "peak MB", "extra MB"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        times = f"{row['ms']:.2f}", f"{row['best_ms']:.2f}"
+        about = what[row["what"]], shape(row), str(row["keys"]), str(row["threads"])
+        table.add_row(*about, *times, str(row["peak_mb"]), str(row["extra_mb"]))
+    return table
+
+
+def shape(row: dict) -> str:
+    return "x".join(map(str, row["shape"]))
+
+
+def _table(caption: str, *headings: str):
+    from rich.table import Table
+
+    table = Table(caption=caption)
+    for heading in headings:
+        table.add_column(heading)
+    return table

@@ -1,0 +1,159 @@
+"""`semiperm bench watermark`: its options and tables; the figures themselves are tested in tests/benchmarks."""
+
+import json
+
+import pytest
+from semiperm.benchmarks import watermark as bench
+from semiperm.cli import app
+from typer.testing import CliRunner
+
+SHARE = [0.987, 0.9, 1.0]
+ROWS = [
+    {
+        "table": "null",
+        "mark": "semiperm",
+        "latents": "normal, a key each",
+        "shape": [4, 16, 16],
+        "n": 2000,
+        "rates": [{"alpha": 0.001, "count": 3, "interval": [0, 6]}],
+        "ks_small": [0.01, 0.456],
+        "ks_tail": None,
+        "ks_single": [0.02, 0.789],
+    },
+    {
+        "table": "classifier",
+        "mark": "semiperm",
+        "classifier": "pairs",
+        "shape": [4, 16, 16],
+        "n": 800,
+        "accuracy": 0.512,
+        "interval": [0.455, 0.545],
+    },
+    *(
+        {
+            "table": "channel",
+            "mark": "semiperm",
+            "shape": [4, 64, 64],
+            "bits": bits,
+            "rho": rho,
+            "n": 4,
+            "exact": SHARE,
+            "detected": SHARE,
+            "right": None,
+        }
+        for bits in (128, 192)
+        for rho in (0.2, 0.3)
+    ),
+    *(
+        {
+            "table": "attack",
+            "mark": mark,
+            "attack": attack,
+            "n": 4,
+            "tpr": SHARE,
+            "detected": SHARE,
+            "exact": exact,
+            "evaluations": 1.25,
+        }
+        for mark, exact in (("semiperm", SHARE), ("tree-ring", None))
+        for attack in ("none", "jpeg:50", "mean")
+    ),
+    {
+        "table": "guidance",
+        "guidance": 2.5,
+        "n": 4,
+        "agreement": {"0": 0.61, "5": 0.79},
+        "detected": SHARE,
+        "exact": SHARE,
+        "evaluations": 1.0,
+    },
+    {"table": "decoder", "latents": "encoder", "n": 4, "agreement": 0.791, "detected": SHARE, "exact": SHARE},
+    {
+        "table": "quality",
+        "mark": "semiperm",
+        "n": 4,
+        "object": SHARE,
+        "style": SHARE,
+        "background": SHARE,
+        "distance": 1.234,
+        "interval": [1.0, 2.0],
+        "p_value": 0.321,
+    },
+    {
+        "table": "forgery",
+        "attack": "reprompt",
+        "n": 4,
+        "authentic": SHARE,
+        "forged": SHARE,
+        "caught": None,
+        "valid": SHARE,
+        "shown": SHARE,
+        "unbound": 0,
+        "draws": 2.0,
+    },
+    {
+        "table": "speed",
+        "what": "bank",
+        "shape": [4, 64, 64],
+        "keys": 10000,
+        "threads": 2,
+        "rounds": 5,
+        "ms": 881.9,
+        "best_ms": 870.1,
+        "peak_mb": 329,
+        "extra_mb": 14,
+    },
+]
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    calls = []
+
+    def run(quick, parts, workers, resume, starting):
+        calls.append((quick, parts, workers, resume))
+        starting("latents", 2)(1)
+        return ROWS
+
+    monkeypatch.setattr(bench, "run", run)
+    return calls
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, ["bench", "watermark", *map(str, arguments)], env={"COLUMNS": "200"})
+
+
+def test_every_table_is_printed_and_written(asked, tmp_path):
+    result = invoke("--quick", "--workers", 1, "--resume", tmp_path / "units.jsonl", "--json", tmp_path / "rows.json")
+    assert result.exit_code == 0, result.output
+    assert asked == [(True, list(bench.PARTS), 1, tmp_path / "units.jsonl")]
+    assert json.loads((tmp_path / "rows.json").read_text()) == ROWS
+    for figure in (
+        "3 (0..6)",
+        "0.456",
+        "0.512",
+        "0.99/0.99",
+        "98.7%",
+        "1.2",
+        "0.790",
+        "1.234 (1.000..2.000)",
+        "881.90",
+    ):
+        assert figure in result.output, figure
+    for heading in ("4x64x64, 128 bits", "4x64x64, 192 bits", "tree-ring", "reprompt", "a coin: 0.455"):
+        assert heading in result.output, heading
+
+
+def test_parts_are_chosen_and_mistakes_are_one_line(asked, monkeypatch):
+    assert invoke("--part", "speed", "--part", "latents").exit_code == 0
+    assert asked[-1][:2] == (False, ["speed", "latents"])
+    result = invoke("--part", "sped")
+    assert result.exit_code == 2 and "choose among latents, canvas, speed" in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+    def broken(*arguments):
+        raise bench.TimingError("timing sign ended with 1:\nMemoryError")
+
+    monkeypatch.setattr(bench, "run", broken)
+    result = invoke()
+    assert result.exit_code == 2 and result.stderr.strip().endswith("MemoryError")
