@@ -57,13 +57,17 @@ def plan(quick: bool) -> list[dict]:
 
     units = []
     for mark in (PLAIN, OURS, SEARCHING, SHADING, TREE) if quick else DETECTORS:
-        pictures = (8 if quick else 64) // SHARE.get(mark, 2)
+        pictures = (8 if quick else 48) // SHARE.get(mark, 2)
+        about = {"task": "pictures", "mark": mark, "guidance": DEFAULT_GUIDANCE}
         attacks = list(QUICK if quick else ALL) if mark != PLAIN else []
         size = 2 if mark == SEARCHING else 4 if quick else UNIT  # a search takes seconds a picture
-        units += cut(pictures, size, task="pictures", mark=mark, guidance=DEFAULT_GUIDANCE, attacks=attacks)
+        units += cut(pictures, size, **about, attacks=attacks)
+        if not quick and mark in (PLAIN, OURS):  # as drawn alone, so that figures near 1 say something
+            more = cut(128, UNIT, **about, attacks=attacks[:1])
+            units += [unit for unit in more if unit["start"] >= pictures]
     for guidance in GUIDANCES[:1] if quick else GUIDANCES:
-        units += cut(4 if quick else 32, 4, task="pictures", mark=OURS, guidance=guidance, attacks=[CLEAN])
-    units += cut(2 if quick else 48, 2, task="forgery")
+        units += cut(4 if quick else 24, 4, task="pictures", mark=OURS, guidance=guidance, attacks=[CLEAN])
+    units += cut(2 if quick else 40, 2, task="forgery")
     if not quick:
         units += cut(16, 4, task="decoder", steps=60)
         units += [

@@ -81,7 +81,7 @@ def _attack_rows(parts: Sequence[dict], averages: Sequence[dict]) -> list[dict]:
     for texts, group in ((list(parts[0]["found"]), parts), (list(averages[0]["found"]) if averages else [], averages)):
         for text in texts:
             for mark in group[0]["found"][text]:
-                looked = [part["found"][text][mark] for part in group]
+                looked = [part["found"][text][mark] for part in group if text in part["found"]]
                 p = np.array(_joined(looked, "p"))
                 row = {"table": "attack", "mark": mark, "attack": text, "n": len(p), "tpr": share(p < FALSE)}
                 row |= _shares(looked)
