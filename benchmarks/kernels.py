@@ -101,7 +101,7 @@ def _rows(case: Operation, device: torch.device, dtype: torch.dtype, quick: bool
             "baseline_ms": round(statistics.median(theirs) * 1e3, 3) if timed else None,
             "peak_bytes": own_peaks[baseline],
             "baseline_peak_bytes": peak_of_baseline,
-            "gbps": round(moved / ours / 1e9, 2),
+            "gbps": round(moved / ours / 1e9, 4),
         }
         if not timed:
             row["computed"] = True

@@ -67,13 +67,13 @@ def plan(quick: bool) -> list[dict]:
             units += [unit for unit in more if unit["start"] >= pictures]
     for guidance in GUIDANCES[:1] if quick else GUIDANCES:
         units += cut(4 if quick else 24, 4, task="pictures", mark=OURS, guidance=guidance, attacks=[CLEAN])
-    units += cut(2 if quick else 40, 2, task="forgery")
+    units += cut(2 if quick else 32, 2, task="forgery")
     if not quick:
-        units += cut(16, 4, task="decoder", steps=60)
+        units += cut(12, 4, task="decoder", steps=60)
         units += [
             unit
             for mark in DETECTORS
-            if mark in (OURS, SHADING, TREE, RINGS)
+            if mark in (OURS, SHADING, RINGS)
             for unit in cut(8, 8, task="average", mark=mark, n=32)
         ]
     return units
