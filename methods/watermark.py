@@ -40,7 +40,7 @@ from .watermark_fields import (
 from .watermark_keys import WatermarkError, WatermarkKey
 from .watermark_statistics import corrected, level_counts, log_chernoff, log_tail, quantise
 
-_KEYS = 1024  # screened in one call
+_SCREENED = 1 << 20  # elements of first fields, of all keys in one call: some 20 MB
 _CANDIDATES = 4  # nonces of all keys that are decoded: a union bound covers any choice, so more only costs time
 _JOINT = 1e-3  # share of the error that the joint statistic may spend; it is so steep that little is enough
 _HOPELESS = math.log(5)  # first fields whose Chernoff bound is above it are not read on (their p is about .5 or more)
@@ -293,8 +293,9 @@ def read(latents: Tensor, keys: Iterable[WatermarkKey], *, scope: str = "") -> l
     fields, layout = fields_of(image), capacity(image)
     values = quantise(latents)
     rows, screened = torch.from_numpy(values).to(latents.device), []
-    for start in range(0, len(keys), _KEYS):
-        screened.append(screen(fields, keys[start : start + _KEYS], scope, rows))
+    count = _SCREENED // fields.length
+    for start in range(0, len(keys), count):
+        screened.append(screen(fields, keys[start : start + count], scope, rows))
     peaks, energies = (np.concatenate(part, axis=1) for part in zip(*screened, strict=True))
     roots = np.sqrt(np.maximum(energies, 1))
     candidates: list[list[tuple[float, int, int, int]]] = []
