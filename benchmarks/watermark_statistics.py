@@ -59,9 +59,10 @@ def plan(quick: bool) -> list[dict]:
     for mark, latents, shape, full, few, size in nulls:
         about = {"task": "null", "mark": mark, "latents": latents, "shape": list(shape)}
         units += _cut(about, few if quick else full, size)
-    for mark in (OURS, *CONTROLS):
+    # Nonces of 14 bits, as small latents have them, repeat in 10,000 latents; longer ones do not.
+    for mark, shape in ((OURS, SMALL), (OURS, MEDIUM), *((name, SMALL) for name in CONTROLS)):
         for classifier in CLASSIFIERS:
-            about = {"task": "classifier", "mark": mark, "classifier": classifier, "shape": list(SMALL)}
+            about = {"task": "classifier", "mark": mark, "classifier": classifier, "shape": list(shape)}
             units.append(about | (QUICK_CLASSIFIED if quick else CLASSIFIED))
     for shape, bits in QUICK_SIZES if quick else SIZES:
         for mark in (OURS, *CARRIERS):

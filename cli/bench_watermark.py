@@ -89,11 +89,11 @@ def classifier_table(rows: list[dict]):
     """Accuracy of every classifier on every mark."""
     low, high = rows[0]["interval"]
     names = list(dict.fromkeys(row["classifier"] for row in rows))
-    caption = f"marked or plain, of one key, {shape(rows[0])}, {rows[0]['n']} latents asked: right answers"
-    table = _table(f"{caption}\n(a coin: {low:.3f} to {high:.3f} with 99 %)", "mark", *names)
-    for mark in dict.fromkeys(row["mark"] for row in rows):
-        found = {row["classifier"]: row["accuracy"] for row in rows if row["mark"] == mark}
-        table.add_row(mark, *(f"{found[name]:.3f}" for name in names))
+    caption = f"marked or plain, of one key, {rows[0]['n']} latents asked: right answers"
+    table = _table(f"{caption}\n(a coin: {low:.3f} to {high:.3f} with 99 %)", "mark", "shape", *names)
+    for mark, size in dict.fromkeys((row["mark"], shape(row)) for row in rows):
+        found = {row["classifier"]: row["accuracy"] for row in rows if (row["mark"], shape(row)) == (mark, size)}
+        table.add_row(mark, size, *(f"{found[name]:.3f}" for name in names))
     return table
 
 

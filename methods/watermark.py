@@ -7,7 +7,7 @@ N(0, I), and a fresh nonce for each image keeps images of one key unrelated. The
 Who can do what: a holder of the stream secret can read marks, forge their presence and copy a payload; only a holder
 of the MAC secret can make a payload that verifies. The MAC binds payload, key, nonce and shape, not the picture: who
 inverts a marked picture can carry its whole noise over to another (transplant), and content binding has to catch that.
-The nonces of small latents are short (14 bits below 4,096 elements, 32..38 from 4,096 on): after some 100 images of
+The nonces of small latents are short (14 bits below 4,096 elements, 34..40 from 4,096 on): after some 100 images of
 1,024 elements two share a nonce and with it their signs up to the difference of their payloads.
 """
 

@@ -3,7 +3,7 @@
 First field: L positions, order and signs from the key and the shape alone. Its signs are one of `cosets` keyed
 streams times one of the 2 L signed Walsh functions over the keyed order, so that a Walsh-Hadamard transform finds the
 likeliest of all nonces at once. Second field (latents of 4,096 elements or more): the same with 1,024 streams under
-the first field's nonce, which makes the whole nonce 27..38 bits long. Binding: an eighth of small latents, 1,024 of
+the first field's nonce, which makes the whole nonce 34..40 bits long. Binding: an eighth of small latents, 1,024 of
 large ones, whose signs may say what the picture shows (`content_binding`). Payload: every other position, under a
 stream of the whole nonce. The first field uses 2^14 patterns or more for one key; which of its elements belong together
 (four by four, through the Walsh functions) is known only to the key.
