@@ -263,7 +263,7 @@ def _lay(flips, fields: Fields, key: WatermarkKey, scope: str, nonce: int, code_
     rest, binding, payload = split(fields, positions)
     if fields.second_cosets:
         order = second_order(fields, key, first_nonce, scope)
-        coset = second_signs(fields, key, first_nonce, scope, second // (2 * fields.length))[0]
+        coset = second_signs(fields, key, first_nonce, scope, second // (2 * fields.length))
         flips[rest[order]] = codeword(fields, coset, second)
     flips[binding] = key.stream("binding", fields.shape, nonce, len(binding), scope=scope)
     flips[payload] = code_bits ^ key.stream("payload", fields.shape, nonce, len(payload), scope=scope)
@@ -317,27 +317,36 @@ def _best_reading(
     """The candidate with a verified payload, else the one of least p-value."""
     readings: list[Reading] = []
     for _, index, score, number in candidates:
-        if readings and _hopeless(fields, row, keys[index], score, scope):
+        reading = _reading(fields, layout, row, keys[index], score, number, len(keys), scope, needed=not readings)
+        if reading is None:
             continue
-        reading = _reading(fields, layout, row, keys[index], score, number, len(keys), scope)
         readings.append(reading)
         if reading.payload is not None and reading.mac_ok is not False:
             break
     return min(readings, key=lambda reading: (not reading.mac_ok, reading.log10_p))
 
 
-def _hopeless(fields: Fields, row: np.ndarray, key: WatermarkKey, score: int, scope: str) -> bool:
-    counts = level_counts(row[first_field(fields, [key], scope)[0][0]])
-    return math.log(fields.first_nonces) + log_chernoff(counts, score) > _HOPELESS
-
-
 def _reading(
-    fields: Fields, layout: Layout, row: np.ndarray, key: WatermarkKey, score: int, first: int, tries: int, scope: str
-) -> Reading:
+    fields: Fields,
+    layout: Layout,
+    row: np.ndarray,
+    key: WatermarkKey,
+    score: int,
+    first: int,
+    tries: int,
+    scope: str,
+    *,
+    needed: bool,
+) -> Reading | None:
+    """What one candidate says; None for a hopeless one, unless nothing else was said so far (`needed`)."""
     laid = first_field(fields, [key], scope)
     positions = laid[0][0]
-    log_first = math.log(fields.first_nonces) + log_tail(level_counts(row[positions]), score) - math.log1p(-_JOINT)
-    if _hopeless(fields, row, key, score, scope):
+    counts, nonces = level_counts(row[positions]), math.log(fields.first_nonces)
+    hopeless = nonces + log_chernoff(counts, score) > _HOPELESS
+    if hopeless and not needed:
+        return None
+    log_first = nonces + log_tail(counts, score) - math.log1p(-_JOINT)
+    if hopeless:
         return Reading(*corrected(log_first, tries), key.key_id, key.name, None, None, 0.5, first)
     rest, binding, places = split(fields, positions)
     second = second_nonce(fields, key, first, scope, row[rest]) if fields.second_cosets else 0

@@ -113,13 +113,11 @@ def second_order(fields: Fields, key: WatermarkKey, first_nonce: int, scope: str
     return np.argsort(np.frombuffer(raw, "<u2"), kind="stable")
 
 
-def second_signs(
-    fields: Fields, key: WatermarkKey, first_nonce: int, scope: str, coset: int = 0, count: int = 1
-) -> np.ndarray:
-    """(count, L) sign bits of the second field's streams from `coset` on."""
+def second_signs(fields: Fields, key: WatermarkKey, first_nonce: int, scope: str, coset: int) -> np.ndarray:
+    """(L,) sign bits of one of the second field's streams."""
     width = fields.length // 8  # a multiple of 64 bytes: second fields have 512 elements or more
-    raw = key.keystream("second field", fields.shape, first_nonce, width * count, offset=width * coset, scope=scope)
-    return np.unpackbits(np.frombuffer(raw, np.uint8)).reshape(count, fields.length)
+    raw = key.keystream("second field", fields.shape, first_nonce, width, offset=width * coset, scope=scope)
+    return np.unpackbits(np.frombuffer(raw, np.uint8))
 
 
 def codeword(fields: Fields, signs: np.ndarray, number: int) -> np.ndarray:

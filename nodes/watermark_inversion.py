@@ -21,17 +21,11 @@ import comfy.samplers
 import torch
 from torch import Tensor
 
-from ..methods.watermark_detection import DetectionResult, detect_in
+from ..methods.watermark_detection import FIRST, DetectionResult, detect_in, inversion_times
 from ..methods.watermark_keys import Keyring, WatermarkError
 from ..methods.watermark_search import Search
 from .provenance import digest
 from .watermark_noise import unsigned
-
-# As in pipelines.watermark_inversion: where the denoiser is asked, as a share of the schedule. Told 0 it says nothing
-# of the noise that a picture still carries.
-_FIRST = 0.05
-_LAST = 0.961
-_POWER = 1.5
 
 
 class ComfyInverter:
@@ -99,10 +93,10 @@ class _Reverse(comfy.samplers.Sampler):
 
     def __init__(self, inverter: ComfyInverter, steps: int):
         self.inverter = inverter
-        shares = [_LAST * (i / steps) ** _POWER for i in range(steps + 1)]
+        shares = inversion_times(steps)
         if inverter.flow:
             shares[-1] = 1.0
-        self.asked = [inverter.level(max(share, _FIRST)) for share in shares[:-1]]
+        self.asked = [inverter.level(max(share, FIRST)) for share in shares[:-1]]
         self.levels = torch.tensor([inverter.level(share) for share in shares])
 
     def sample(self, model_wrap, sigmas, extra_args, callback, noise, *args, **kwargs):

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..methods.watermark_detection import whole_cells
+from ..methods.watermark_detection import FIRST, inversion_times, whole_cells
 from ..methods.watermark_keys import WatermarkError
 from . import text
 from .latents import alphas_of, encode_pixels, pixels_per_latent
@@ -26,12 +26,6 @@ from .text import denoiser_of, device_of, encode_text
 
 __all__ = ["check_scheduler", "encode_images", "family_of", "invert", "latent_shape", "pixels_of"]
 
-# Where the denoiser is asked, as a share of the training steps. Told t = 0 it says nothing of the noise that a picture
-# still carries; measured on the canvas, signs agree best when it is told .05 to .1 at first (one step: .785 of signs
-# at .05, .740 at 0, .631 at .96, the end of the step). 5 steps so find .793, diffusers' DDIMInverseScheduler .721.
-_FIRST = 0.05
-_LAST = 0.961  # where DDIM's first step of 25 stands; the signs hardly depend on it
-_POWER = 1.5
 _DETERMINISTIC = {
     "DDIMScheduler",
     "DDIMParallelScheduler",
@@ -244,22 +238,17 @@ def _denoiser(pipe, family: str, latents: Tensor, hidden: Tensor, pooled: Tensor
     return predict
 
 
-def _path(steps: int) -> list[float]:
-    """steps + 1 times from 0 to `_LAST`, closer together near the picture."""
-    return [_LAST * (i / steps) ** _POWER for i in range(steps + 1)]
-
-
 def _ddim(pipe, z: Tensor, steps: int, predict: Callable) -> Tensor:
     alphas = alphas_of(pipe, WatermarkError)
     kind = pipe.scheduler.config.get("prediction_type", "epsilon")
     if kind not in ("epsilon", "v_prediction"):
         raise WatermarkError(f"the model predicts {kind!r}; expected 'epsilon' or 'v_prediction'")
-    times, count = _path(steps), len(alphas)
+    times, count = inversion_times(steps), len(alphas)
     levels = [1.0, *(float(alphas[min(count - 1, round(t * count))]) for t in times[1:])]
     for t, a, b in zip(times[:-1], levels[:-1], levels[1:], strict=True):
-        out = predict(z, max(t, _FIRST) * count)
+        out = predict(z, max(t, FIRST) * count)
         if kind == "v_prediction":  # at the level that the denoiser is told, not at the one of z
-            told = float(alphas[round(max(t, _FIRST) * count)])
+            told = float(alphas[round(max(t, FIRST) * count)])
             noise = told**0.5 * out + (1 - told) ** 0.5 * z
         else:
             noise = out
@@ -269,7 +258,7 @@ def _ddim(pipe, z: Tensor, steps: int, predict: Callable) -> Tensor:
 
 
 def _flow(pipe, z: Tensor, steps: int, predict: Callable) -> Tensor:
-    times = _path(steps)
+    times = inversion_times(steps)
     for t, then in zip(times, [*times[1:-1], 1.0], strict=False):
-        z = z + (then - t) * predict(z, max(t, _FIRST) * 1000)
+        z = z + (then - t) * predict(z, max(t, FIRST) * 1000)
     return z
