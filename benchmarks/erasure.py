@@ -11,16 +11,15 @@ Source: UnlearnCanvas (arXiv 2402.11846), section 4. We ask by name and by synon
 """
 
 import csv
-import hashlib
-import json
 import math
 import random
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
-from ..methods.membranes import MembraneError
+from ..methods.errors import MembraneError
 from .erasure_methods import METHODS, Method
+from .store import Store
 
 DOMAINS = ("object", "style")
 SUITE_OBJECTS = ("robot", "ghost", "quibble", "circle", "star", "heart")
@@ -218,41 +217,6 @@ def observe(
     return seen
 
 
-class Finished:
-    """Finished runs on disk, one JSON line each, so that a stopped suite goes on where it was.
-
-    Args:
-        path: the file, or None to keep nothing.
-        settings: whatever changes the pictures; runs made under other settings are not used.
-    """
-
-    def __init__(self, path: str | Path | None, settings: dict):
-        self._path = Path(path) if path else None
-        self._key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-        self._runs: dict[str, list[Seen]] = {}
-        if self._path and self._path.exists():
-            for line in self._path.read_text(encoding="utf-8").splitlines():
-                entry = json.loads(line)
-                if entry["settings"] == self._key:
-                    self._runs[entry["run"]] = [Seen(*names) for names in entry["seen"]]
-
-    def get(self, run: str) -> list[Seen] | None:
-        return self._runs.get(run)
-
-    def put(self, run: str, seen: list[Seen]) -> None:
-        self._runs[run] = seen
-        if self._path:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            entry = {"settings": self._key, "run": run, "seen": [[s.object, s.style] for s in seen]}
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(entry) + "\n")
-
-
-def case_settings(cases: Sequence[Case]) -> str:
-    """A digest of the prompts and seeds."""
-    return hashlib.sha256(json.dumps([asdict(case) for case in cases]).encode()).hexdigest()
-
-
 def row(method: str, concept: str, got: dict[str, Share], untouched: dict[str, Share] | None = None) -> dict:
     """One line of the table; `ira_drop` and `cra_drop` are what the untouched model has more, on the same prompts."""
     line = {"method": method, "concept": concept, **{key: share.interval() for key, share in got.items()}}
@@ -272,7 +236,7 @@ def evaluate(
     *,
     methods: dict[str, Method] | None = None,
     main: str = MAIN_METHOD,
-    finished: Finished | None = None,
+    finished: Store | None = None,
     advance: Callable[[int], object] | None = None,
     **sampling,
 ) -> dict:
@@ -290,22 +254,21 @@ def evaluate(
         MembraneError: unknown concepts, or concepts that no prompt asks for.
     """
     methods = METHODS if methods is None else methods
-    finished = finished or Finished(None, {})
+    finished = finished or Store(None, "evaluate")
     main = main if main in methods else next(iter(methods))
     check_asked(cases, [name for names in sets for name in names])  # errors before hours of work
 
     def seen_by(run: str, method: Method | None, names: Sequence[str]) -> list[Seen]:
-        seen = finished.get(run)
-        if seen is not None:
+        if (kept := finished.get(run)) is not None:
             if advance is not None:
                 advance(len(cases))
-            return seen
+            return [Seen(*names) for names in kept]
         if method is None:
             seen = observe(pipe, judge, cases, advance=advance, **sampling)
         else:
             with method(pipe, names) as extra:
                 seen = observe(pipe, judge, cases, advance=advance, **sampling, **extra)
-        finished.put(run, seen)
+        finished.put(run, [[s.object, s.style] for s in seen])
         return seen
 
     untouched = seen_by("untouched", None, ())

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from ..methods.closed_form import ClosedFormConfig, closed_form_membrane
-from ..methods.membranes import MembraneError, Membranes, pack
+from ..methods.errors import MembraneError
+from ..methods.membranes import Membranes, pack
 from ..pipelines.loaders import load_pipeline
 from ..pipelines.membranes import MembraneConfig, apply_membranes, remove_membranes
 from ..pipelines.text import denoiser_of, module_keys, text_projections

@@ -16,12 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..methods.negative_token_merging import (
-    NegativeTokenMergingConfig,
-    TokenMergingError,
-    diversity_rows,
-    merge_tokens,
-)
+from ..methods.errors import TokenMergingError
+from ..methods.negative_token_merging import NegativeTokenMergingConfig, diversity_rows, merge_tokens
 from ..pipelines.loaders import load_pipeline
 from ..pipelines.negative_token_merging import apply_negative_token_merging
 from ..pipelines.text import denoiser_of

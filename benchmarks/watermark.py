@@ -25,6 +25,7 @@ import torch
 
 from ..methods.watermark import KeyedMark, Payload, read
 from . import watermark_statistics
+from .store import Store
 from .timing import machine, versions
 from .watermark_marks import key_of, seeded
 from .watermark_statistics import through
@@ -58,8 +59,7 @@ def run(
         quick: fewer latents, pictures, trials and rounds: about a minute on two cores instead of about 100.
         parts: out of PARTS: latents alone, the canvas's pictures, time and memory.
         workers: processes; None is one for each core, 1 stays in this process.
-        resume: file of finished units, one JSON line each: what is there is not computed again. Delete it where the
-            code has changed since.
+        resume: file of finished units: what the same code has computed is not computed again.
         starting: called with a label and a number of pieces before they start; returns what is told of finished ones.
 
     Returns:
@@ -105,20 +105,20 @@ def computed(
     units: Sequence[dict], workers: int | None, resume: Path | None, advance: Callable[[int], object]
 ) -> list[dict]:
     """The results of the units, in their order, from the file or computed and added to it."""
-    store = _Store(resume)
-    missing = [unit for unit in units if store.get(unit) is None]
+    store, keys = Store(resume, "bench watermark"), [json.dumps(unit, sort_keys=True) for unit in units]
+    missing = [(key, unit) for key, unit in zip(keys, units, strict=True) if store.get(key) is None]
     advance(len(units) - len(missing))
     workers = min(workers or os.cpu_count() or 1, max(1, len(missing)))
     with _pool(workers) as pool:
         if pool is None:
-            done: Iterator[tuple[dict, dict]] = ((unit, compute(unit)) for unit in missing)
+            done: Iterator[tuple[str, dict]] = ((key, compute(unit)) for key, unit in missing)
         else:
-            waiting = {pool.submit(compute, unit): unit for unit in missing}
+            waiting = {pool.submit(compute, unit): key for key, unit in missing}
             done = ((waiting[future], future.result()) for future in as_completed(waiting))
-        for unit, result in done:
-            store.put(unit, result)
+        for key, result in done:
+            store.put(key, result)
             advance(1)
-    return [store.get(unit) for unit in units]
+    return [store.get(key) for key in keys]
 
 
 @contextlib.contextmanager
@@ -136,34 +136,6 @@ def _pool(workers: int):
         pool.shutdown(cancel_futures=True)  # after an error or Ctrl-C the units under way are finished, no others
         os.environ.pop("OMP_NUM_THREADS")
         os.environ |= {} if before is None else {"OMP_NUM_THREADS": before}
-
-
-class _Store:
-    """Finished units, in memory and as JSON lines; a line that a stopped run left half is not one of them."""
-
-    def __init__(self, path: Path | None):
-        self._path, self._found = path, {}
-        text = path.read_text(encoding="utf-8") if path and path.exists() else ""
-        if text and not text.endswith("\n"):
-            text = text[: text.rfind("\n") + 1]
-            path.write_text(text, encoding="utf-8")
-        for line in text.splitlines():
-            entry = json.loads(line)
-            self._found[self._name(entry["unit"])] = entry["result"]
-
-    def get(self, unit: dict) -> dict | None:
-        return self._found.get(self._name(unit))
-
-    def put(self, unit: dict, result: dict) -> None:
-        self._found[self._name(unit)] = result
-        if self._path:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"unit": unit, "result": result}) + "\n")
-
-    @staticmethod
-    def _name(unit: dict) -> str:
-        return json.dumps(unit, sort_keys=True)
 
 
 # Speed

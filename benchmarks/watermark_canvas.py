@@ -14,10 +14,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from ..methods.errors import WatermarkError
 from ..methods.image_attacks import ATTACKS, SUITE, attack
 from ..methods.watermark import read
 from ..methods.watermark_detection import detect_in
-from ..methods.watermark_keys import WatermarkError
 from ..methods.watermark_search import Search
 from ..methods.watermark_statistics import without_offset
 from .watermark_marks import CODE, MARKS, OURS, RINGS, SHADING, SOFT, TREE, key_of, seeded

@@ -63,8 +63,8 @@ def run(
     What was done is kept in each PNG's text chunk `semiperm`. Pictures that cannot be read or attacked are named on
     standard error and left out; the exit code is then 1. The originals stay as they are.
     """
+    from ..methods.errors import WatermarkError
     from ..methods.image_attacks import ATTACKS, SUITE, parse_attack
-    from ..methods.watermark_keys import WatermarkError
     from ..pipelines.image_attacks import model_attacks
 
     known = ATTACKS | model_attacks(None)

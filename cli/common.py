@@ -32,9 +32,9 @@ class OneLineErrors(TyperGroup):
         except (CliError, OSError) as error:
             _fail(error)
         except ValueError as error:
-            from ..methods.membranes import MembraneError
+            from ..kernels.errors import SemipermError
 
-            if not isinstance(error, MembraneError):
+            if not isinstance(error, SemipermError):
                 raise
             _fail(error)
 
@@ -127,12 +127,12 @@ def load_model(model: str, device: str = "auto", dtype: str = "auto"):
     if dtype not in ("float32", "float16", "bfloat16"):
         raise CliError(f"--dtype {dtype} is not supported; choose auto, float32, float16 or bfloat16")
     quiet()
-    from ..methods.membranes import MembraneError
+    from ..methods.errors import SemipermError
     from ..pipelines.loaders import load_pipeline
 
     try:
         pipe = load_pipeline(model, dtype=getattr(torch, dtype), device=device)
-    except MembraneError:
+    except SemipermError:
         raise
     except (OSError, ValueError) as error:
         raise CliError(f"cannot load the model {model!r}: {one_line(error)}") from error

@@ -53,6 +53,7 @@ def run(
 
     from ..benchmarks import erasure
     from ..benchmarks.erasure_methods import METHODS, applied
+    from ..benchmarks.store import Store
 
     cases = erasure.read_cases(prompts) if prompts else erasure.built_in_cases(repeats)
     names = [name for name, _ in erasure.check_asked(cases, concept or ())]
@@ -69,7 +70,7 @@ def run(
 
     from ..canvas import Judge
 
-    finished = erasure.Finished(resume, settings(pipe, cases, membrane, gate, sampling)) if resume else None
+    finished = Store(resume, "evaluate", settings(pipe, cases, membrane, gate, sampling) if resume else None)
     runs = 1 + len(sets) * len(methods)
     with common.progress("pictures", runs * len(cases)) as advance:
         result = erasure.evaluate(
@@ -83,26 +84,20 @@ def run(
 
 
 def settings(pipe, cases, membranes, gate: str, sampling: dict) -> dict:
-    """All that changes the pictures: prompts, weights, membrane files, sampling, and the code of the methods."""
-    import hashlib
+    """All beside the code that changes the pictures: prompts, weights, membrane files, sampling."""
+    from dataclasses import asdict
 
-    from .. import benchmarks, methods, pipelines
-    from ..benchmarks import erasure
+    from ..benchmarks.store import digest
     from ..methods.membranes import base_model_hash
     from ..pipelines.text import denoiser_of
 
-    def digest(data: bytes) -> str:
-        return hashlib.sha256(data).hexdigest()
-
-    folders = [Path(package.__file__).parent for package in (methods, pipelines, benchmarks)]
     weights = {k: v for k, v in denoiser_of(pipe)[0].state_dict().items() if v.ndim == 2}
     return {
-        "cases": erasure.case_settings(cases),
+        "cases": [asdict(case) for case in cases],
         "weights": base_model_hash(weights),
-        "membranes": [[text, digest(common.split_strength(text)[0].read_bytes())] for text in membranes or ()],
+        "membranes": [[text, digest(common.split_strength(text)[0])] for text in membranes or ()],
         "gate": gate,
         "sampling": sampling,
-        "code": digest(b"".join(file.read_bytes() for folder in folders for file in sorted(folder.glob("*.py")))),
     }
 
 

@@ -34,8 +34,8 @@ def run(
     if file.stat().st_size > LARGEST:
         raise common.CliError(f"{file} takes {file.stat().st_size >> 20} MiB; pictures of up to 1,024 are read")
 
+    from ..methods.errors import WatermarkError
     from ..methods.provenance import examine
-    from ..methods.watermark_keys import WatermarkError
 
     data = file.read_bytes()
     anchors = None if trust is None else common.existing_file(trust, "certificate file").read_bytes()

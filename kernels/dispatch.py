@@ -10,6 +10,8 @@ import os
 import torch
 from torch import Tensor
 
+from .errors import KernelError
+
 try:
     import triton
     import triton.language as tl
@@ -27,10 +29,6 @@ __all__ = [
     "tl",
     "triton",
 ]
-
-
-class KernelError(ValueError):
-    """A kernel was called with tensors it cannot take, or was forced onto a path that cannot run here."""
 
 
 def jit(function):

@@ -19,7 +19,8 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from .dispatch import KernelError, check_tensors, interpreted, jit, kernel_path, needs_grad, next_power_of_2, tl, triton
+from .dispatch import check_tensors, interpreted, jit, kernel_path, needs_grad, next_power_of_2, tl, triton
+from .errors import KernelError
 
 __all__ = ["compile_cases", "gated_low_rank", "gated_low_rank_reference"]
 

@@ -21,7 +21,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .dispatch import KernelError, jit, kernel_path, tl, triton
+from .dispatch import jit, kernel_path, tl, triton
+from .errors import KernelError
 
 __all__ = ["compile_cases", "keyed_correlation", "keyed_correlation_reference", "walsh_scores"]
 

@@ -14,7 +14,8 @@ import math
 import torch
 from torch import Tensor
 
-from .dispatch import KernelError, check_tensors, jit, kernel_path, needs_grad, next_power_of_2, tl, triton
+from .dispatch import check_tensors, jit, kernel_path, needs_grad, next_power_of_2, tl, triton
+from .errors import KernelError
 
 __all__ = ["compile_cases", "normalized_attention_guidance", "normalized_attention_guidance_reference"]
 

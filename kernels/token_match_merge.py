@@ -15,17 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .dispatch import (
-    KernelError,
-    check_tensors,
-    interpreted,
-    jit,
-    kernel_path,
-    needs_grad,
-    next_power_of_2,
-    tl,
-    triton,
-)
+from .dispatch import check_tensors, interpreted, jit, kernel_path, needs_grad, next_power_of_2, tl, triton
+from .errors import KernelError
 from .token_match_cpu import best_match_reference, token_match_merge_reference
 
 __all__ = ["best_match", "compile_cases", "token_match_merge"]

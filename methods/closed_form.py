@@ -22,8 +22,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from .errors import MembraneError
 from .gates import fit_probe
-from .membrane_types import LowRank, Membrane, MembraneError, Membranes
+from .membrane_types import LowRank, Membrane, Membranes
 from .membranes import base_model_hash
 
 __all__ = [

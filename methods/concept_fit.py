@@ -15,7 +15,8 @@ from torch import Tensor
 
 from .captions import PRESERVE, TEMPLATES
 from .closed_form import ClosedFormConfig, aligned_pairs, closed_form_edits, closed_form_membrane, fit_probe
-from .membrane_types import MembraneError, Membranes
+from .errors import MembraneError
+from .membrane_types import Membranes
 from .membranes import base_model_hash
 
 T5_POSITIONS = 64  # kept of a sequence that may be 512 long; captions are shorter

@@ -22,9 +22,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .errors import WatermarkError
 from .watermark import Reading, read
 from .watermark_fields import fields_of, first_field, split
-from .watermark_keys import WatermarkError, WatermarkKey
+from .watermark_keys import WatermarkKey
 from .watermark_statistics import level_counts, log_tail, quantise
 
 Embedding = Callable[[Tensor], Tensor]  # pictures (B, 3, H, W) in 0..1 -> (B, D), about 0 on average over pictures

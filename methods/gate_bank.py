@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from .concept_fit import TextFeatures
+from .errors import MembraneError
 from .gates import facilitated_transport, official_gamma, probe_gate
-from .membrane_types import GateProbe, Membrane, MembraneError
+from .membrane_types import GateProbe, Membrane
 
 _REMEMBERED = 32  # recorded rows; a run needs two per image
 

@@ -11,7 +11,8 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
-from .membrane_types import GateProbe, MembraneError
+from .errors import MembraneError
+from .membrane_types import GateProbe
 
 GATES = ("probe", "paper", "official", "always")
 

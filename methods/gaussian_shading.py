@@ -23,7 +23,8 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from .watermark_keys import WatermarkError, WatermarkKey
+from .errors import WatermarkError
+from .watermark_keys import WatermarkKey
 from .watermark_statistics import level_counts, log_tail, quantise
 
 __all__ = ["GaussianShading", "threshold"]

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .watermark_keys import WatermarkError
+from .errors import WatermarkError
 
 __all__ = ["ATTACKS", "SUITE", "Attack", "attack", "average_forgery", "average_removal", "parse_attack"]
 

@@ -22,7 +22,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .membrane_types import GateProbe, LowRank, Membrane, MembraneError, Membranes
+from .errors import MembraneError
+from .membrane_types import GateProbe, LowRank, Membrane, Membranes
 
 FORMAT_VERSION = 1
 _PARTS = (".lora_down.weight", ".lora_up.weight", ".alpha")

@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels.gated_low_rank import gated_low_rank
+from .errors import MembraneError
 from .gates import GATES
-from .membrane_types import MembraneError
 from .membranes import fold
 
 

@@ -9,9 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-
-class MembraneError(ValueError):
-    """Base of every error this package raises for wrong input, wrong files or wrong models."""
+from .errors import MembraneError
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,9 +14,10 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from .errors import MembraneError
 from .gates import GATES, always, facilitated_transport, official_gamma, probe_gate
 from .membrane_file import load_membranes, save_membranes
-from .membrane_types import GateProbe, LowRank, Membrane, MembraneError, Membranes
+from .membrane_types import GateProbe, LowRank, Membrane, Membranes
 
 __all__ = [
     "GATES",

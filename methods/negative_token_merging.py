@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels.token_match_merge import best_match, token_match_merge
-from .membrane_types import MembraneError
+from .errors import TokenMergingError
 
 __all__ = [
     "MergeRows",
@@ -38,10 +38,6 @@ _CHOICES = {
     "diversity": ("symmetric", "first"),
     "compat": (None, "official"),
 }
-
-
-class TokenMergingError(MembraneError):
-    """Wrong options, wrong images, or a model on which no token could be merged."""
 
 
 @dataclass(frozen=True, eq=False)

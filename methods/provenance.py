@@ -21,8 +21,8 @@ from pathlib import Path
 from xml.etree import ElementTree
 from xml.sax.saxutils import escape
 
+from .errors import WatermarkError
 from .provenance_files import PictureFile, parse
-from .watermark_keys import WatermarkError
 
 ALGORITHM = "semiperm.keyed-mark.1"  # not on C2PA's list of soft binding algorithms
 GENERATED = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"

@@ -19,9 +19,9 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 
+from .errors import WatermarkError
 from .provenance import ALGORITHM, Provenance, extract
 from .provenance_files import parse
-from .watermark_keys import WatermarkError
 
 _SETTINGS = {
     "builder": {"thumbnail": {"enabled": False}},

@@ -12,7 +12,7 @@ import struct
 import zlib
 from dataclasses import dataclass, replace
 
-from .watermark_keys import WatermarkError
+from .errors import WatermarkError
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_XMP = "XML:com.adobe.xmp"

@@ -32,9 +32,10 @@ import torch
 from scipy.special import erf
 from torch import Tensor
 
+from .errors import WatermarkError
 from .gaussian_shading import checked_bits, split_shape, with_signs
 from .watermark_code import parity
-from .watermark_keys import WatermarkError, WatermarkKey
+from .watermark_keys import WatermarkKey
 from .watermark_statistics import LARGEST, level_counts, log_chernoff, log_tail, quantise
 
 __all__ = ["PseudorandomCode"]

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .errors import WatermarkError
 from .tree_ring import (
     HalfPlane,
     checked_finite,
@@ -32,7 +33,7 @@ from .tree_ring import (
     half_plane,
     reals,
 )
-from .watermark_keys import WatermarkError, WatermarkKey
+from .watermark_keys import WatermarkKey
 
 __all__ = ["RingID"]
 

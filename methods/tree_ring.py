@@ -28,7 +28,8 @@ import torch
 from scipy.special import betainc, ndtri
 from torch import Tensor
 
-from .watermark_keys import WatermarkError, WatermarkKey
+from .errors import WatermarkError
+from .watermark_keys import WatermarkKey
 
 __all__ = ["TreeRing"]
 

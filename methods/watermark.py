@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .errors import WatermarkError
 from .watermark_code import Code, code_for
 from .watermark_fields import (
     Fields,
@@ -37,7 +38,7 @@ from .watermark_fields import (
     second_signs,
     split,
 )
-from .watermark_keys import WatermarkError, WatermarkKey
+from .watermark_keys import WatermarkKey
 from .watermark_statistics import corrected, level_counts, log_chernoff, log_tail, quantise
 
 _SCREENED = 1 << 20  # elements of first fields, of all keys in one call: some 20 MB

@@ -14,7 +14,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from .watermark_keys import WatermarkError
+from .errors import WatermarkError
 
 CONSTRAINT = 13
 MEMORY = CONSTRAINT - 1

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from .content_binding import Embedding, content_p_value, perceptual_hash
+from .errors import WatermarkError
 from .watermark import Payload, Reading, read
 from .watermark_edits import cells_inside, without_flats
-from .watermark_keys import WatermarkError, WatermarkKey
+from .watermark_keys import WatermarkKey
 from .watermark_search import Search, run
 from .watermark_statistics import levelled
 

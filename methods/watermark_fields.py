@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from ..kernels.keyed_correlation import keyed_correlation, walsh_scores
+from .errors import WatermarkError
 from .watermark_code import parity
-from .watermark_keys import WatermarkError, WatermarkKey
+from .watermark_keys import WatermarkKey
 
 MINIMUM = 1024  # elements
 _SECOND_COSETS = 1024

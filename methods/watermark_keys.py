@@ -18,16 +18,12 @@ from pathlib import Path
 
 import numpy as np
 
-from .membrane_types import MembraneError
+from .errors import WatermarkError
 
 FORMAT = "semiperm-watermark-keyring"
 FORMAT_VERSION = 1
 KEY_IDS = 4096
 _SECRET = 32  # bytes
-
-
-class WatermarkError(MembraneError):
-    """A watermark key, keyring, payload or latent that cannot be used as given."""
 
 
 def _cryptography():

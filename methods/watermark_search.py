@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 
 from ..kernels.keyed_correlation import keyed_correlation
+from .errors import WatermarkError
 from .watermark import Reading, read
 from .watermark_edits import ROUNDS, Edit, Family, cells_inside, crops, shifts, turns, without_flats
 from .watermark_fields import fields_of, packed_first_field
-from .watermark_keys import WatermarkError, WatermarkKey
+from .watermark_keys import WatermarkKey
 from .watermark_statistics import levelled, quantise
 
 __all__ = ["Search", "run"]

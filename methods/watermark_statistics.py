@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .watermark_keys import WatermarkError
+from .errors import WatermarkError
 
 LARGEST = 14  # weight
 _OFFSET = 2

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ..methods.concept_fit import T5_POSITIONS, Segment, TextFeatures, TextSpace, fit_concepts
-from ..methods.membrane_types import MembraneError, Membranes
+from ..methods.errors import MembraneError
+from ..methods.membrane_types import Membranes
 
 # diffusers' names only, as membrane files have them: ComfyUI knows each UNet projection by its own name, too
 _TOKENS = re.compile(r"^lora_(unet_(down|mid|up)_block.*_attn2_to_[kv]|transformer_context_embedder)$")

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ..methods.content_binding import ENOUGH, LEAST, ROUNDS, agreement, bind, perceptual_hash
-from ..methods.watermark_keys import WatermarkError, WatermarkKey
+from ..methods.errors import WatermarkError
+from ..methods.watermark_keys import WatermarkKey
 
 
 def sample_bound(draw: Callable[[Tensor], Tensor], noise: Tensor, key: WatermarkKey, vae) -> Tensor:

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import folder_paths
 
+from ..methods.errors import MembraneError
 from ..methods.membrane_file import load_membranes
-from ..methods.membrane_types import MembraneError, Membranes
+from ..methods.membrane_types import Membranes
 
 FOLDERS = ("semiperm", "loras")
 SUFFIX = ".safetensors"

@@ -3,8 +3,8 @@
 import torch
 from comfy_api.latest import io
 
+from ..methods.errors import WatermarkError
 from ..methods.image_attacks import ATTACKS, SUITE, attack
-from ..methods.watermark_keys import WatermarkError
 
 
 def attacked(images: torch.Tensor, attacks: str, seed: int) -> tuple[torch.Tensor, str]:

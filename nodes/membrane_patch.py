@@ -18,9 +18,10 @@ import comfy.utils
 import torch
 from torch import Tensor
 
+from ..methods.errors import MembraneError
 from ..methods.gate_bank import GateBank
 from ..methods.membrane_runtime import Plan, Site, check_control
-from ..methods.membrane_types import MembraneError, Membranes
+from ..methods.membrane_types import Membranes
 from ..methods.membranes import check_base_models, pack
 from .root_patch import add_root
 

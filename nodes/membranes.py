@@ -5,8 +5,9 @@ The modules that need `comfy` itself are imported when a node runs, so that the 
 
 from comfy_api.latest import io, ui
 
+from ..methods.errors import MembraneError
 from ..methods.membrane_file import save_membranes
-from ..methods.membrane_types import MembraneError, Membranes
+from ..methods.membrane_types import Membranes
 from .files import membrane_names, membrane_path, new_membrane_file, read_membranes
 from .report_plot import report_plot, report_text
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import folder_paths
 from comfy_api.latest import io, ui
 
+from ..methods.errors import WatermarkError
 from ..methods.provenance import describe, embed, replace_file
-from ..methods.watermark_keys import WatermarkError
 from .watermark import DetectionIO
 from .watermark_keyring import private_folder
 

@@ -15,7 +15,8 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.ldm.wan.model import WanModel
 from torch import Tensor, cat
 
-from ..methods.negative_token_merging import TokenMergingError, grid_of, merge_tokens, token_mask
+from ..methods.errors import TokenMergingError
+from ..methods.negative_token_merging import grid_of, merge_tokens, token_mask
 
 KNOWN = (UNetModel, MMDiT, Flux, WanModel)
 ROWS = "semiperm_rows"  # in transformer_options: (rows and chunks before any reference row, all rows)

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from torch import Tensor
 
-from ..methods.negative_token_merging import NegativeTokenMergingConfig, TokenMergingError
+from ..methods.errors import TokenMergingError
+from ..methods.negative_token_merging import NegativeTokenMergingConfig
 from ..methods.token_merging_record import MergeRecord
 from .root_patch import add_root
 from .token_merging_layers import KNOWN, ROWS, Layers

@@ -10,13 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..methods.negative_token_merging import (
-    MergeRows,
-    NegativeTokenMergingConfig,
-    TokenMergingError,
-    diversity_rows,
-    reference_rows,
-)
+from ..methods.errors import TokenMergingError
+from ..methods.negative_token_merging import MergeRows, NegativeTokenMergingConfig, diversity_rows, reference_rows
 
 
 @dataclass(eq=False)

@@ -21,8 +21,9 @@ import comfy.samplers
 import torch
 from torch import Tensor
 
+from ..methods.errors import WatermarkError
 from ..methods.watermark_detection import FIRST, DetectionResult, detect_in, inversion_times
-from ..methods.watermark_keys import Keyring, WatermarkError
+from ..methods.watermark_keys import Keyring
 from ..methods.watermark_search import Search
 from .provenance import digest
 from .watermark_noise import unsigned

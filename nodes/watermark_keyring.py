@@ -11,7 +11,8 @@ from pathlib import Path
 
 import folder_paths
 
-from ..methods.watermark_keys import Keyring, WatermarkError, WatermarkKey, load_keyring, save_keyring
+from ..methods.errors import WatermarkError
+from ..methods.watermark_keys import Keyring, WatermarkKey, load_keyring, save_keyring
 
 SUFFIX = ".json"
 DEFAULT = f"my_keys{SUFFIX}"  # offered before it is there, so that the first keyring can be made by a node

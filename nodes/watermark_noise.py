@@ -13,8 +13,9 @@ import comfy.sample
 import torch
 from torch import Tensor
 
+from ..methods.errors import WatermarkError
 from ..methods.watermark import KeyedMark, Payload, capacity
-from ..methods.watermark_keys import WatermarkError, WatermarkKey
+from ..methods.watermark_keys import WatermarkKey
 from .content_binding import sample_bound
 
 WRAPPER = "semiperm_watermark"

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ..methods.content_binding import ENOUGH, LEAST, ROUNDS, Embedding, agreement, bind, perceptual_hash
+from ..methods.errors import WatermarkError
 from ..methods.watermark import Payload
-from ..methods.watermark_keys import WatermarkError, WatermarkKey
+from ..methods.watermark_keys import WatermarkKey
 from .latents import pixels_per_latent
 from .watermark import draw_noise, packed
 from .watermark_inversion import pixels_of

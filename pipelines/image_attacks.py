@@ -17,8 +17,8 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
+from ..methods.errors import WatermarkError
 from ..methods.image_attacks import Attack, average_forgery, average_removal, check_pixels
-from ..methods.watermark_keys import WatermarkError
 from ..methods.watermark_statistics import without_offset
 from .latents import pixels_per_latent
 from .text import denoiser_of, device_of

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from ..methods.membrane_types import MembraneError
+from ..methods.errors import MembraneError
 from .text import device_of, family_of
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from ..methods.membrane_types import MembraneError
+from ..methods.errors import MembraneError
 
 _PICKLES = (".ckpt", ".bin", ".pt", ".pth", ".pkl")
 

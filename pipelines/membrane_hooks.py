@@ -12,8 +12,8 @@ import torch
 from diffusers.hooks import ModelHook
 from torch import Tensor, nn
 
+from ..methods.errors import MembraneError
 from ..methods.membrane_runtime import Site
-from ..methods.membrane_types import MembraneError
 
 
 class SiteHook(ModelHook):

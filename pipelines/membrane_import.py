@@ -12,7 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..methods.membrane_types import LowRank, Membrane, MembraneError, Membranes
+from ..methods.errors import MembraneError
+from ..methods.membrane_types import LowRank, Membrane, Membranes
 from ..methods.membranes import load_membranes, membrane_from_weights, pack
 from .text import denoiser_of, module_keys
 

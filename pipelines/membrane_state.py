@@ -9,9 +9,10 @@ import logging
 import torch
 from torch import Tensor
 
+from ..methods.errors import MembraneError
 from ..methods.gate_bank import GateBank
 from ..methods.membrane_runtime import Plan, Site, stamp
-from ..methods.membrane_types import MembraneError, Membranes
+from ..methods.membrane_types import Membranes
 from .hooks import MEMBRANES, install, uninstall
 from .membrane_hooks import RootHook, SiteHook
 from .text import denoiser_of, token_ids

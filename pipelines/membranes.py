@@ -15,9 +15,10 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from ..methods.errors import MembraneError
 from ..methods.gate_bank import GateBank
 from ..methods.membrane_runtime import check_control
-from ..methods.membrane_types import Membrane, MembraneError, Membranes
+from ..methods.membrane_types import Membrane, Membranes
 from ..methods.membranes import check_base_models, pack
 from .membrane_erase import erase_concepts
 from .membrane_import import export_lora, import_membranes

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from ..methods.negative_token_merging import NegativeTokenMergingConfig, TokenMergingError
+from ..methods.errors import TokenMergingError
+from ..methods.negative_token_merging import NegativeTokenMergingConfig
 from .hooks import TOKEN_MERGING, install, uninstall
 from .latents import pixels_per_latent
 from .text import denoiser_of, family_of

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..methods.concept_fit import Segment, TextFeatures
-from ..methods.membrane_types import MembraneError
+from ..methods.errors import MembraneError
 
 _CHUNK = 32  # prompts per text-encoder call
 _FAMILIES = {  # class of the denoiser -> family

@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from diffusers.hooks import ModelHook
 from torch import Tensor, nn
 
+from ..methods.errors import TokenMergingError
 from ..methods.membrane_runtime import same_bits, stamp
 from ..methods.negative_token_merging import (
     MergeRows,
     NegativeTokenMergingConfig,
-    TokenMergingError,
     diversity_rows,
     merge_tokens,
     reference_rows,

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..methods.negative_token_merging import NegativeTokenMergingConfig, TokenMergingError, grid_of, token_mask
+from ..methods.errors import TokenMergingError
+from ..methods.negative_token_merging import NegativeTokenMergingConfig, grid_of, token_mask
 from .latents import alphas_of, encode_pixels, pixels_per_latent
 from .text import encode_text
 

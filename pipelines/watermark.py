@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from ..methods.content_binding import Embedding, perceptual_hash
+from ..methods.errors import WatermarkError
 from ..methods.watermark import KeyedMark, Payload
 from ..methods.watermark_detection import LADDER, DetectionResult, detect_in
-from ..methods.watermark_keys import WatermarkError, WatermarkKey
+from ..methods.watermark_keys import WatermarkKey
 from ..methods.watermark_search import Search
 from .text import denoiser_of, device_of
 from .watermark_inversion import (

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..methods.errors import WatermarkError
 from ..methods.watermark_detection import FIRST, inversion_times, whole_cells
-from ..methods.watermark_keys import WatermarkError
 from . import text
 from .latents import alphas_of, encode_pixels, pixels_per_latent
 from .text import denoiser_of, device_of, encode_text

@@ -23,7 +23,7 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
-from ..methods.watermark_keys import WatermarkError
+from ..methods.errors import WatermarkError
 from .text import family_of
 from .watermark_inversion import check_scheduler
 

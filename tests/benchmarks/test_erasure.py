@@ -8,7 +8,8 @@ import pytest
 import torch
 from semiperm.benchmarks import erasure
 from semiperm.benchmarks.erasure import Case, Seen
-from semiperm.methods.membranes import MembraneError
+from semiperm.benchmarks.store import Store
+from semiperm.methods.errors import MembraneError
 
 
 def test_wilson_interval():
@@ -181,7 +182,7 @@ def test_finished_runs_are_not_made_again(tmp_path):
 
     def run(pipe, settings):
         return erasure.evaluate(
-            pipe, judge, CASES, [("robot",)], methods={"perfect": perfect}, finished=erasure.Finished(file, settings)
+            pipe, judge, CASES, [("robot",)], methods={"perfect": perfect}, finished=Store(file, "evaluate", settings)
         )
 
     expected = run(first, {"steps": 1})

@@ -4,7 +4,7 @@ import json
 
 import pytest
 from semiperm.benchmarks import membranes as bench
-from semiperm.methods.membranes import MembraneError
+from semiperm.methods.errors import MembraneError
 from semiperm.pipelines.text import denoiser_of
 from tiny_models import build
 

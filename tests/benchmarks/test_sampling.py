@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from semiperm.benchmarks import sampling as bench
-from semiperm.methods.negative_token_merging import TokenMergingError
+from semiperm.methods.errors import TokenMergingError
 from semiperm.pipelines.text import denoiser_of
 from tiny_models import build
 

@@ -49,7 +49,7 @@ def test_erase_then_evaluate(untrained_canvas, tmp_path):
     assert {row["concept"] for row in got["rows"]} == {"robot", "mean"}
     run(*arguments, "--concept", "circle", "--resume", tmp_path / "runs.jsonl")
     assert json.loads(figures.read_text())["rows"][0]["concept"] == "circle"
-    assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == 2
+    assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == 3  # a header, and two runs
 
 
 def test_suite(untrained_canvas, tmp_path):

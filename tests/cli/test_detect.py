@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 from semiperm.cli import app, common
 from semiperm.cli import detect as detect_command
+from semiperm.methods.errors import WatermarkError
 from semiperm.methods.watermark import Payload
-from semiperm.methods.watermark_keys import Keyring, WatermarkError, load_keyring, save_keyring
+from semiperm.methods.watermark_keys import Keyring, load_keyring, save_keyring
 from semiperm.pipelines import watermark
 from typer.testing import CliRunner
 

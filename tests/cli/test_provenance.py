@@ -186,7 +186,7 @@ def test_credentials_are_checked_before_anything_is_drawn(keyring, certificate, 
 
 def test_a_manifest_that_fails_leaves_no_picture(untrained_canvas, keyring, certificate, tmp_path, monkeypatch):
     from semiperm.methods import provenance_c2pa
-    from semiperm.methods.watermark_keys import WatermarkError
+    from semiperm.methods.errors import WatermarkError
 
     def fail(*_):
         raise WatermarkError("the C2PA manifest could not be signed")

@@ -15,7 +15,8 @@ from semiperm.methods.closed_form import (
     fit_probe,
     uce_membranes,
 )
-from semiperm.methods.membranes import MembraneError, base_model_hash, fold, pack, probe_gate
+from semiperm.methods.errors import MembraneError
+from semiperm.methods.membranes import base_model_hash, fold, pack, probe_gate
 
 PLAIN = {"push": 0.0}  # no step beyond the target: the textbook objective
 

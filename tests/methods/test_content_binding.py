@@ -7,8 +7,9 @@ import pytest
 import torch
 from scipy import stats
 from semiperm.methods.content_binding import agreement, bind, content_bits, content_p_value, perceptual_hash
+from semiperm.methods.errors import WatermarkError
 from semiperm.methods.watermark import KeyedMark, Payload, read
-from semiperm.methods.watermark_keys import WatermarkError, WatermarkKey
+from semiperm.methods.watermark_keys import WatermarkKey
 
 SHAPE = (4, 16, 16)
 

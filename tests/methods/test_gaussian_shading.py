@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from semiperm.methods.errors import WatermarkError
 from semiperm.methods.gaussian_shading import GaussianShading, threshold
-from semiperm.methods.watermark_keys import WatermarkError, WatermarkKey
+from semiperm.methods.watermark_keys import WatermarkKey
 
 SMALL, FULL = (4, 16, 16), (4, 64, 64)
 

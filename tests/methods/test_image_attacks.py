@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from semiperm.methods.errors import WatermarkError
 from semiperm.methods.image_attacks import (
     ATTACKS,
     SUITE,
@@ -14,7 +15,6 @@ from semiperm.methods.image_attacks import (
     average_removal,
     parse_attack,
 )
-from semiperm.methods.watermark_keys import WatermarkError
 
 
 def seeded(number=0):

@@ -8,11 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from semiperm.kernels.gated_low_rank import gated_low_rank
+from semiperm.methods.errors import MembraneError
 from semiperm.methods.membranes import (
     GateProbe,
     LowRank,
     Membrane,
-    MembraneError,
     Membranes,
     always,
     base_model_distance,

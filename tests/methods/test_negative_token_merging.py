@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 from PIL import Image
+from semiperm.methods.errors import TokenMergingError
 from semiperm.methods.negative_token_merging import (
     NegativeTokenMergingConfig,
-    TokenMergingError,
     diversity_rows,
     grid_of,
     merge_tokens,

@@ -4,8 +4,8 @@ import itertools
 
 import numpy as np
 import pytest
+from semiperm.methods.errors import WatermarkError
 from semiperm.methods.watermark_code import Code, code_for
-from semiperm.methods.watermark_keys import WatermarkError
 
 
 def channel(bits, rho, rng):

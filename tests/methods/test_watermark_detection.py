@@ -3,9 +3,10 @@
 import pytest
 import torch
 from semiperm.methods.content_binding import bind
+from semiperm.methods.errors import WatermarkError
 from semiperm.methods.watermark import KeyedMark, Payload
 from semiperm.methods.watermark_detection import detect_in, latent_mask, whole_cells
-from semiperm.methods.watermark_keys import WatermarkError, WatermarkKey
+from semiperm.methods.watermark_keys import WatermarkKey
 from semiperm.methods.watermark_search import Search
 
 

@@ -5,10 +5,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from semiperm.methods.errors import WatermarkError
 from semiperm.methods.image_attacks import attack
 from semiperm.methods.watermark import KeyedMark, Payload
 from semiperm.methods.watermark_edits import ROUNDS, Edit, crops, shifts, turns, without_flats
-from semiperm.methods.watermark_keys import WatermarkError, WatermarkKey
+from semiperm.methods.watermark_keys import WatermarkKey
 from semiperm.methods.watermark_search import Search, run
 
 KEY, OTHER = WatermarkKey.new("k", 1), WatermarkKey.new("o", 2)

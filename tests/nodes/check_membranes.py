@@ -11,7 +11,8 @@ import comfy.samplers
 import torch
 from comfy.ldm.modules.attention import optimized_attention
 from safetensors.torch import load_file
-from semiperm.methods.membrane_types import MembraneError, Membranes
+from semiperm.methods.errors import MembraneError
+from semiperm.methods.membrane_types import Membranes
 from semiperm.nodes.canvas_model import load_canvas
 from semiperm.nodes.concept_text import erase_in
 from semiperm.nodes.membrane_patch import apply_membranes_to, report_of

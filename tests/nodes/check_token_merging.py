@@ -11,7 +11,7 @@ import comfy.sample
 import comfy.samplers
 import torch
 from safetensors.torch import load_file
-from semiperm.methods.negative_token_merging import TokenMergingError
+from semiperm.methods.errors import TokenMergingError
 from semiperm.nodes.canvas_model import load_canvas
 from semiperm.nodes.concept_text import erase_in
 from semiperm.nodes.membrane_patch import apply_membranes_to

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import comfy.ldm.flux.layers
 import comfy.sample
 import torch
-from semiperm.methods.negative_token_merging import TokenMergingError
+from semiperm.methods.errors import TokenMergingError
 from semiperm.nodes.token_merging_patch import ATTACHMENT, apply_token_merging_to, report_of
 
 family = ARGUMENTS[0]  # noqa: F821

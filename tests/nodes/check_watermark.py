@@ -13,7 +13,8 @@ import comfy.samplers
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from semiperm.methods.watermark_keys import WatermarkError, WatermarkKey, load_keyring
+from semiperm.methods.errors import WatermarkError
+from semiperm.methods.watermark_keys import WatermarkKey, load_keyring
 from semiperm.nodes.canvas_model import load_canvas
 from semiperm.nodes.watermark_heatmap import detection_text, heat_maps
 from semiperm.nodes.watermark_inversion import ComfyInverter, detect_pictures

@@ -10,7 +10,8 @@ from types import SimpleNamespace
 
 import comfy.sample
 import torch
-from semiperm.methods.watermark_keys import WatermarkError, load_keyring
+from semiperm.methods.errors import WatermarkError
+from semiperm.methods.watermark_keys import load_keyring
 from semiperm.nodes.watermark_inversion import ComfyInverter
 from semiperm.nodes.watermark_noise import sign_model, signed_like
 

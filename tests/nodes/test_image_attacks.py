@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from semiperm.methods.watermark_keys import WatermarkError
+from semiperm.methods.errors import WatermarkError
 
 _spec = importlib.util.spec_from_file_location("comfy_stub", Path(__file__).with_name("comfy_stub.py"))
 comfy_stub = importlib.util.module_from_spec(_spec)

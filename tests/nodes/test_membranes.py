@@ -9,8 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from semiperm.methods.errors import MembraneError
 from semiperm.methods.membrane_file import load_membranes, save_membranes
-from semiperm.methods.membrane_types import LowRank, Membrane, MembraneError, Membranes
+from semiperm.methods.membrane_types import LowRank, Membrane, Membranes
 
 _spec = importlib.util.spec_from_file_location("comfy_stub", Path(__file__).with_name("comfy_stub.py"))
 comfy_stub = importlib.util.module_from_spec(_spec)

@@ -10,10 +10,10 @@ import pytest
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from semiperm.methods.errors import WatermarkError
 from semiperm.methods.provenance import examine, extract
 from semiperm.methods.watermark import Payload
 from semiperm.methods.watermark_detection import DetectionResult
-from semiperm.methods.watermark_keys import WatermarkError
 
 _spec = importlib.util.spec_from_file_location("comfy_stub", Path(__file__).with_name("comfy_stub.py"))
 comfy_stub = importlib.util.module_from_spec(_spec)

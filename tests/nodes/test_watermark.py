@@ -13,8 +13,9 @@ import pytest
 import torch
 from comfy_server import in_comfyui
 from safetensors.torch import save_file
+from semiperm.methods.errors import WatermarkError
 from semiperm.methods.watermark_detection import DetectionResult
-from semiperm.methods.watermark_keys import Keyring, WatermarkError, WatermarkKey, load_keyring, save_keyring
+from semiperm.methods.watermark_keys import Keyring, WatermarkKey, load_keyring, save_keyring
 
 _spec = importlib.util.spec_from_file_location("comfy_stub", Path(__file__).with_name("comfy_stub.py"))
 comfy_stub = importlib.util.module_from_spec(_spec)

@@ -3,7 +3,8 @@
 import pytest
 import torch
 from semiperm.canvas import DEFAULT_GUIDANCE, DEFAULT_STEPS, load_pipeline
-from semiperm.methods.watermark_keys import WatermarkError, WatermarkKey
+from semiperm.methods.errors import WatermarkError
+from semiperm.methods.watermark_keys import WatermarkKey
 from semiperm.pipelines.content_binding import generate_bound
 from semiperm.pipelines.watermark import detect
 from tiny_models import FAMILIES, LENGTH, build

@@ -7,7 +7,7 @@ import semiperm.pipelines
 import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
-from semiperm.methods.membranes import MembraneError
+from semiperm.methods.errors import MembraneError
 from semiperm.pipelines.loaders import load_pipeline
 from semiperm.pipelines.membrane_pipelines import (
     MembraneFluxPipeline,

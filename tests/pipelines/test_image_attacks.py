@@ -7,9 +7,10 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from semiperm.canvas import load_pipeline
+from semiperm.methods.errors import WatermarkError
 from semiperm.methods.image_attacks import ATTACKS, attack
 from semiperm.methods.watermark import KeyedMark, read
-from semiperm.methods.watermark_keys import WatermarkError, WatermarkKey
+from semiperm.methods.watermark_keys import WatermarkKey
 from semiperm.methods.watermark_statistics import without_offset
 from semiperm.pipelines.image_attacks import (
     imprint,

@@ -3,7 +3,8 @@
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from semiperm.methods.membranes import LowRank, Membrane, MembraneError, save_membranes
+from semiperm.methods.errors import MembraneError
+from semiperm.methods.membranes import LowRank, Membrane, save_membranes
 from semiperm.pipelines.membranes import (
     MembraneConfig,
     apply_membranes,

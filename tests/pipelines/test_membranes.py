@@ -5,7 +5,8 @@ import logging
 
 import pytest
 import torch
-from semiperm.methods.membranes import GateProbe, LowRank, Membrane, MembraneError, Membranes
+from semiperm.methods.errors import MembraneError
+from semiperm.methods.membranes import GateProbe, LowRank, Membrane, Membranes
 from semiperm.pipelines.membranes import MembraneConfig, apply_membranes, erase_concepts, remove_membranes
 from semiperm.pipelines.text import denoiser_of, encode_text, module_keys
 from tiny_models import FAMILIES, LENGTH, build, call

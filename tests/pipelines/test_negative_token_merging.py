@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch._dynamo.testing
 from PIL import Image
-from semiperm.methods.negative_token_merging import NegativeTokenMergingConfig, TokenMergingError
+from semiperm.methods.errors import TokenMergingError
+from semiperm.methods.negative_token_merging import NegativeTokenMergingConfig
 from semiperm.pipelines.membranes import MembraneConfig, apply_membranes, erase_concepts, remove_membranes
 from semiperm.pipelines.negative_token_merging import apply_negative_token_merging, remove_negative_token_merging
 from semiperm.pipelines.text import denoiser_of

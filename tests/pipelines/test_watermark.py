@@ -9,7 +9,8 @@ import semiperm.pipelines.watermark as face
 import torch
 from diffusers import StableDiffusionPipeline
 from semiperm.canvas import DEFAULT_GUIDANCE, DEFAULT_STEPS, load_pipeline
-from semiperm.methods.watermark_keys import Keyring, WatermarkError, WatermarkKey
+from semiperm.methods.errors import WatermarkError
+from semiperm.methods.watermark_keys import Keyring, WatermarkKey
 from semiperm.pipelines.watermark import WatermarkMixin, detect, sign_noise
 from tiny_models import FAMILIES, LENGTH, build, build_wan
 

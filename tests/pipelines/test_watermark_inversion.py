@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from semiperm.methods.watermark_keys import WatermarkError
+from semiperm.methods.errors import WatermarkError
 from semiperm.pipelines.text import denoiser_of
 from semiperm.pipelines.watermark_inversion import check_scheduler, encode_images, invert, latent_shape
 from tiny_models import FAMILIES, build, build_wan

@@ -10,7 +10,8 @@ import torch
 from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting
 from PIL import Image
 from semiperm.canvas import DEFAULT_GUIDANCE, DEFAULT_STEPS, load_pipeline
-from semiperm.methods.watermark_keys import WatermarkError, WatermarkKey
+from semiperm.methods.errors import WatermarkError
+from semiperm.methods.watermark_keys import WatermarkKey
 from semiperm.pipelines.watermark import detect, sign_noise
 from semiperm.pipelines.watermark_noise import signed_noise
 from tiny_models import FAMILIES, LENGTH, build
