@@ -56,7 +56,7 @@ def run(
             part, pictures, found, digests = files[start : start + BATCH], {}, {}, {}
             for file in part:
                 try:
-                    digests[file] = digest(file) if resume else ""
+                    digests[file] = digest(file) if resume else str(file)
                     found[file] = finished.get(digests[file])
                     if found[file] is None:
                         pictures[file] = read_picture(file)
