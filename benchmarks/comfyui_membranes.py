@@ -13,10 +13,11 @@ import comfy.sample
 import torch
 from comfyui_version import __version__ as comfyui
 from semiperm.benchmarks.timing import machine, ratio_row, versions
-from semiperm.methods.membrane_types import Membranes
-from semiperm.nodes.canvas_model import load_canvas
-from semiperm.nodes.concept_text import erase_in
-from semiperm.nodes.membrane_patch import apply_membranes_to
+from semiperm.methods.membranes.config import MembraneConfig
+from semiperm.methods.membranes.types import Membranes
+from semiperm.nodes.canvas.model import load_canvas
+from semiperm.nodes.membranes.concept_text import erase_in
+from semiperm.nodes.membranes.patch import apply_membranes_to
 
 COUNTS, STEPS = (1, 10, 100), 25
 rounds = int(ARGUMENTS[0])  # noqa: F821
@@ -48,7 +49,7 @@ for count in COUNTS:
     # as many copies of one membrane at 1/K strength: the picture of one, the work of K
     stack = Membranes([replace(robot, concept=f"concept {k}") for k in range(count)])
     for gate in ("always", "probe"):
-        patched = apply_membranes_to(model, stack, gate=gate, strength=1 / count)
+        patched = apply_membranes_to(model, stack, MembraneConfig(gate=gate, strength=1 / count))
         seconds(patched)
         bare, ratios = [], []
         before = seconds(model)

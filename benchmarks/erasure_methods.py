@@ -6,7 +6,7 @@ from functools import partial
 
 
 def _closed_form(pipe, concepts: Sequence[str], gate: str) -> AbstractContextManager[dict]:
-    from ..pipelines.membranes import erase_concepts
+    from ..pipelines.membranes.erase import erase_concepts
 
     return applied(pipe, erase_concepts(pipe, list(concepts)), gate)
 
@@ -17,7 +17,7 @@ def _textbook(pipe, concepts: Sequence[str]) -> Iterator[dict]:
     import torch
 
     from ..canvas import captions
-    from ..methods.closed_form import uce_membranes
+    from ..methods.membranes.uce import uce_membranes
     from ..pipelines.text import encode_text, text_projections
 
     others = [name for domain in (captions.OBJECTS, captions.STYLES) for name in domain if name not in concepts]
@@ -41,7 +41,8 @@ def _negative_prompt(pipe, concepts: Sequence[str]) -> Iterator[dict]:
 @contextmanager
 def applied(pipe, membranes, gate: str) -> Iterator[dict]:
     """Apply ready membranes while the block runs."""
-    from ..pipelines.membranes import MembraneConfig, apply_membranes, remove_membranes
+    from ..methods.membranes.config import MembraneConfig
+    from ..pipelines.membranes.apply import apply_membranes, remove_membranes
 
     apply_membranes(pipe, membranes, MembraneConfig(gate=gate))
     try:

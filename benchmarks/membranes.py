@@ -16,12 +16,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..methods.closed_form import ClosedFormConfig, closed_form_membrane
 from ..methods.errors import MembraneError
-from ..methods.membranes import Membranes, pack
+from ..methods.membranes.closed_form import ClosedFormConfig, closed_form_membrane
+from ..methods.membranes.config import MembraneConfig
+from ..methods.membranes.packing import pack
+from ..methods.membranes.types import Membranes
+from ..pipelines.family import denoiser_of
 from ..pipelines.loaders import load_pipeline
-from ..pipelines.membranes import MembraneConfig, apply_membranes, remove_membranes
-from ..pipelines.text import denoiser_of, module_keys, text_projections
+from ..pipelines.membranes.apply import apply_membranes, remove_membranes
+from ..pipelines.text import module_keys, text_projections
 from .timing import machine, ratio_row, versions
 
 COUNTS = (1, 10, 100)

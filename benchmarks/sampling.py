@@ -17,10 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..methods.errors import TokenMergingError
-from ..methods.negative_token_merging import NegativeTokenMergingConfig, diversity_rows, merge_tokens
+from ..methods.token_merging.config import NegativeTokenMergingConfig
+from ..methods.token_merging.merging import diversity_rows, merge_tokens
+from ..pipelines.family import denoiser_of
 from ..pipelines.loaders import load_pipeline
-from ..pipelines.negative_token_merging import apply_negative_token_merging
-from ..pipelines.text import denoiser_of
+from ..pipelines.token_merging.apply import apply_negative_token_merging
 from .memory import Peak
 from .timing import machine, ratio_row, versions
 
@@ -156,7 +157,7 @@ def _check_agreement(pipe) -> None:
     finally:
         hook.remove()
     x = (outputs[0][0] if isinstance(outputs[0], tuple) else outputs[0])[-BATCH:]
-    config = NegativeTokenMergingConfig(merging_threshold=0.7, diversity="first")
+    config = NegativeTokenMergingConfig(threshold=0.7, diversity="first")
     merged, _ = merge_tokens(x, x, diversity_rows([0] * BATCH, "first", x.device), config)
     expected = naive_merge(x.float())
     error = float((merged.float() - expected)[1:].norm() / expected[1:].norm())

@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..methods.negative_token_merging import NegativeTokenMergingConfig
-from ..pipelines.negative_token_merging import apply_negative_token_merging
+from ..methods.token_merging.config import NegativeTokenMergingConfig
+from ..pipelines.token_merging.apply import apply_negative_token_merging
 from .erasure import wilson
 from .timing import machine, versions
 
@@ -30,8 +30,8 @@ WORDS = ("eared mascot", "one eyed plush", "mascot", "plush")  # they mean it wi
 OBJECTS = ("star", "robot", "ring", "flower", "heart", "ghost", "arrow", "square")
 BATCH = 4
 # The canvas follows words closely and is pushed further than the paper pushes SDXL (0.9, 0.2 of the schedule).
-REFERENCE = {"merging_alpha": 2.2, "merging_threshold": -1.0, "end": 0.6}
-DIVERSITY = {"merging_alpha": 1.0, "merging_threshold": -1.0, "end": 0.6}
+REFERENCE = {"strength": 2.2, "threshold": -1.0, "end": 0.6}
+DIVERSITY = {"strength": 1.0, "threshold": -1.0, "end": 0.6}
 
 
 def run(progress: Callable[[int], None] = lambda n: None, seeds: int = 2) -> list[dict]:

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from ..methods.watermark import KeyedMark, Payload, read
+from ..methods.watermark.mark import KeyedMark, Payload, read
 from . import watermark_statistics
 from .store import Store
 from .timing import machine, versions

@@ -14,12 +14,12 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from ..methods.attacks.pictures import ATTACKS, SUITE, attack
 from ..methods.errors import WatermarkError
-from ..methods.image_attacks import ATTACKS, SUITE, attack
-from ..methods.watermark import read
-from ..methods.watermark_detection import detect_in
-from ..methods.watermark_search import Search
-from ..methods.watermark_statistics import without_offset
+from ..methods.watermark.detection import detect_in
+from ..methods.watermark.mark import read
+from ..methods.watermark.search import Search
+from ..methods.watermark.statistics import without_offset
 from .watermark_marks import CODE, MARKS, OURS, RINGS, SHADING, SOFT, TREE, key_of, seeded
 
 SHAPE, SIZE = (4, 16, 16), (128, 128)
@@ -95,7 +95,7 @@ def world():
 
     from ..canvas import load_pipeline
     from ..canvas.judge import Judge
-    from ..pipelines.watermark import PipelineInverter
+    from ..pipelines.watermark.detect import PipelineInverter
 
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
@@ -121,7 +121,7 @@ def asked(start: int, count: int) -> list[tuple[str, dict[str, str]]]:
 def mark_of(name: str):
     """The mark of the canvas's pictures under that name."""
     if name == TREE_ALL:
-        from ..methods.tree_ring import TreeRing
+        from ..methods.watermark.peers.tree_ring import TreeRing
         from .watermark_marks import Baseline
 
         return Baseline(lambda key, bits: TreeRing(key, channels=None), False, key_of("canvas"))
@@ -175,7 +175,7 @@ def look(detectors: Sequence[str], pixels: Tensor, steps: int = STEPS) -> dict[s
 
 def attacked(pixels: Tensor, text: str, start: int) -> Tensor:
     """The pictures after an attack; chance depends on the attack and on which pictures they are."""
-    from ..pipelines.image_attacks import model_attacks
+    from ..pipelines.attacks.pictures import model_attacks
 
     if text == CLEAN:
         return pixels
@@ -245,7 +245,7 @@ def refined(latents: Tensor, pixels: Tensor, steps: int, rate: float = 0.02) -> 
 def _average(unit: dict) -> dict:
     """The averaging attack: what n marked pictures share, against as many plain ones of the same prompts."""
     from ..canvas import DEFAULT_GUIDANCE
-    from ..methods.image_attacks import average_forgery, average_removal
+    from ..methods.attacks.pictures import average_forgery, average_removal
 
     mark, n, count, far = unit["mark"], unit["n"], unit["count"], 10_000
     kinds = []
@@ -266,9 +266,9 @@ def _average(unit: dict) -> dict:
 def _forgery(unit: dict) -> dict:
     """Marks with bound content, stolen for pictures of something else: the verdicts, and what the judge sees."""
     from ..canvas import DEFAULT_GUIDANCE, DEFAULT_STEPS
-    from ..pipelines.content_binding import generate_bound
-    from ..pipelines.image_attacks import imprint, reprompt, transplant
-    from ..pipelines.watermark_inversion import pixels_of
+    from ..pipelines.attacks.pictures import imprint, reprompt, transplant
+    from ..pipelines.watermark.content import generate_bound
+    from ..pipelines.watermark.inversion import pixels_of
 
     (pipe, inverter, judge), key = world(), key_of("canvas")
     call = {"num_inference_steps": DEFAULT_STEPS, "guidance_scale": DEFAULT_GUIDANCE}

@@ -13,12 +13,12 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from ..methods import watermark
-from ..methods.gaussian_shading import GaussianShading
-from ..methods.pseudorandom_code import PseudorandomCode
-from ..methods.ring_id import RingID
-from ..methods.tree_ring import TreeRing
-from ..methods.watermark_keys import KEY_IDS, WatermarkKey
+from ..methods.watermark import mark as watermark
+from ..methods.watermark.keys import KEY_IDS, WatermarkKey
+from ..methods.watermark.peers.gaussian_shading import GaussianShading
+from ..methods.watermark.peers.pseudorandom_code import PseudorandomCode
+from ..methods.watermark.peers.ring_id import RingID
+from ..methods.watermark.peers.tree_ring import TreeRing
 
 OURS = "semiperm"
 

@@ -19,9 +19,9 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from ..methods.watermark import capacity
-from ..methods.watermark_fields import codeword, fields_of, first_field
-from ..methods.watermark_statistics import LARGEST, level_counts, quantise
+from ..methods.watermark.fields import codeword, fields_of, first_field
+from ..methods.watermark.mark import capacity
+from ..methods.watermark.statistics import LARGEST, level_counts, quantise
 from .erasure import wilson
 from .watermark_classifiers import CLASSIFIERS, hits
 from .watermark_marks import BASELINES, CARRIERS, CONTROLS, MARKS, OURS, RELEASED, key_of, seeded

@@ -46,7 +46,7 @@ def run(
     options = {"search": search, "size": parse_size(size)}
 
     from ..benchmarks.store import Store, digest
-    from ..methods.watermark_keys import load_keyring
+    from ..methods.watermark.keyring import load_keyring
 
     ring = load_keyring(keyring)
     finished = Store(resume, "detect", [digest(keyring), model, options])
@@ -142,14 +142,14 @@ def read_picture(file: Path):
 
 def look(pipe, ring, pictures: dict, options: dict = {}) -> dict:  # noqa: B006 (never written to)
     """File -> what was found, or the error; where the pictures fail together, they are looked at one by one."""
-    from ..methods.errors import WatermarkError
-    from ..pipelines.watermark import detect
+    from ..methods.errors import SemipermError
+    from ..pipelines.watermark.detect import detect_watermark
 
     largest = max(picture.width * picture.height for picture in pictures.values())
     try:
-        results = detect([*pictures.values()], pipe, ring, batch_size=max(1, PIXELS // largest), **options)
-    except (WatermarkError, RuntimeError, MemoryError) as error:
-        if not isinstance(error, WatermarkError) and "memory" not in f"{error!r}".lower():
+        results = detect_watermark(pipe, [*pictures.values()], ring, batch_size=max(1, PIXELS // largest), **options)
+    except (SemipermError, RuntimeError, MemoryError) as error:
+        if not isinstance(error, SemipermError) and "memory" not in f"{error!r}".lower():
             raise  # torch says RuntimeError when memory runs out on the CPU, and of our own mistakes
         if len(pictures) == 1:
             return dict.fromkeys(pictures, error)
@@ -159,7 +159,7 @@ def look(pipe, ring, pictures: dict, options: dict = {}) -> dict:  # noqa: B006 
 
 def described(result) -> dict:
     """A detection as JSON keeps it; what was undone and the content's p-value only where there is something to say."""
-    from ..methods.watermark_detection import AS_GIVEN
+    from ..methods.watermark.detection import AS_GIVEN
 
     more = {} if result.transform == AS_GIVEN else {"transform": result.transform}
     if result.content_p_value is not None:

@@ -88,8 +88,8 @@ def settings(pipe, cases, membranes, gate: str, sampling: dict) -> dict:
     from dataclasses import asdict
 
     from ..benchmarks.store import digest
-    from ..methods.membranes import base_model_hash
-    from ..pipelines.text import denoiser_of
+    from ..methods.membranes.base_model import base_model_hash
+    from ..pipelines.family import denoiser_of
 
     weights = {k: v for k, v in denoiser_of(pipe)[0].state_dict().items() if v.ndim == 2}
     return {

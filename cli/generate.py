@@ -74,7 +74,8 @@ def run(
         seeded(seed or 0, len(prompt)) if key is None else signed(pipe, key, model, provider, len(prompt), bind_content)
     )
 
-    from ..pipelines.membranes import MembraneConfig, apply_membranes
+    from ..methods.membranes.config import MembraneConfig
+    from ..pipelines.membranes.apply import apply_membranes
 
     handle = apply_membranes(pipe, stack, MembraneConfig(gate=gate)) if len(stack) else None
     if negative is not None:
@@ -112,7 +113,7 @@ def signing_key(name: str | None, keyring: Path | None, seed: int | None):
         # a seed repeats noise, and two pictures with the same marked noise give the mark away
         raise common.CliError("--seed does not go with --sign: marked noise is drawn afresh for every picture")
 
-    from ..methods.watermark_keys import load_keyring
+    from ..methods.watermark.keyring import load_keyring
 
     key = load_keyring(keyring).get(name)
     if key.mac_key is None:
@@ -133,21 +134,21 @@ def c2pa_credentials(certificate: Path | None, private_key: Path | None, key):
     if key is None:
         raise common.CliError("--c2pa-cert needs --sign and --keyring: the manifest names the mark")
 
-    from ..methods.provenance_c2pa import load_credentials
+    from ..methods.provenance.c2pa import load_credentials
 
     return load_credentials(certificate, private_key)
 
 
 def sealed(image, record: dict, provenance, credentials) -> bytes:
     """A PNG with the record, the provenance record and, signed last, the C2PA manifest: whole before it is written."""
-    from ..methods.provenance import embed
-    from ..methods.provenance_files import parse
+    from ..methods.provenance.picture_file import parse
+    from ..methods.provenance.record import embed
 
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     data = embed(parse(buffer.getvalue()).with_text("semiperm", json.dumps(record)).to_bytes(), provenance)
     if credentials is not None:
-        from ..methods.provenance_c2pa import sign
+        from ..methods.provenance.c2pa import sign
 
         data = sign(data, credentials)
     return data
@@ -160,7 +161,7 @@ def seeded(seed: int, count: int) -> list[tuple[dict, dict, None]]:
 
 def bound(pipe, key, prompt: str, **options):
     """A picture whose mark knows what it shows."""
-    from ..pipelines.content_binding import generate_bound
+    from ..pipelines.watermark.content import generate_bound
 
     return generate_bound(pipe, key, prompt, **options).images[0]
 
@@ -171,12 +172,12 @@ def signed(pipe, key, model: str, provider: str | None, count: int, bind_content
     import secrets
     from time import time
 
-    from ..methods.membranes import base_model_hash
-    from ..methods.provenance import describe
-    from ..methods.watermark import Payload, capacity
-    from ..pipelines.text import denoiser_of
-    from ..pipelines.watermark import sign_noise
-    from ..pipelines.watermark_inversion import check_scheduler, latent_shape
+    from ..methods.membranes.base_model import base_model_hash
+    from ..methods.provenance.record import describe
+    from ..methods.watermark.mark import Payload, capacity
+    from ..pipelines.family import denoiser_of
+    from ..pipelines.watermark.inversion import check_scheduler, latent_shape
+    from ..pipelines.watermark.sign import sign_noise
 
     check_scheduler(pipe)
     bits, said = capacity(latent_shape(pipe)), {}  # a small latent carries some fields only

@@ -2,7 +2,12 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import canvas, image_attacks, membranes, negative_token_merging, provenance, watermark
+from .attacks import node as image_attacks
+from .canvas import node as canvas
+from .membranes import node as membranes
+from .provenance import node as provenance
+from .token_merging import node as negative_token_merging
+from .watermark import node as watermark
 
 
 class SemipermExtension(ComfyExtension):

@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
+import inspect
+
 from diffusers.hooks import HookRegistry, ModelHook
 from torch import nn
 
-from ..methods.membrane_runtime import is_own_forward
+from ..methods.modules import is_own_forward
 
-MEMBRANES = "semiperm_membrane"
-TOKEN_MERGING = "semiperm_negative_token_merging"
+__all__ = ["install", "parameters_of", "uninstall"]
+
+
+def parameters_of(module: nn.Module) -> tuple[str, ...]:
+    """The names of a module's inputs, in order: `dict(zip(names, args)) | kwargs` has a call's inputs by name."""
+    return tuple(inspect.signature(type(module).forward).parameters)[1:]
 
 
 def install(module: nn.Module, hook: ModelHook, name: str) -> None:
-    """Register `hook` outermost, but inside the hook that adds rows to the batch: all others must see those rows."""
+    """Register `hook` outermost, but inside hooks with the attribute `adds_rows`: all others must see those rows."""
     registry = HookRegistry.check_if_exists_or_initialize(module)
-    rows = registry.get_hook(TOKEN_MERGING) if name != TOKEN_MERGING else None
-    if rows is not None:
-        registry.remove_hook(TOKEN_MERGING, recurse=False)
+    adding = {} if getattr(hook, "adds_rows", False) else _adding(registry)
+    for other in adding:
+        registry.remove_hook(other, recurse=False)
     registry.register_hook(hook, name)
-    if rows is not None:
-        registry.register_hook(rows, TOKEN_MERGING)
+    for other, outer in adding.items():
+        registry.register_hook(outer, other)
+
+
+def _adding(registry: HookRegistry) -> dict[str, ModelHook]:
+    found = {name: registry.get_hook(name) for name in registry._hook_order}
+    return {name: hook for name, hook in found.items() if getattr(hook, "adds_rows", False)}
 
 
 def uninstall(module: nn.Module, name: str) -> None:

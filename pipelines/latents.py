@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
 
-from ..methods.errors import MembraneError
-from .text import device_of, family_of
+from .family import device_of, family_of
 
 
 def pixels_per_latent(pipe) -> int:
     """Along one side."""
-    if family_of(pipe, wan=True) == "wan":
+    if family_of(pipe).video:
         return pipe.vae_scale_factor_spatial
     return 2 ** (len(pipe.vae.config.block_out_channels) - 1)
 
@@ -29,17 +29,10 @@ def encode_pixels(pipe, batches: Iterable[Tensor]) -> Tensor:
         (sum of B, C, ...), float32: the encoder's mode, scaled and shifted as the denoiser expects.
     """
     vae, device = pipe.vae, device_of(pipe)
-    dtype = vae.dtype
-    upcast = dtype == torch.float16 and getattr(vae.config, "force_upcast", False)  # SDXL's overflows in float16
-    if upcast:
-        vae.to(torch.float32)
-    try:
+    with _wide_enough(vae):
         parts = [vae.encode(pixels.to(device, vae.dtype)).latent_dist.mode() for pixels in batches]
-    finally:
-        if upcast:
-            vae.to(dtype)
     latents = torch.cat(parts).float()
-    if family_of(pipe, wan=True) == "wan":
+    if family_of(pipe).video:
         mean, std = (
             torch.tensor(values, device=device).view(1, -1, 1, 1, 1)
             for values in (vae.config.latents_mean, vae.config.latents_std)
@@ -48,16 +41,26 @@ def encode_pixels(pipe, batches: Iterable[Tensor]) -> Tensor:
     return (latents - (getattr(vae.config, "shift_factor", None) or 0.0)) * vae.config.scaling_factor
 
 
-def alphas_of(pipe, error: type[MembraneError]) -> Tensor:
-    """The scheduler's alphas_cumprod, by which a UNet's step has a noise level.
+@torch.no_grad()
+def decode_latents(pipe, latents: Tensor, batch_size: int = 16) -> Tensor:
+    """(B, C, h, w) as the denoiser has them -> pictures (B, 3, H, W) in 0..1, float32; undoes `encode_pixels`."""
+    vae = pipe.vae
+    latents = latents / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0.0)
+    with _wide_enough(vae):
+        parts = latents.to(device_of(pipe), vae.dtype).split(batch_size)
+        pixels = torch.cat([vae.decode(part, return_dict=False)[0] for part in parts])
+    return (pixels.float() / 2 + 0.5).clamp(0, 1)
 
-    Raises:
-        error: the scheduler has none.
-    """
-    alphas = getattr(pipe.scheduler, "alphas_cumprod", None)
-    if alphas is None:
-        raise error(
-            f"{type(pipe.scheduler).__name__} has no alphas_cumprod, so the noise level of a UNet's step is unknown;"
-            " use DDIM, Euler, DPM-Solver or another scheduler of that family"
-        )
-    return alphas
+
+@contextlib.contextmanager
+def _wide_enough(vae) -> Iterator[None]:
+    """SDXL's autoencoder overflows in float16 and says so."""
+    dtype = vae.dtype
+    upcast = dtype == torch.float16 and getattr(vae.config, "force_upcast", False)
+    if upcast:
+        vae.to(torch.float32)
+    try:
+        yield
+    finally:
+        if upcast:
+            vae.to(dtype)

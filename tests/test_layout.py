@@ -35,7 +35,7 @@ HEAVY = {"torch", "diffusers", "transformers", "numpy", "PIL", "safetensors"}
 
 def in_comfyui(path: Path) -> bool:
     """A script that ComfyUI's own Python runs in a process of its own: our package is a foreign one there."""
-    return path.parent.name == "benchmarks" and "comfyui" in path.stem
+    return path.relative_to(ROOT).parts[0] == "benchmarks" and "comfyui" in path.stem
 
 
 def _sources() -> list[Path]:
@@ -84,7 +84,7 @@ def test_imports_run_one_way(path):
 def test_imports_are_declared(path):
     extras = {"peft", "triton"} if path.is_relative_to(ROOT / "benchmarks") else set()
     extras |= {"triton"} if path == ROOT / "kernels" / "dispatch.py" else set()  # guarded: the references need none
-    extras |= {"c2pa"} if path == ROOT / "methods" / "provenance_c2pa.py" else set()  # guarded: an extra
+    extras |= {"c2pa"} if path == ROOT / "methods" / "provenance" / "c2pa.py" else set()  # guarded: an extra
     declared = {re.split(r"[<>=;\s]", line)[0] for line in PROJECT["project"]["dependencies"]}
     declared = {{"pillow": "PIL"}.get(name, name) for name in declared}
     ours = {"semiperm"} | (COMFY if path.is_relative_to(ROOT / "nodes") else set())

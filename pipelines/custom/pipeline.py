@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 
 
 def _ready_classes():
-    from semiperm.pipelines import membrane_pipelines as ready
+    from semiperm.pipelines.membranes import pipelines as ready
 
     return {
         "UNet2DConditionModel": ready.MembraneStableDiffusionPipeline,

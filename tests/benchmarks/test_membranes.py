@@ -5,7 +5,7 @@ import json
 import pytest
 from semiperm.benchmarks import membranes as bench
 from semiperm.methods.errors import MembraneError
-from semiperm.pipelines.text import denoiser_of
+from semiperm.pipelines.family import denoiser_of
 from tiny_models import build
 
 

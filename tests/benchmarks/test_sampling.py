@@ -6,7 +6,7 @@ import pytest
 import torch
 from semiperm.benchmarks import sampling as bench
 from semiperm.methods.errors import TokenMergingError
-from semiperm.pipelines.text import denoiser_of
+from semiperm.pipelines.family import denoiser_of
 from tiny_models import build
 
 

@@ -12,8 +12,8 @@ from semiperm.benchmarks import watermark as bench
 from semiperm.benchmarks import watermark_statistics as statistics
 from semiperm.benchmarks.watermark_classifiers import CLASSIFIERS, hits
 from semiperm.benchmarks.watermark_marks import BASELINES, CARRIERS, MARKS, OURS, RELEASED, key_of, seeded
-from semiperm.methods import watermark
-from semiperm.methods.watermark_statistics import level_counts, log_tail, quantise
+from semiperm.methods.watermark import mark as watermark
+from semiperm.methods.watermark.statistics import level_counts, log_tail, quantise
 
 SMALL = statistics.SMALL
 

@@ -10,9 +10,9 @@ from PIL import Image
 from semiperm.cli import app, common
 from semiperm.cli import detect as detect_command
 from semiperm.methods.errors import WatermarkError
-from semiperm.methods.watermark import Payload
-from semiperm.methods.watermark_keys import Keyring, load_keyring, save_keyring
-from semiperm.pipelines import watermark
+from semiperm.methods.watermark.keyring import Keyring, load_keyring, save_keyring
+from semiperm.methods.watermark.mark import Payload
+from semiperm.pipelines.watermark import detect as watermark
 from typer.testing import CliRunner
 
 KEYS = ["file", "verdict", "p_value", "log10_p", "payload", "key_id", "model_evaluations"]
@@ -38,7 +38,7 @@ def detector(monkeypatch):
     """The stand-in; `.groups` counts the pictures of each call, `.loads` the models loaded."""
     seen = SimpleNamespace(groups=[], loads=[])
 
-    def detect(images, pipe, ring, batch_size, **options):
+    def detect(pipe, images, ring, batch_size, **options):
         seen.options = options
         seen.groups.append(len(images))
         assert pipe == "the model" and batch_size * max(i.width * i.height for i in images) <= detect_command.PIXELS
@@ -57,7 +57,7 @@ def detector(monkeypatch):
             transform="as given", content_p_value=None,
         )  # fmt: skip
 
-    monkeypatch.setattr(watermark, "detect", detect)
+    monkeypatch.setattr(watermark, "detect_watermark", detect)
     monkeypatch.setattr(common, "load_model", lambda *a: seen.loads.append(a) or "the model")
     return seen
 
@@ -160,7 +160,7 @@ def test_our_own_bugs_keep_their_traceback(keyring, detector, tmp_path, monkeypa
     def fail(*_, **__):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
-    monkeypatch.setattr(watermark, "detect", fail)
+    monkeypatch.setattr(watermark, "detect_watermark", fail)
     result = run("detect", picture(tmp_path / "a.png", PLAIN), "--keyring", keyring)
     assert isinstance(result.exception, RuntimeError)
 

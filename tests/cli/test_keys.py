@@ -7,7 +7,7 @@ import os
 import pytest
 from PIL import Image
 from semiperm.cli import app, common
-from semiperm.methods.watermark_keys import load_keyring
+from semiperm.methods.watermark.keyring import load_keyring
 from typer.testing import CliRunner
 
 POSIX = pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
@@ -129,7 +129,7 @@ def test_signing_mistakes_are_one_line(keyring, detector, tmp_path, monkeypatch)
 
 
 def test_signed_pictures_keep_their_ids_and_no_secret(untrained_canvas, keyring, tmp_path, monkeypatch):
-    from semiperm.pipelines import watermark
+    from semiperm.pipelines.watermark import sign as watermark
 
     sign, noises = watermark.sign_noise, []
 

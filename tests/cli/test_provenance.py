@@ -11,9 +11,9 @@ from certificates import chain
 from PIL import Image
 from semiperm.cli import app, common
 from semiperm.cli import detect as detect_command
-from semiperm.methods.provenance import ALGORITHM, GENERATED, Provenance, embed, extract, write_provenance
-from semiperm.methods.provenance_files import parse
-from semiperm.methods.watermark_keys import Keyring, load_keyring, save_keyring
+from semiperm.methods.provenance.picture_file import parse
+from semiperm.methods.provenance.record import ALGORITHM, GENERATED, Provenance, embed, extract, write_provenance
+from semiperm.methods.watermark.keyring import Keyring, load_keyring, save_keyring
 from typer.testing import CliRunner
 
 RECORD = Provenance("canvas", generator_version="1", algorithm=ALGORITHM, key_id=3, unique_id="8000000000000001")
@@ -185,8 +185,8 @@ def test_credentials_are_checked_before_anything_is_drawn(keyring, certificate, 
 
 
 def test_a_manifest_that_fails_leaves_no_picture(untrained_canvas, keyring, certificate, tmp_path, monkeypatch):
-    from semiperm.methods import provenance_c2pa
     from semiperm.methods.errors import WatermarkError
+    from semiperm.methods.provenance import c2pa as provenance_c2pa
 
     def fail(*_):
         raise WatermarkError("the C2PA manifest could not be signed")

@@ -5,18 +5,19 @@ import time
 
 import pytest
 import torch
-from semiperm.methods.closed_form import (
+from semiperm.methods.errors import MembraneError
+from semiperm.methods.membranes.base_model import base_model_hash
+from semiperm.methods.membranes.closed_form import (
     ClosedFormConfig,
     aligned_pairs,
     closed_form_edit,
     closed_form_edits,
     closed_form_membrane,
     derive_embeddings,
-    fit_probe,
-    uce_membranes,
 )
-from semiperm.methods.errors import MembraneError
-from semiperm.methods.membranes import base_model_hash, fold, pack, probe_gate
+from semiperm.methods.membranes.gates import fit_probe, probe_gate
+from semiperm.methods.membranes.packing import fold, pack
+from semiperm.methods.membranes.uce import uce_membranes
 
 PLAIN = {"push": 0.0}  # no step beyond the target: the textbook objective
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
-from semiperm.methods.content_binding import agreement, bind, content_bits, content_p_value, perceptual_hash
 from semiperm.methods.errors import WatermarkError
-from semiperm.methods.watermark import KeyedMark, Payload, read
-from semiperm.methods.watermark_keys import WatermarkKey
+from semiperm.methods.watermark.content import agreement, bind, content_bits, content_p_value, perceptual_hash
+from semiperm.methods.watermark.keys import WatermarkKey
+from semiperm.methods.watermark.mark import KeyedMark, Payload, read
 
 SHAPE = (4, 16, 16)
 

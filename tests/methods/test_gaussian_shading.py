@@ -7,8 +7,8 @@ import pytest
 import torch
 from scipy import stats
 from semiperm.methods.errors import WatermarkError
-from semiperm.methods.gaussian_shading import GaussianShading, threshold
-from semiperm.methods.watermark_keys import WatermarkKey
+from semiperm.methods.watermark.keys import WatermarkKey
+from semiperm.methods.watermark.peers.gaussian_shading import GaussianShading, threshold
 
 SMALL, FULL = (4, 16, 16), (4, 64, 64)
 

@@ -6,15 +6,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from semiperm.methods.attacks.pictures import ATTACKS, SUITE, attack, average_forgery, average_removal, parse_attack
 from semiperm.methods.errors import WatermarkError
-from semiperm.methods.image_attacks import (
-    ATTACKS,
-    SUITE,
-    attack,
-    average_forgery,
-    average_removal,
-    parse_attack,
-)
 
 
 def seeded(number=0):

@@ -3,30 +3,19 @@
 import json
 import math
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from semiperm.kernels.gated_low_rank import gated_low_rank
-from semiperm.methods.errors import MembraneError
-from semiperm.methods.membranes import (
-    GateProbe,
-    LowRank,
-    Membrane,
-    Membranes,
-    always,
-    base_model_distance,
-    base_model_hash,
-    check_base_model,
-    facilitated_transport,
-    fold,
-    load_membranes,
-    membrane_from_weights,
-    official_gamma,
-    pack,
-    probe_gate,
-    save_membranes,
-)
+from semiperm.methods.errors import MembraneError, SemipermError
+from semiperm.methods.membranes.base_model import base_model_distance, base_model_hash, check_base_model
+from semiperm.methods.membranes.file import load_membranes, save_membranes
+from semiperm.methods.membranes.gates import always, facilitated_transport, official_gamma, probe_gate
+from semiperm.methods.membranes.packing import fold, pack
+from semiperm.methods.membranes.types import GateProbe, LowRank, Membrane, Membranes
+from semiperm.methods.membranes.weight_edit import membrane_from_weights
 
 KEYS = ("lora_unet_down_blocks_0_attn2_to_k", "lora_unet_mid_block_attn2_to_v")
 SIZES = {KEYS[0]: (7, 13), KEYS[1]: (11, 13)}  # out, in
@@ -278,10 +267,10 @@ def test_a_failed_write_leaves_the_old_file_and_no_trace(tmp_path, monkeypatch):
     before = path.read_bytes()
 
     def broken(tensors, temporary, metadata):
-        temporary.write_bytes(b"half a fi")
+        Path(temporary).write_bytes(b"half a fi")
         raise OSError("disk full")
 
-    monkeypatch.setitem(save_membranes.__globals__, "save_file", broken)
+    monkeypatch.setattr("safetensors.torch.save_file", broken)
     with pytest.raises(OSError, match="disk full"):
         save_membranes(membrane("ghost"), path)
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
@@ -322,7 +311,7 @@ def test_bad_files_are_named_and_explained(tmp_path):
     good = {"lora_unet_x.lora_down.weight": down, "lora_unet_x.lora_up.weight": up}
     for name in ("a.pt", "a.bin", "a.ckpt", "disguised.safetensors"):
         (tmp_path / name).write_bytes(pickle.dumps({"x": 1}))
-        with pytest.raises(MembraneError, match=f"{name}.*pickle"):
+        with pytest.raises(SemipermError, match=f"{name}.*pickle"):
             load_membranes(tmp_path / name)
     torch.save({"x": up}, tmp_path / "zip.safetensors")
     (tmp_path / "text.safetensors").write_bytes(b"hello, this is no header at all")
@@ -347,7 +336,7 @@ def test_bad_files_are_named_and_explained(tmp_path):
         written("ranks.safetensors", good, {"format_version": "1", "semiperm": ranks}).name: "metadata says .2.",
     }
     for name, message in cases.items():
-        with pytest.raises(MembraneError, match=message) as caught:
+        with pytest.raises(SemipermError, match=message) as caught:
             load_membranes(tmp_path / name)
         assert name in str(caught.value)
 

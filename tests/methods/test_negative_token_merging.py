@@ -6,15 +6,9 @@ import pytest
 import torch
 from PIL import Image
 from semiperm.methods.errors import TokenMergingError
-from semiperm.methods.negative_token_merging import (
-    NegativeTokenMergingConfig,
-    diversity_rows,
-    grid_of,
-    merge_tokens,
-    reference_rows,
-    token_mask,
-)
-from semiperm.methods.token_merging_record import MergeRecord
+from semiperm.methods.token_merging.config import NegativeTokenMergingConfig
+from semiperm.methods.token_merging.merging import diversity_rows, grid_of, merge_tokens, reference_rows, token_mask
+from semiperm.methods.token_merging.record import MergeRecord
 
 IMAGE = torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -48,7 +42,7 @@ def test_reference_mode_is_the_definition(alpha, threshold):
     assert rows.gate.tolist() == [0, 1, 1, 1]
     assert rows.pairs.tolist() == [[False] * 4, [True, True, False, False], *[[False, False, True, True]] * 2]
     mask = torch.rand(4, 7, generator=torch.Generator().manual_seed(2)) > 0.5
-    config = NegativeTokenMergingConfig(IMAGE, merging_alpha=alpha, merging_threshold=threshold)
+    config = NegativeTokenMergingConfig(IMAGE, strength=alpha, threshold=threshold)
     for used in (None, mask):
         merged, pushed = merge_tokens(x, reference, rows, config, used)
         expected = oracle(x, reference, rows.gate, rows.pairs, alpha, threshold, used)
@@ -61,7 +55,7 @@ def test_reference_mode_is_the_definition(alpha, threshold):
 def test_diversity_mode_is_the_definition(kind):
     x = tokens(5, 6, 4)
     rows = diversity_rows([-1, -1, 2, 2, 2], kind)
-    config = NegativeTokenMergingConfig(merging_threshold=0.1, diversity=kind)
+    config = NegativeTokenMergingConfig(threshold=0.1, diversity=kind)
     merged, _ = merge_tokens(x, x, rows, config)
     expected = oracle(x, x, rows.gate, rows.pairs, 0.9, 0.1)
     torch.testing.assert_close(merged.double(), expected, atol=1e-5, rtol=1e-5)
@@ -82,7 +76,7 @@ def released(x, alpha, threshold):
 
 def test_official_reproduces_the_released_code():
     x = tokens(3, 12, 5)
-    config = NegativeTokenMergingConfig(compat="official", merging_threshold=0.3)
+    config = NegativeTokenMergingConfig(compat="official", threshold=0.3)
     assert (config.matching, config.diversity, config.rows) == ("output", "first", "all")
     merged, _ = merge_tokens(x, x, diversity_rows([0, 0, 0], "first"), config)
     expected = released(x, 0.9, 0.3)
@@ -95,7 +89,7 @@ def test_official_reproduces_the_released_code():
 def test_official_mask_switches_output_positions_off():
     x, reference = tokens(1, 6, 4), tokens(1, 6, 4, seed=1)
     mask = torch.tensor([[True, False, True, False, True, False]])
-    config = NegativeTokenMergingConfig(IMAGE, compat="official", merging_threshold=-1.0)
+    config = NegativeTokenMergingConfig(IMAGE, compat="official", threshold=-1.0)
     merged, pushed = merge_tokens(x, reference, reference_rows([0], 1), config, mask)
     assert torch.equal(pushed, mask) and torch.equal(merged[~mask], x[~mask])
     with pytest.raises(TokenMergingError, match="as many reference tokens"):
@@ -105,7 +99,7 @@ def test_official_mask_switches_output_positions_off():
 @pytest.mark.parametrize("matching", ["reference", "output"])
 def test_neutral_alpha_keeps_every_bit(matching):
     x = tokens(2, 6, 4)
-    config = NegativeTokenMergingConfig(IMAGE, merging_alpha=0.0, merging_threshold=-1.0, matching=matching)
+    config = NegativeTokenMergingConfig(IMAGE, strength=0.0, threshold=-1.0, matching=matching)
     merged, _ = merge_tokens(x, tokens(1, 6, 4, seed=1), reference_rows([0, 0], 1), config)
     assert torch.equal(merged, x)
 
@@ -118,8 +112,8 @@ def test_one_image_has_nothing_to_be_pushed_from():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"merging_alpha": math.inf}, "finite"),
-        ({"merging_threshold": 1.5}, "cosine"),
+        ({"strength": math.inf}, "finite"),
+        ({"threshold": 1.5}, "cosine"),
         ({"start": 0.5, "end": 0.5}, "0 <= start < end <= 1"),
         ({"start": 1.0, "end": 2.0, "unit": "sigma"}, "start > end >= 0"),
         ({"max_downscale": 0}, "full resolution"),
@@ -184,6 +178,6 @@ def test_record():
         {"kind": "positive", "image": 0, "pushed": 0.75},
         {"kind": "positive", "image": 1, "pushed": 0.25},
     ]
-    assert record.layers == 2
+    assert record.outcomes == 2
     record.clear()
     assert record.report() == {"rows": [], "steps": [], "extra_rows": 0}

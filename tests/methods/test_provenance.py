@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from semiperm.methods import provenance as module
 from semiperm.methods.errors import WatermarkError
-from semiperm.methods.provenance import GENERATED, KEYWORD, Provenance, describe, embed, examine, extract
-from semiperm.methods.provenance_files import parse
-from semiperm.methods.watermark import Payload
-from semiperm.methods.watermark_keys import WatermarkKey
+from semiperm.methods.provenance import record as module
+from semiperm.methods.provenance.examine import examine
+from semiperm.methods.provenance.picture_file import parse
+from semiperm.methods.provenance.record import GENERATED, KEYWORD, Provenance, describe, embed, extract
+from semiperm.methods.watermark.keys import WatermarkKey
+from semiperm.methods.watermark.mark import Payload
 
 RECORD = Provenance("canvas", generator_version="1", algorithm=module.ALGORITHM, key_id=3, unique_id="8000000000000001", time="2026-11-23T06:00:00Z")  # fmt: skip # noqa: E501
 FORMATS = ("PNG", "JPEG", "WEBP", "WEBP lossless", "WEBP alpha")

@@ -9,9 +9,10 @@ from certificates import chain, new_key, pem_of
 from cryptography.x509.oid import ExtendedKeyUsageOID
 from PIL import Image
 from semiperm.methods.errors import WatermarkError
-from semiperm.methods.provenance import ALGORITHM, GENERATED, KEYWORD, Provenance, embed, examine, extract
-from semiperm.methods.provenance_c2pa import Credentials, load_credentials, read_manifest, sign
-from semiperm.methods.provenance_files import parse
+from semiperm.methods.provenance.c2pa import Credentials, load_credentials, read_manifest, sign
+from semiperm.methods.provenance.examine import examine
+from semiperm.methods.provenance.picture_file import parse
+from semiperm.methods.provenance.record import ALGORITHM, GENERATED, KEYWORD, Provenance, embed, extract
 
 c2pa = pytest.importorskip("c2pa")
 RECORD = Provenance("canvas", generator_version="1", algorithm=ALGORITHM, key_id=3, unique_id="8000000000000001", time="2026-11-23T06:00:00Z")  # fmt: skip # noqa: E501

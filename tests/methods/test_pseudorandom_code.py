@@ -8,8 +8,8 @@ import pytest
 import torch
 from scipy import stats
 from semiperm.methods.errors import WatermarkError
-from semiperm.methods.pseudorandom_code import PseudorandomCode, _belief_propagation, _first_basis
-from semiperm.methods.watermark_keys import WatermarkKey
+from semiperm.methods.watermark.keys import WatermarkKey
+from semiperm.methods.watermark.peers.pseudorandom_code import PseudorandomCode, _belief_propagation, _first_basis
 
 SMALL, MEDIUM, FULL = (4, 16, 16), (4, 32, 32), (4, 64, 64)
 

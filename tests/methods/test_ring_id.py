@@ -7,8 +7,8 @@ import pytest
 import torch
 from scipy import stats
 from semiperm.methods.errors import WatermarkError
-from semiperm.methods.ring_id import RingID, _sign_tail
-from semiperm.methods.watermark_keys import WatermarkKey
+from semiperm.methods.watermark.keys import WatermarkKey
+from semiperm.methods.watermark.peers.ring_id import RingID, _sign_tail
 
 SMALL, MEDIUM, FULL = (4, 16, 16), (4, 32, 32), (4, 64, 64)
 

@@ -11,10 +11,10 @@ import torch
 from scipy import stats
 from semiperm.kernels.keyed_correlation import walsh_scores
 from semiperm.methods.errors import WatermarkError
-from semiperm.methods.watermark import KeyedMark, Payload, capacity, read
-from semiperm.methods.watermark_fields import fields_of, first_field, packed_first_field
-from semiperm.methods.watermark_keys import WatermarkKey
-from semiperm.methods.watermark_statistics import LARGEST, corrected, level_counts, log_chernoff, log_tail, quantise
+from semiperm.methods.watermark.fields import fields_of, first_field, packed_first_field
+from semiperm.methods.watermark.keys import WatermarkKey
+from semiperm.methods.watermark.mark import KeyedMark, Payload, capacity, read
+from semiperm.methods.watermark.statistics import LARGEST, corrected, level_counts, log_chernoff, log_tail, quantise
 
 SMALL, MEDIUM, FULL = (4, 16, 16), (4, 32, 32), (4, 64, 64)
 

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 from semiperm.methods.errors import WatermarkError
-from semiperm.methods.watermark_code import Code, code_for
+from semiperm.methods.watermark.code import Code, code_for
 
 
 def channel(bits, rho, rng):

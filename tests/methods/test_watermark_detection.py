@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from semiperm.methods.content_binding import bind
 from semiperm.methods.errors import WatermarkError
-from semiperm.methods.watermark import KeyedMark, Payload
-from semiperm.methods.watermark_detection import detect_in, latent_mask, whole_cells
-from semiperm.methods.watermark_keys import WatermarkKey
-from semiperm.methods.watermark_search import Search
+from semiperm.methods.watermark.content import bind
+from semiperm.methods.watermark.detection import detect_in, latent_mask, whole_cells
+from semiperm.methods.watermark.keys import WatermarkKey
+from semiperm.methods.watermark.mark import KeyedMark, Payload
+from semiperm.methods.watermark.search import Search
 
 
 class Glass:

@@ -7,7 +7,8 @@ import stat
 import numpy as np
 import pytest
 from semiperm.methods.errors import WatermarkError
-from semiperm.methods.watermark_keys import Keyring, WatermarkKey, load_keyring, save_keyring
+from semiperm.methods.watermark.keyring import Keyring, load_keyring, save_keyring
+from semiperm.methods.watermark.keys import WatermarkKey
 
 
 def fixed(name="alice", key_id=3, mac=True):

@@ -5,12 +5,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from semiperm.methods.attacks.pictures import attack
 from semiperm.methods.errors import WatermarkError
-from semiperm.methods.image_attacks import attack
-from semiperm.methods.watermark import KeyedMark, Payload
-from semiperm.methods.watermark_edits import ROUNDS, Edit, crops, shifts, turns, without_flats
-from semiperm.methods.watermark_keys import WatermarkKey
-from semiperm.methods.watermark_search import Search, run
+from semiperm.methods.watermark.edits import ROUNDS, Edit, crops, shifts, turns, without_flats
+from semiperm.methods.watermark.keys import WatermarkKey
+from semiperm.methods.watermark.mark import KeyedMark, Payload
+from semiperm.methods.watermark.search import Search, run
 
 KEY, OTHER = WatermarkKey.new("k", 1), WatermarkKey.new("o", 2)
 SIZE = 128, 128
@@ -175,7 +175,7 @@ def test_pictures_too_small():
 @pytest.mark.parametrize("edit", ["flip", "rotate:180", "translate:11", "crop-rescale:0.8", "rotate:-6"])
 def test_on_the_canvas(edit):
     from semiperm.canvas import DEFAULT_GUIDANCE, load_pipeline
-    from semiperm.pipelines.watermark import PipelineInverter
+    from semiperm.pipelines.watermark.detect import PipelineInverter
 
     pipe = load_pipeline()
     noise = KeyedMark(KEY).sample((1, 4, 16, 16), Payload(5), torch.Generator().manual_seed(1))

@@ -14,11 +14,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from semiperm.methods.errors import WatermarkError
-from semiperm.methods.watermark_keys import WatermarkKey, load_keyring
-from semiperm.nodes.canvas_model import load_canvas
-from semiperm.nodes.watermark_heatmap import detection_text, heat_maps
-from semiperm.nodes.watermark_inversion import ComfyInverter, detect_pictures
-from semiperm.nodes.watermark_noise import SignedNoise, check_sampler, sign_model, signed_like, unsigned
+from semiperm.methods.watermark.keyring import load_keyring
+from semiperm.methods.watermark.keys import WatermarkKey
+from semiperm.nodes.canvas.model import load_canvas
+from semiperm.nodes.watermark.heatmap import detection_text, heat_maps
+from semiperm.nodes.watermark.inversion import ComfyInverter, detect_pictures
+from semiperm.nodes.watermark.noise import SignedNoise, check_sampler, sign_model, signed_like, unsigned
 
 given, ring, target = load_file(ARGUMENTS[0]), load_keyring(ARGUMENTS[1]), ARGUMENTS[2]  # noqa: F821
 model, clip, vae = load_canvas()

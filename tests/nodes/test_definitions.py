@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from semiperm.methods.negative_token_merging import NegativeTokenMergingConfig
+from semiperm.methods.token_merging.config import NegativeTokenMergingConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 IDS = {
@@ -48,12 +48,12 @@ def nodes(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def files(nodes):
-    return importlib.import_module("semiperm.nodes.files")
+    return importlib.import_module("semiperm.nodes.membranes.files")
 
 
 @pytest.fixture(scope="module")
 def plot(nodes):
-    return importlib.import_module("semiperm.nodes.report_plot")
+    return importlib.import_module("semiperm.nodes.membranes.report_plot")
 
 
 # ---- definitions ----------------------------------------------------------------------------------------------------
@@ -80,7 +80,7 @@ def test_control_inputs(nodes, node_id):
     cls, schema = nodes[node_id]
     inputs = {socket.id: socket for socket in schema.inputs}
     assert inputs["strength"].options == {"default": 1.0, "min": -2.0, "max": 4.0, "step": 0.05}
-    for name, default in (("start_percent", 0.0), ("end_percent", 1.0)):
+    for name, default in (("start", 0.0), ("end", 1.0)):
         assert inputs[name].options == {"default": default, "min": 0.0, "max": 1.0, "step": 0.001}
     assert inputs["gate"].options["default"] == "auto"
     assert ("official" in inputs["gate"].options["options"]) == (node_id == "SemipermApplyMembranes")
@@ -89,7 +89,7 @@ def test_control_inputs(nodes, node_id):
 
 def test_token_merging_has_the_defaults_of_its_config(nodes):
     defaults = {field.name: field.default for field in dataclasses.fields(NegativeTokenMergingConfig)}
-    other = {"strength": "merging_alpha", "start_percent": "start", "end_percent": "end", "reference_seed": "seed"}
+    other = {"strength": "strength", "start": "start", "end": "end", "reference_seed": "seed"}
     for node_id in ("SemipermNegativeTokenMerging", "SemipermNegativeTokenMergingAdvanced"):
         given = {s.id: s.options["default"] for s in nodes[node_id][1].inputs if "default" in s.options}
         expected = {name: defaults[other.get(name, name)] for name in given}
@@ -102,7 +102,7 @@ def test_token_merging_has_the_defaults_of_its_config(nodes):
 
 def test_execute_is_thin():
     seen = 0
-    for path in sorted((ROOT / "nodes").glob("*.py")):
+    for path in sorted((ROOT / "nodes").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.FunctionDef) and node.name == "execute":
                 lines = node.body[-1].end_lineno - node.body[0].lineno + 1

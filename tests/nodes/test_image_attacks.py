@@ -16,7 +16,7 @@ _spec.loader.exec_module(comfy_stub)
 @pytest.fixture
 def image_attacks(tmp_path):
     with comfy_stub.stand_in(tmp_path):
-        yield importlib.import_module("semiperm.nodes.image_attacks")
+        yield importlib.import_module("semiperm.nodes.attacks.node")
 
 
 def test_attacks_make_one_batch(image_attacks):

@@ -41,7 +41,7 @@ def test_latents_equal_those_of_the_diffusers_face(found):
 
 
 def test_a_membrane_of_one_face_fits_the_other(found):
-    from semiperm.methods.membranes import base_model_distance
+    from semiperm.methods.membranes.base_model import base_model_distance
 
     (membrane,) = found["membranes"]
     assert set(found["keys"]) == set(membrane.modules)

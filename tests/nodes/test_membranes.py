@@ -9,9 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from semiperm.methods.errors import MembraneError
-from semiperm.methods.membrane_file import load_membranes, save_membranes
-from semiperm.methods.membrane_types import LowRank, Membrane, Membranes
+from semiperm.methods.errors import MembraneError, SemipermError
+from semiperm.methods.membranes.config import MembraneConfig
+from semiperm.methods.membranes.file import load_membranes, save_membranes
+from semiperm.methods.membranes.types import LowRank, Membrane, Membranes
 
 _spec = importlib.util.spec_from_file_location("comfy_stub", Path(__file__).with_name("comfy_stub.py"))
 comfy_stub = importlib.util.module_from_spec(_spec)
@@ -27,7 +28,7 @@ def models(tmp_path):
 def nodes(models):
     (models / "loras").mkdir(parents=True)
     with comfy_stub.stand_in(models):
-        yield importlib.import_module("semiperm.nodes.membranes")
+        yield importlib.import_module("semiperm.nodes.membranes.node")
 
 
 def membranes(*concepts: str) -> Membranes:
@@ -64,11 +65,11 @@ def test_load_refuses(nodes, models):
     (models / "semiperm" / "evil.safetensors").write_bytes(b"\x80\x04K\x01.")
     (models / "loras" / "old.pt").write_bytes(b"\x80\x04K\x01.")
     assert node.validate_inputs("semiperm/evil.safetensors") is True
-    with pytest.raises(MembraneError, match="pickle"):
+    with pytest.raises(SemipermError, match="pickle"):
         node.execute("semiperm/evil.safetensors")
     for name, words in (("loras/old.pt", "pickles"), ("semiperm/gone.safetensors", "no membrane file")):
         assert words in node.validate_inputs(name)
-        with pytest.raises(MembraneError, match=words):
+        with pytest.raises(SemipermError, match=words):
             node.execute(name)
 
 
@@ -133,8 +134,8 @@ def calls(nodes, monkeypatch):
         seen.append(("erase", model, clip, concepts, surrogate))
         return membranes(*concepts)
 
-    def apply_membranes_to(model, stack, **options):
-        seen.append(("apply", model, stack.concepts, options))
+    def apply_membranes_to(model, stack, config, clip):
+        seen.append(("apply", model, stack.concepts, config, clip))
         return f"patched {model}"
 
     def report_of(model):
@@ -144,12 +145,12 @@ def calls(nodes, monkeypatch):
         return found | {"strength": 1.0, "window": [0, 1], "modules": 2}
 
     surgery = SimpleNamespace(apply_membranes_to=apply_membranes_to, report_of=report_of)
-    monkeypatch.setitem(sys.modules, "semiperm.nodes.membrane_patch", surgery)
-    monkeypatch.setitem(sys.modules, "semiperm.nodes.concept_text", SimpleNamespace(erase_in=erase_in))
+    monkeypatch.setitem(sys.modules, "semiperm.nodes.membranes.patch", surgery)
+    monkeypatch.setitem(sys.modules, "semiperm.nodes.membranes.concept_text", SimpleNamespace(erase_in=erase_in))
     return seen
 
 
-CONTROL = {"strength": 0.5, "gate": "probe", "start_percent": 0.1, "end_percent": 0.9}
+CONTROL = {"strength": 0.5, "gate": "probe", "start": 0.1, "end": 0.9}
 
 
 def test_erase_concept_makes_and_applies(nodes, calls):
@@ -157,7 +158,7 @@ def test_erase_concept_makes_and_applies(nodes, calls):
     assert model == "patched M" and made.concepts == ("robot|android", "ghost")
     assert calls == [
         ("erase", "M", "C", ["robot|android", "ghost"], "a tree"),
-        ("apply", "M", ("robot|android", "ghost"), {"clip": "C", **CONTROL}),
+        ("apply", "M", ("robot|android", "ghost"), MembraneConfig(**CONTROL), "C"),
     ]
 
 
@@ -165,7 +166,7 @@ def test_apply_membranes_passes_everything_on(nodes, calls):
     stack = membranes("robot")
     assert nodes.SemipermApplyMembranes.execute("M", stack, **CONTROL).args == ("patched M",)
     nodes.SemipermApplyMembranes.execute("M", stack, clip="C", **CONTROL)
-    assert [call[3]["clip"] for call in calls] == [None, "C"]
+    assert [call[3:] for call in calls] == [(MembraneConfig(**CONTROL), None), (MembraneConfig(**CONTROL), "C")]
 
 
 def test_report_shows_text_and_plot_and_passes_the_latent_on(nodes, calls):
@@ -181,6 +182,6 @@ def test_errors_reach_comfyui_as_they_are(nodes, calls, monkeypatch):
     def refuse(model):
         raise MembraneError("given, expected, next")
 
-    monkeypatch.setattr(sys.modules["semiperm.nodes.membrane_patch"], "report_of", refuse)
+    monkeypatch.setattr(sys.modules["semiperm.nodes.membranes.patch"], "report_of", refuse)
     with pytest.raises(MembraneError, match="^given, expected, next$"):
         nodes.SemipermMembraneReport.execute("M", {})

@@ -11,9 +11,10 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from semiperm.methods.errors import WatermarkError
-from semiperm.methods.provenance import examine, extract
-from semiperm.methods.watermark import Payload
-from semiperm.methods.watermark_detection import DetectionResult
+from semiperm.methods.provenance.examine import examine
+from semiperm.methods.provenance.record import extract
+from semiperm.methods.watermark.detection import DetectionResult
+from semiperm.methods.watermark.mark import Payload
 
 _spec = importlib.util.spec_from_file_location("comfy_stub", Path(__file__).with_name("comfy_stub.py"))
 comfy_stub = importlib.util.module_from_spec(_spec)
@@ -23,7 +24,7 @@ _spec.loader.exec_module(comfy_stub)
 @pytest.fixture
 def provenance(tmp_path):
     with comfy_stub.stand_in(tmp_path):
-        yield importlib.import_module("semiperm.nodes.provenance")
+        yield importlib.import_module("semiperm.nodes.provenance.node")
 
 
 PAYLOAD = Payload(255)

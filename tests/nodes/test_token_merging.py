@@ -25,12 +25,12 @@ NEAR = 1e-2  # of latents up to 30: rows in another batch are rounded otherwise
 @pytest.fixture
 def nodes(tmp_path):
     with comfy_stub.stand_in(tmp_path):
-        yield importlib.import_module("semiperm.nodes.negative_token_merging")
+        yield importlib.import_module("semiperm.nodes.token_merging.node")
 
 
 def made_up(**changes) -> dict:
     rows = [{"kind": "positive", "image": 0, "pushed": 0.25}, {"kind": "negative", "image": 0, "pushed": 0.0}]
-    steps = [{"percent": i / 10, "sigma": 14.0 - i, "active": i < 4} for i in range(10)]
+    steps = [{"share": i / 10, "sigma": 14.0 - i, "active": i < 4} for i in range(10)]
     found = {"rows": rows, "steps": steps, "extra_rows": 4, "mode": "reference", "references": 1}
     return found | {"strength": 0.9, "threshold": 0.65, "window": [0.0, 0.4]} | changes
 
@@ -38,16 +38,20 @@ def made_up(**changes) -> dict:
 def test_the_nodes_pass_everything_on(nodes, monkeypatch):
     calls = []
 
-    def apply_token_merging_to(model, **options):
-        calls.append((model, options))
+    def apply_token_merging_to(model, *inputs):
+        calls.append((model, dict(inputs)))
         return f"patched {model}"
 
-    surgery = SimpleNamespace(apply_token_merging_to=apply_token_merging_to, report_of=lambda model: made_up())
-    monkeypatch.setitem(sys.modules, "semiperm.nodes.token_merging_patch", surgery)
-    assert nodes.SemipermNegativeTokenMerging.execute("M", strength=1.0, end_percent=0.4).args == ("patched M",)
+    surgery = SimpleNamespace(
+        apply_token_merging_to=apply_token_merging_to,
+        from_inputs=lambda **inputs: inputs.items(),
+        report_of=lambda model: made_up(),
+    )
+    monkeypatch.setitem(sys.modules, "semiperm.nodes.token_merging.patch", surgery)
+    assert nodes.SemipermNegativeTokenMerging.execute("M", strength=1.0, end=0.4).args == ("patched M",)
     nodes.SemipermNegativeTokenMergingAdvanced.execute("M", strength=1.0, image="I", vae="V", blocks="output_blocks")
     assert calls == [
-        ("M", {"strength": 1.0, "end_percent": 0.4}),
+        ("M", {"strength": 1.0, "end": 0.4}),
         ("M", {"strength": 1.0, "image": "I", "vae": "V", "blocks": "output_blocks"}),
     ]
     latent = {"samples": torch.zeros(1, 4, 2, 2)}
@@ -65,7 +69,7 @@ def test_report_text(nodes):
     idle = [{"percent": 0.9, "sigma": 1.0, "active": False}]
     assert "nothing was pushed" in nodes.report_text(made_up(steps=idle, rows=[]))
     unlike = [{"kind": "positive", "image": 0, "pushed": 0.0}]
-    assert nodes.report_text(made_up(rows=unlike)).endswith("lower merging_threshold")
+    assert nodes.report_text(made_up(rows=unlike)).endswith("lower threshold")
 
 
 class Model:
@@ -106,14 +110,14 @@ def test_patches_that_add_rows_stand_outside_whoever_came_first(nodes):
 def found(tmp_path_factory):
     """What check_token_merging.py measured, given diffusers' latents of the same noise and reference."""
     from semiperm.canvas import load_pipeline
-    from semiperm.methods.negative_token_merging import NegativeTokenMergingConfig
-    from semiperm.pipelines.negative_token_merging import apply_negative_token_merging
+    from semiperm.methods.token_merging.config import NegativeTokenMergingConfig
+    from semiperm.pipelines.token_merging.apply import apply_negative_token_merging
 
     pipe = load_pipeline()
     noise = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(3))
     reference = torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(8))
-    wide = {"merging_threshold": -1.0, "end": 0.1, "blocks": ("",)}
-    config = NegativeTokenMergingConfig(reference=reference, merging_alpha=1.0, seed=5, **wide)
+    wide = {"threshold": -1.0, "end": 0.1, "blocks": ("",)}
+    config = NegativeTokenMergingConfig(reference=reference, strength=1.0, seed=5, **wide)
     apply_negative_token_merging(pipe, config)
     prompt = ["a one eyed plush in striped style on sky", "a dotted picture of a robot on a sand background"]
     call = {"num_inference_steps": 20, "guidance_scale": 4.0, "output_type": "latent"}

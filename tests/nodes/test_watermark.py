@@ -14,8 +14,9 @@ import torch
 from comfy_server import in_comfyui
 from safetensors.torch import save_file
 from semiperm.methods.errors import WatermarkError
-from semiperm.methods.watermark_detection import DetectionResult
-from semiperm.methods.watermark_keys import Keyring, WatermarkKey, load_keyring, save_keyring
+from semiperm.methods.watermark.detection import DetectionResult
+from semiperm.methods.watermark.keyring import Keyring, load_keyring, save_keyring
+from semiperm.methods.watermark.keys import WatermarkKey
 
 _spec = importlib.util.spec_from_file_location("comfy_stub", Path(__file__).with_name("comfy_stub.py"))
 comfy_stub = importlib.util.module_from_spec(_spec)
@@ -33,12 +34,12 @@ def home(tmp_path):
 
 @pytest.fixture
 def keyrings(home):
-    return importlib.import_module("semiperm.nodes.watermark_keyring")
+    return importlib.import_module("semiperm.nodes.watermark.keyring")
 
 
 @pytest.fixture
 def nodes(home):
-    return importlib.import_module("semiperm.nodes.watermark")
+    return importlib.import_module("semiperm.nodes.watermark.node")
 
 
 # ---- keyrings -------------------------------------------------------------------------------------------------------
@@ -129,7 +130,7 @@ def test_the_time_is_stamped_only_when_told(nodes, monkeypatch):
         sign_model=lambda *args: calls.append(args),
         check_sampler=lambda sampler: calls.append(sampler),
     )
-    monkeypatch.setitem(sys.modules, "semiperm.nodes.watermark_noise", surgery)
+    monkeypatch.setitem(sys.modules, "semiperm.nodes.watermark.noise", surgery)
     monkeypatch.setattr(nodes.time, "time", lambda: 1234.5)
     keys = SimpleNamespace(key="K")
     nodes.SemipermWatermarkNoise.execute(keys, 7, False)
@@ -149,7 +150,7 @@ def result(evidence=None, **changes) -> DetectionResult:
 
 
 def test_the_map_is_green_where_the_mark_agrees_and_red_where_not(home):
-    heat = importlib.import_module("semiperm.nodes.watermark_heatmap")
+    heat = importlib.import_module("semiperm.nodes.watermark.heatmap")
     evidence = np.random.default_rng(0).uniform(0.1, 1, (4, 16, 16)).astype(np.float32)
     evidence[:, :, 8:] *= -1
     share = heat.agreement(evidence)
@@ -166,7 +167,7 @@ def test_the_map_is_green_where_the_mark_agrees_and_red_where_not(home):
 
 
 def test_the_table(home):
-    heat = importlib.import_module("semiperm.nodes.watermark_heatmap")
+    heat = importlib.import_module("semiperm.nodes.watermark.heatmap")
     lost = result(verdict="absent", p_value=0.5, log10_p=-0.3, payload=None, key_id=None, key_name=None)
     far = result(p_value=0.0, log10_p=-400.0, transform="flipped")
     lines = [line.split() for line in heat.detection_text([result(), lost, far], "one\ntwo").splitlines()]
@@ -199,7 +200,7 @@ def pipe():
 @pytest.fixture(scope="module")
 def found(given, pipe):
     """What check_watermark.py measured, given what diffusers makes of the same pictures."""
-    from semiperm.pipelines.watermark_inversion import encode_images, invert
+    from semiperm.pipelines.watermark.inversion import encode_images, invert
 
     pixels = torch.rand(2, 3, 128, 128, generator=torch.Generator().manual_seed(0))
     latents = encode_images(pipe, list(pixels))
@@ -312,7 +313,7 @@ def test_errors_say_what_to_do(found):
 @comfy
 def test_a_picture_signed_in_comfyui_is_read_by_the_diffusers_face(found, given, pipe):
     from PIL import Image
-    from semiperm.pipelines.watermark import detect
+    from semiperm.pipelines.watermark.detect import detect
 
     (seen,) = detect(Image.open(given.signed), pipe, load_keyring(given.keys))
     assert (seen.verdict, seen.key_name, seen.payload.unique_id) == ("valid", "a", found["unique ids"][0])

@@ -12,8 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from semiperm.methods.provenance import examine, extract
-from semiperm.methods.watermark_keys import Keyring, WatermarkKey, load_keyring, save_keyring
+from semiperm.methods.provenance.examine import examine
+from semiperm.methods.provenance.record import extract
+from semiperm.methods.watermark.keyring import Keyring, load_keyring, save_keyring
+from semiperm.methods.watermark.keys import WatermarkKey
 
 pytestmark = pytest.mark.comfy
 

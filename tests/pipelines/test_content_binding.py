@@ -4,9 +4,9 @@ import pytest
 import torch
 from semiperm.canvas import DEFAULT_GUIDANCE, DEFAULT_STEPS, load_pipeline
 from semiperm.methods.errors import WatermarkError
-from semiperm.methods.watermark_keys import WatermarkKey
-from semiperm.pipelines.content_binding import generate_bound
-from semiperm.pipelines.watermark import detect
+from semiperm.methods.watermark.keys import WatermarkKey
+from semiperm.pipelines.watermark.content import generate_bound
+from semiperm.pipelines.watermark.detect import detect_watermark
 from tiny_models import FAMILIES, LENGTH, build
 
 PROMPTS = [
@@ -26,9 +26,9 @@ def test_a_reprompted_picture_shows_something_else():
     pipe, key = load_pipeline(), WatermarkKey.new("studio", 1)
     bound = generate_bound(pipe, key, PROMPTS, generator=torch.Generator().manual_seed(0), **SETTINGS)
     assert len(bound.images) == 3 and min(bound.agreement) > 0.75 and min(bound.draws) >= 2
-    genuine = detect(bound.images, pipe, [key])
+    genuine = detect_watermark(pipe, bound.images, [key])
     assert sum(r.verdict == "valid" for r in genuine) >= 2 and all(r.content_p_value is not None for r in genuine)
-    forged = detect(pipe(OTHERS, latents=bound.latents, **SETTINGS).images, pipe, [key])
+    forged = detect_watermark(pipe, pipe(OTHERS, latents=bound.latents, **SETTINGS).images, [key])
     assert all(r.log10_p < -6 for r in forged)  # the mark is there ...
     assert sum(r.verdict == "content differs" for r in forged) >= 2  # ... and the picture is not the signed one
 

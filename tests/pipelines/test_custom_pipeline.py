@@ -8,14 +8,14 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
 from semiperm.methods.errors import MembraneError
+from semiperm.methods.membranes.config import MembraneConfig
 from semiperm.pipelines.loaders import load_pipeline
-from semiperm.pipelines.membrane_pipelines import (
+from semiperm.pipelines.membranes.pipelines import (
     MembraneFluxPipeline,
     MembraneStableDiffusion3Pipeline,
     MembraneStableDiffusionPipeline,
     MembraneStableDiffusionXLPipeline,
 )
-from semiperm.pipelines.membranes import MembraneConfig
 from tiny_models import LENGTH, build, call
 
 READY = {

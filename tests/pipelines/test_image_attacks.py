@@ -7,12 +7,12 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from semiperm.canvas import load_pipeline
+from semiperm.methods.attacks.pictures import ATTACKS, attack
 from semiperm.methods.errors import WatermarkError
-from semiperm.methods.image_attacks import ATTACKS, attack
-from semiperm.methods.watermark import KeyedMark, read
-from semiperm.methods.watermark_keys import WatermarkKey
-from semiperm.methods.watermark_statistics import without_offset
-from semiperm.pipelines.image_attacks import (
+from semiperm.methods.watermark.keys import WatermarkKey
+from semiperm.methods.watermark.mark import KeyedMark, read
+from semiperm.methods.watermark.statistics import without_offset
+from semiperm.pipelines.attacks.pictures import (
     imprint,
     model_attacks,
     regenerate,
@@ -21,8 +21,8 @@ from semiperm.pipelines.image_attacks import (
     transplant,
     vae_reencode,
 )
-from semiperm.pipelines.watermark import WatermarkMixin
-from semiperm.pipelines.watermark_inversion import encode_images, invert
+from semiperm.pipelines.watermark.inversion import encode_images, invert
+from semiperm.pipelines.watermark.mixin import WatermarkMixin
 from tiny_models import FAMILIES, LENGTH, build, build_wan
 
 PROMPT, OTHER = "an eared mascot in striped style on sky", "a robot in sketch style on sand"

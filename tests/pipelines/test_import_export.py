@@ -3,16 +3,14 @@
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from semiperm.methods.errors import MembraneError
-from semiperm.methods.membranes import LowRank, Membrane, save_membranes
-from semiperm.pipelines.membranes import (
-    MembraneConfig,
-    apply_membranes,
-    export_lora,
-    import_membranes,
-    remove_membranes,
-)
-from semiperm.pipelines.text import denoiser_of, module_keys, text_projections
+from semiperm.methods.errors import MembraneError, SemipermError
+from semiperm.methods.membranes.config import MembraneConfig
+from semiperm.methods.membranes.file import save_membranes
+from semiperm.methods.membranes.types import LowRank, Membrane
+from semiperm.pipelines.family import denoiser_of
+from semiperm.pipelines.membranes.adapters import export_lora, import_membranes
+from semiperm.pipelines.membranes.apply import apply_membranes, remove_membranes
+from semiperm.pipelines.text import module_keys, text_projections
 from tiny_models import FAMILIES, build, call
 
 ALWAYS = MembraneConfig(gate="always")
@@ -137,14 +135,14 @@ def test_diffusers_and_kohya_loras_come_in(tmp_path):
 def test_wrong_files_say_so(tensors, says, tmp_path):
     pipe = build("sd15")
     save_file(tensors, tmp_path / "wrong.safetensors")
-    with pytest.raises(MembraneError, match=says):
+    with pytest.raises(SemipermError, match=says):
         import_membranes(pipe, tmp_path / "wrong.safetensors")
 
 
 def test_pickle_and_unchanged_weights_are_refused(tmp_path):
     pipe = build("sd15")
     (tmp_path / "esd.pt").write_bytes(b"\x80")
-    with pytest.raises(MembraneError, match="pickle"):
+    with pytest.raises(SemipermError, match="pickle"):
         import_membranes(pipe, tmp_path / "esd.pt")
     key = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"
     save_file({key: pipe.unet.state_dict()[key].clone()}, tmp_path / "same.safetensors")

@@ -5,10 +5,13 @@ import logging
 
 import pytest
 import torch
-from semiperm.methods.errors import MembraneError
-from semiperm.methods.membranes import GateProbe, LowRank, Membrane, Membranes
-from semiperm.pipelines.membranes import MembraneConfig, apply_membranes, erase_concepts, remove_membranes
-from semiperm.pipelines.text import denoiser_of, encode_text, module_keys
+from semiperm.methods.errors import MembraneError, SemipermError
+from semiperm.methods.membranes.config import MembraneConfig
+from semiperm.methods.membranes.types import GateProbe, LowRank, Membrane, Membranes
+from semiperm.pipelines.family import denoiser_of
+from semiperm.pipelines.membranes.apply import apply_membranes, remove_membranes
+from semiperm.pipelines.membranes.erase import erase_concepts
+from semiperm.pipelines.text import encode_text, module_keys
 from tiny_models import FAMILIES, LENGTH, build, call
 
 TEMPLATES = ("a photo of a {}", "a painting of a {} in the garden", "a {} walks by the river")
@@ -146,7 +149,7 @@ def test_modes_agree(pipe, gate):
     for mode in ("fused", "cached", "auto", *(["folded"] if gate == "always" else [])):
         handle = apply_membranes(pipe, stack, MembraneConfig(gate=gate, mode=mode))
         images[mode] = run(pipe, prompts)
-        used[mode] = handle.report()["mode"]
+        used[mode] = handle.report()["modes"]
     assert used["fused"] == ["fused"] and "cached" in used["cached"]
     if gate == "always":
         assert used["auto"] == ["cached", "folded"] and used["folded"] == ["folded"]
@@ -201,10 +204,10 @@ def test_window_of_the_schedule(pipe, untouched):
 
 
 def count_folds(monkeypatch):
-    from semiperm.methods import membrane_runtime
+    from semiperm.methods.membranes import sites
 
-    folds, fold = [], membrane_runtime.fold
-    monkeypatch.setattr(membrane_runtime, "fold", lambda *args: folds.append(args) or fold(*args))
+    folds, fold = [], sites.fold
+    monkeypatch.setattr(sites, "fold", lambda *args: folds.append(args) or fold(*args))
     return folds
 
 
@@ -223,7 +226,7 @@ def test_alternating_gates_do_not_fold_at_every_step(monkeypatch):
     stack = strong(pipe)
     handle = apply_membranes(pipe, stack, MembraneConfig(gate="paper"))
     image = run(pipe, PROMPTS[:1], steps=4)
-    assert handle.report()["mode"] == ["cached", "folded", "fused"]
+    assert handle.report()["modes"] == ["cached", "folded", "fused"]
     assert len(folds) < 2 * len(handle.sites)
     apply_membranes(pipe, stack, MembraneConfig(gate="paper", mode="fused"))
     assert distance(image, run(pipe, PROMPTS[:1], steps=4)) < CLOSE[torch.float32]
@@ -353,7 +356,7 @@ def test_probe_gate_needs_a_probe(sd15):
     [{"gate": "maybe"}, {"mode": "quick"}, {"start": 0.5, "end": 0.5}, {"end": 1.5}, {"strength": float("nan")}],
 )
 def test_config_is_validated(wrong):
-    with pytest.raises(MembraneError, match="expected"):
+    with pytest.raises(SemipermError, match="expected"):
         MembraneConfig(**wrong)
 
 
@@ -418,7 +421,7 @@ def test_gradients_reach_the_prompt_through_the_gate(sd15):
 
 @pytest.mark.parametrize("method", ["uce", "null_space", "rece"])
 def test_closed_form_methods(sd15, method):
-    from semiperm.methods.closed_form import ClosedFormConfig
+    from semiperm.methods.membranes.closed_form import ClosedFormConfig
 
     stack = erase_concepts(
         sd15,

@@ -4,14 +4,17 @@ from types import SimpleNamespace
 
 import diffusers
 import pytest
-import semiperm.methods.watermark_detection as core
-import semiperm.pipelines.watermark as face
+import semiperm.methods.watermark.detection as core
+import semiperm.pipelines.watermark.sign as face
 import torch
 from diffusers import StableDiffusionPipeline
 from semiperm.canvas import DEFAULT_GUIDANCE, DEFAULT_STEPS, load_pipeline
 from semiperm.methods.errors import WatermarkError
-from semiperm.methods.watermark_keys import Keyring, WatermarkKey
-from semiperm.pipelines.watermark import WatermarkMixin, detect, sign_noise
+from semiperm.methods.watermark.keyring import Keyring
+from semiperm.methods.watermark.keys import WatermarkKey
+from semiperm.pipelines.watermark.detect import detect_watermark
+from semiperm.pipelines.watermark.mixin import WatermarkMixin
+from semiperm.pipelines.watermark.sign import sign_noise
 from tiny_models import FAMILIES, LENGTH, build, build_wan
 
 PROMPTS = ["an eared mascot in striped style on sky", "a round mascot in dotted style on sand"] * 2
@@ -60,18 +63,18 @@ def test_unmodified_pipelines_take_the_noise(family, dtype, key):
 def test_pictures_of_every_family_can_be_searched(family, key):
     pipe = build_wan() if family == "wan" else build(family)
     pictures = torch.rand(2, 5, 3, 64, 64) if family == "wan" else torch.rand(2, 3, 32, 32)
-    results = detect(pictures, pipe, [key], ladder=(0, 2))
+    results = detect_watermark(pipe, pictures, [key], ladder=(0, 2))
     assert [r.verdict for r in results] == ["absent", "absent"]
     assert all(r.model_evaluations == 2 and r.payload is None and r.key_id is None for r in results)
     assert all(0 < r.p_value <= 1 for r in results)
 
 
 def test_the_mark_is_read_out_of_pictures(canvas, key, marked):
-    results = detect(marked, canvas, Keyring([WatermarkKey.new("other", 8), key]))
+    results = detect_watermark(canvas, marked, Keyring([WatermarkKey.new("other", 8), key]))
     assert [r.key_name for r in results] == ["studio"] * len(marked)
     assert all(r.log10_p < -6 and r.model_evaluations <= 6 for r in results)
     assert sum(r.verdict == "valid" for r in results) >= 3
-    again = detect(marked[1], canvas, [key])[0]
+    again = detect_watermark(canvas, marked[1], [key])[0]
     assert again.verdict == results[1].verdict and again.payload == results[1].payload
 
 
@@ -79,25 +82,25 @@ def test_payloads_come_back(canvas, key):
     payloads = [face.Payload(unique_id=i + 11) for i in range(2)]
     latents = sign_noise(canvas, key, 2, payload=payloads, generator=torch.Generator().manual_seed(5))
     images = canvas(PROMPTS[:2], latents=latents, guidance_scale=1.0, num_inference_steps=DEFAULT_STEPS).images
-    results = detect(images, canvas, [key])
+    results = detect_watermark(canvas, images, [key])
     assert [r.payload.unique_id for r in results] == [11, 12]
     assert [r.verdict for r in results] == ["valid", "valid"]
 
 
 def test_without_the_mac_key_nothing_is_valid(canvas, key, marked):
-    results = detect(marked, canvas, Keyring([key]).detector(), ladder=(1,))
+    results = detect_watermark(canvas, marked, Keyring([key]).detector(), ladder=(1,))
     assert {r.verdict for r in results} == {"unverified"}
     assert all(r.model_evaluations == 1 for r in results)
 
 
 def test_other_keys_and_unmarked_pictures_show_nothing(canvas, marked):
     other = WatermarkKey.new("other", 8)
-    assert {r.verdict for r in detect(marked[:2], canvas, [other], ladder=(0, 1, 5))} == {"absent"}
+    assert {r.verdict for r in detect_watermark(canvas, marked[:2], [other], ladder=(0, 1, 5))} == {"absent"}
 
 
 def test_pictures_of_several_sizes_keep_their_order(canvas, key, marked):
     large = torch.rand(3, 160, 128)
-    results = detect([large, marked[0], large, marked[1]], canvas, [key], ladder=(1,))
+    results = detect_watermark(canvas, [large, marked[0], large, marked[1]], [key], ladder=(1,))
     assert [r.key_name for r in results] == [None, "studio", None, "studio"]
 
 
@@ -115,7 +118,7 @@ def test_the_ladder_stops_early_and_pays_for_every_rung(key, monkeypatch):
         return [SimpleNamespace(p_value=10**v, log10_p=v, mac_ok=v < -8, **said) for v in values]
 
     monkeypatch.setattr(core, "read", read)
-    first, second = detect(torch.rand(2, 3, 32, 32), pipe, [key], ladder=(0, 1, 5))
+    first, second = detect_watermark(pipe, torch.rand(2, 3, 32, 32), [key], ladder=(0, 1, 5))
     assert rows == [2, 2, 1]
     assert first.verdict == "valid" and first.model_evaluations == 1
     assert first.log10_p == pytest.approx(-9 + torch.tensor(3.0).log10().item())
@@ -140,11 +143,11 @@ def test_what_cannot_be_signed_or_searched(key):
         (lambda: sign_noise(pipe, key, 1, 31, 32), "multiples of 2"),
         (lambda: sign_noise(pipe, key, 1, 8, 8), "1024"),
         (lambda: sign_noise(pipe, key, 1, 32, 32, frames=5), "frames"),
-        (lambda: detect(picture, pipe, []), "empty"),
-        (lambda: detect(picture, pipe, [key], alpha=0), "alpha"),
-        (lambda: detect(picture, pipe, [key], ladder=()), "ladder"),
-        (lambda: detect(picture, pipe, [key], ladder=(5, 1)), "ladder"),
-        (lambda: detect([], pipe, [key]), "no pictures"),
+        (lambda: detect_watermark(pipe, picture, []), "empty"),
+        (lambda: detect_watermark(pipe, picture, [key], false_positive_rate=0), "false positive rate"),
+        (lambda: detect_watermark(pipe, picture, [key], ladder=()), "ladder"),
+        (lambda: detect_watermark(pipe, picture, [key], ladder=(5, 1)), "ladder"),
+        (lambda: detect_watermark(pipe, [], [key]), "no pictures"),
     ):
         with pytest.raises(WatermarkError, match=words):
             call()

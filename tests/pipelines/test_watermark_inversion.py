@@ -6,8 +6,8 @@ import pytest
 import torch
 from PIL import Image
 from semiperm.methods.errors import WatermarkError
-from semiperm.pipelines.text import denoiser_of
-from semiperm.pipelines.watermark_inversion import check_scheduler, encode_images, invert, latent_shape
+from semiperm.pipelines.family import denoiser_of
+from semiperm.pipelines.watermark.inversion import check_scheduler, encode_images, invert, latent_shape
 from tiny_models import FAMILIES, build, build_wan
 
 ALL = (*FAMILIES, "wan")

@@ -11,9 +11,10 @@ from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting
 from PIL import Image
 from semiperm.canvas import DEFAULT_GUIDANCE, DEFAULT_STEPS, load_pipeline
 from semiperm.methods.errors import WatermarkError
-from semiperm.methods.watermark_keys import WatermarkKey
-from semiperm.pipelines.watermark import detect, sign_noise
-from semiperm.pipelines.watermark_noise import signed_noise
+from semiperm.methods.watermark.keys import WatermarkKey
+from semiperm.pipelines.watermark.detect import detect_watermark
+from semiperm.pipelines.watermark.noise import replace_noise
+from semiperm.pipelines.watermark.sign import sign_noise
 from tiny_models import FAMILIES, LENGTH, build
 
 KINDS = {"img2img": AutoPipelineForImage2Image, "inpaint": AutoPipelineForInpainting}
@@ -64,7 +65,7 @@ def test_the_noise_is_added_everywhere_bit_for_bit(family, kind, strength):
     expected, other = call(pipe, strength), call(pipe, strength, seed=6)
     assert not other.equal(expected)
     before = dict(vars(pipe)), dict(vars(pipe.scheduler)).keys()
-    with signed_noise(pipe, noise_of(pipe)):
+    with replace_noise(pipe, noise_of(pipe)):
         found = call(pipe, strength, seed=6)
     assert found.equal(expected)
     assert dict(vars(pipe)) == before[0] and vars(pipe.scheduler).keys() == before[1]
@@ -75,9 +76,9 @@ def test_the_noise_is_added_everywhere_bit_for_bit(family, kind, strength):
 def test_flux_takes_packed_noise(kind):
     pipe, key = make("flux", kind), WatermarkKey.new("studio", 7)
     packed = sign_noise(pipe, key, 2, 32, 32)
-    with signed_noise(pipe, packed):
+    with replace_noise(pipe, packed):
         found = call(pipe)
-    with signed_noise(pipe, pipe._unpack_latents(packed, 32, 32, pipe.vae_scale_factor)):
+    with replace_noise(pipe, pipe._unpack_latents(packed, 32, 32, pipe.vae_scale_factor)):
         assert call(pipe).equal(found)
 
 
@@ -85,39 +86,39 @@ def test_flux_takes_packed_noise(kind):
 @pytest.mark.parametrize("family", ["sd15", "flux"])
 def test_half_precision(family, kind):
     pipe = make(family, kind, torch.bfloat16)
-    with signed_noise(pipe, noise_of(pipe)):
+    with replace_noise(pipe, noise_of(pipe)):
         out = call(pipe)
     assert out.dtype == torch.bfloat16 and out.float().isfinite().all()
 
 
 def test_a_call_without_the_noise_is_an_error():
     pipe, other = make("sd15", "img2img"), make("sd15", "img2img")
-    with pytest.raises(WatermarkError, match="was not used"), signed_noise(pipe, noise_of(pipe)):
+    with pytest.raises(WatermarkError, match="was not used"), replace_noise(pipe, noise_of(pipe)):
         call(other)
-    with pytest.raises(WatermarkError, match="second time"), signed_noise(pipe, noise_of(pipe)):
+    with pytest.raises(WatermarkError, match="second time"), replace_noise(pipe, noise_of(pipe)):
         call(pipe)
         call(pipe)
     refiner = make("sdxl", "img2img")
-    with pytest.raises(WatermarkError, match="added no noise"), signed_noise(refiner, noise_of(refiner)):
+    with pytest.raises(WatermarkError, match="added no noise"), replace_noise(refiner, noise_of(refiner)):
         call(refiner, denoising_start=0.5)
     inpaint = make("sdxl", "inpaint")
-    with pytest.raises(WatermarkError, match="added no noise"), signed_noise(inpaint, noise_of(inpaint)):
+    with pytest.raises(WatermarkError, match="added no noise"), replace_noise(inpaint, noise_of(inpaint)):
         call(inpaint, denoising_start=0.5)
     text = build("sd15")
-    with pytest.raises(WatermarkError, match="latents="), signed_noise(text, noise_of(text)):
+    with pytest.raises(WatermarkError, match="latents="), replace_noise(text, noise_of(text)):
         text("a cat", height=32, width=32, num_inference_steps=2)
 
 
 def test_everything_is_restored_after_an_error():
     pipe = make("sd15", "img2img")
     expected, methods = call(pipe), dict(vars(pipe))
-    with pytest.raises(RuntimeError, match="mine"), signed_noise(pipe, noise_of(pipe)):
+    with pytest.raises(RuntimeError, match="mine"), replace_noise(pipe, noise_of(pipe)):
         raise RuntimeError("mine")
-    with pytest.raises(WatermarkError, match="eta=0"), signed_noise(pipe, noise_of(pipe)):
+    with pytest.raises(WatermarkError, match="eta=0"), replace_noise(pipe, noise_of(pipe)):
         call(pipe, eta=0.5)
     assert dict(vars(pipe)) == methods and call(pipe).equal(expected)
     pipe.prepare_latents = own = pipe.prepare_latents  # somebody else's wrapper stays
-    with signed_noise(pipe, noise_of(pipe)):
+    with replace_noise(pipe, noise_of(pipe)):
         assert call(pipe).equal(expected)
     assert vars(pipe)["prepare_latents"] is own
 
@@ -130,16 +131,16 @@ def test_what_is_refused():
         (noise_of(pipe) * torch.nan, "finite"),
         ("noise", "str"),
     ):
-        with pytest.raises(WatermarkError, match=words), signed_noise(pipe, noise):
+        with pytest.raises(WatermarkError, match=words), replace_noise(pipe, noise):
             call(pipe)
     inpaint = make("sd15", "inpaint")
-    with pytest.raises(WatermarkError, match="leave latents= out"), signed_noise(inpaint, noise_of(inpaint)):
+    with pytest.raises(WatermarkError, match="leave latents= out"), replace_noise(inpaint, noise_of(inpaint)):
         call(inpaint, latents=noise_of(inpaint))
     picture = {"image": Image.new("RGB", (32, 32)), "mask_image": Image.new("L", (32, 32), 255)}
-    with pytest.raises(WatermarkError, match="shrinks it back"), signed_noise(inpaint, noise_of(inpaint)):
+    with pytest.raises(WatermarkError, match="shrinks it back"), replace_noise(inpaint, noise_of(inpaint)):
         call(inpaint, padding_mask_crop=4, output_type="pil", **picture)
     ancestral = make("sd15", "img2img", scheduler=diffusers.EulerAncestralDiscreteScheduler)
-    with pytest.raises(WatermarkError, match="EulerAncestral"), signed_noise(ancestral, noise_of(pipe)):
+    with pytest.raises(WatermarkError, match="EulerAncestral"), replace_noise(ancestral, noise_of(pipe)):
         call(ancestral)
 
 
@@ -158,7 +159,7 @@ def drawn(canvas):
 def refined(canvas, kind, pictures, key, strength, **kwargs):
     pipe = KINDS[kind].from_pipe(canvas)
     pipe.set_progress_bar_config(disable=True)
-    with signed_noise(pipe, sign_noise(pipe, key, 2, generator=torch.Generator().manual_seed(3))):
+    with replace_noise(pipe, sign_noise(pipe, key, 2, generator=torch.Generator().manual_seed(3))):
         return pipe(
             ["a green star in dotted style on sky", "a pink moon in mosaic style on sand"],
             image=pictures,
@@ -175,7 +176,7 @@ def refined(canvas, kind, pictures, key, strength, **kwargs):
 def test_the_mark_is_read_after_img2img(canvas, drawn, strength):
     key = WatermarkKey("studio", 7, "2026-01-01T00:00:00+00:00", bytes(range(32)), bytes(range(32, 64)))
     pictures = refined(canvas, "img2img", drawn, key, strength)
-    results = detect([*pictures, *drawn], canvas, [key], ladder=(1, 5))
+    results = detect_watermark(canvas, [*pictures, *drawn], [key], ladder=(1, 5))
     assert [r.verdict for r in results] == ["valid", "valid", "absent", "absent"]
 
 
@@ -184,9 +185,9 @@ def test_the_mark_is_read_in_what_was_inpainted(canvas, drawn):
     mask = torch.zeros(128, 128)
     mask[:, :64] = 1
     pictures = refined(canvas, "inpaint", drawn, key, 0.7, mask_image=mask[None, None])
-    inside = detect(pictures, canvas, [key], ladder=(5,), mask=mask)
-    outside = detect(pictures, canvas, [key], ladder=(5,), mask=1 - mask)
-    whole = detect(pictures, canvas, [key], ladder=(5,))
+    inside = detect_watermark(canvas, pictures, [key], ladder=(5,), mask=mask)
+    outside = detect_watermark(canvas, pictures, [key], ladder=(5,), mask=1 - mask)
+    whole = detect_watermark(canvas, pictures, [key], ladder=(5,))
     assert [r.verdict for r in outside] == ["absent", "absent"]
     for marked, everywhere in zip(inside, whole, strict=True):
         assert marked.log10_p < -6 and marked.log10_p < everywhere.log10_p

@@ -1,0 +1,225 @@
+"""From a picture back to the noise it was drawn from: encode it, then walk the sampler's path in reverse.
+
+UNets (SD1.x, SD2, SDXL), with a = alphas_cumprod and the denoiser's noise e (converted from v):
+
+    z_(next) = sqrt(a_next) (z - sqrt(1 - a) e) / sqrt(a) + sqrt(1 - a_next) e
+
+Flow matching (SD3, Flux, Wan), with the velocity v = noise - image:  z_(next) = z + (sigma_next - sigma) v
+
+The prompt is unknown to a detector, so it is the empty one without guidance: one evaluation of the denoiser a step.
+Latents are (B, C, H, W) here, for videos (B, C, F, H, W), for Flux too: its packing is left to `sign_noise`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...methods.errors import WatermarkError
+from ...methods.pictures import picture_of
+from ...methods.watermark.detection import FIRST, inversion_times, whole_cells
+from ..family import Family, denoiser_of, device_of, family_of
+from ..latents import encode_pixels, pixels_per_latent
+from ..scheduler import alphas_of
+from ..text import encode_text
+
+__all__ = ["check_scheduler", "encode_images", "invert", "latent_shape", "multiple_of", "pixels_of"]
+
+_DETERMINISTIC = {
+    "DDIMScheduler",
+    "DDIMParallelScheduler",
+    "DEISMultistepScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "EulerDiscreteScheduler",
+    "FlowMatchEulerDiscreteScheduler",
+    "FlowMatchHeunDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "IPNDMScheduler",
+    "KDPM2DiscreteScheduler",
+    "LMSDiscreteScheduler",
+    "PNDMScheduler",
+    "UniPCMultistepScheduler",
+}
+
+
+def check_scheduler(pipe) -> None:
+    """Refuse a sampler that adds noise on its way: the picture would forget the noise that carries the mark.
+
+    DDIM's `eta` is an argument of the pipeline's call and cannot be seen here: leave it at 0. `replace_noise` sees it.
+
+    Raises:
+        WatermarkError: an ancestral or SDE sampler, or one that is not known to be deterministic.
+    """
+    scheduler = pipe.scheduler
+    names = {c.__name__ for c in type(scheduler).__mro__}
+    name, config = type(scheduler).__name__, scheduler.config
+    algorithm = getattr(config, "algorithm_type", None) or ""
+    if algorithm.startswith("sde"):
+        name += f" with algorithm_type={algorithm!r}"
+    elif getattr(config, "stochastic_sampling", False):
+        name += " with stochastic_sampling=True"
+    elif names & _DETERMINISTIC:
+        return
+    flow = family_of(pipe).flow
+    good = "FlowMatchEulerDiscreteScheduler" if flow else "DDIMScheduler"
+    raise WatermarkError(
+        f"{name} is not known to be deterministic: noise added while sampling drowns the mark in the initial noise;"
+        f" expected a sampler without noise of its own: pipe.scheduler = {good}.from_config(pipe.scheduler.config)"
+        f"{'' if flow else ', or Euler, Heun, DPM-Solver++, UniPC, LMS, DEIS'}"
+    )
+
+
+def latent_shape(pipe, height: int | None = None, width: int | None = None, frames: int | None = None) -> tuple:
+    """The shape of one picture's latents, (C, H, W) or (C, F, H, W), for a size in pixels; None is the model's own.
+
+    Raises:
+        WatermarkError: a size that the model cannot draw.
+    """
+    family, scale, step = family_of(pipe), pixels_per_latent(pipe), multiple_of(pipe)
+    native = getattr(pipe, "default_sample_size", None)
+    if family.video:
+        defaults = 480, 832  # Wan's
+    else:
+        native = native or denoiser_of(pipe)[0].config.sample_size
+        defaults = native * scale, native * scale
+    height, width = height or defaults[0], width or defaults[1]
+    if height < step or width < step or height % step or width % step:
+        raise WatermarkError(f"{type(pipe).__name__} cannot draw {height} x {width}; expected multiples of {step}")
+    channels = pipe.vae.config.get("latent_channels") or pipe.vae.config.z_dim
+    if not family.video:
+        return channels, height // scale, width // scale
+    frames = 81 if frames is None else frames
+    steps = pipe.vae_scale_factor_temporal
+    if frames < 1 or (frames - 1) % steps:
+        raise WatermarkError(f"{type(pipe).__name__} cannot draw {frames} frames; expected a multiple of {steps}, + 1")
+    return channels, (frames - 1) // steps + 1, height // scale, width // scale
+
+
+def multiple_of(pipe) -> int:
+    """What height and width in pixels are a multiple of."""
+    return pixels_per_latent(pipe) * family_of(pipe).patch(denoiser_of(pipe)[0])[1]
+
+
+def pixels_of(pipe, images) -> list[Tensor]:
+    """Pictures as (3, H, W), videos as (F, 3, H, W), in 0..1."""
+    video = family_of(pipe).video
+    one = hasattr(images, "convert") or (
+        isinstance(images, (Tensor, np.ndarray)) and images.ndim == (4 if video else 3)
+    )
+    items = [images] if one else images
+    found = [torch.stack([picture_of(frame) for frame in item]) if video else picture_of(item) for item in items]
+    if not found:
+        raise WatermarkError("no pictures were given; expected at least one PIL image or tensor (3, H, W) in 0..1")
+    return found
+
+
+def encode_images(pipe, images, batch_size: int = 16) -> Tensor:
+    """Pictures of one size to the latents that the pipeline's decoder would have been given, without chance.
+
+    Args:
+        images: PIL images, tensors (3, H, W) in 0..1, arrays (H, W, 3) in 0..1 or uint8, or one of them; for Wan,
+            videos: sequences of such frames. Pixels beyond the last whole latent on the right and below are left out.
+
+    Returns:
+        (B, C, H, W) or (B, C, F, H, W), float32, the encoder's mode, scaled and shifted as the denoiser expects.
+
+    Raises:
+        WatermarkError: no pictures, other things than pictures, or pictures of different sizes.
+    """
+    pixels = [whole_cells(picture, multiple_of(pipe)) for picture in pixels_of(pipe, images)]
+    sizes = sorted({tuple(p.shape) for p in pixels})
+    if len(sizes) > 1:
+        raise WatermarkError(f"pictures of {len(sizes)} sizes, {sizes[0]} and {sizes[1]} among them; expected one size")
+    starts = range(0, len(pixels), batch_size)
+    batches = (torch.stack(pixels[i : i + batch_size]) * 2 - 1 for i in starts)
+    if family_of(pipe).video:
+        batches = (batch.transpose(1, 2) for batch in batches)
+    return encode_pixels(pipe, batches)
+
+
+@torch.no_grad()
+def invert(pipe, latents0: Tensor, steps: int, prompt: str = "", batch_size: int = 16) -> Tensor:
+    """Estimate the initial noise of latents: `steps` reverse steps, each one evaluation of the denoiser.
+
+    Args:
+        latents0: (B, C, H, W) or (B, C, F, H, W) from `encode_images`.
+        steps: 0 returns the latents themselves: their signs already lean towards the noise's.
+        prompt: "" where it is unknown, as it is to a detector.
+
+    Returns:
+        As latents0, float32.
+
+    Raises:
+        WatermarkError: negative steps, or latents of another number of dimensions.
+
+    Source: DDIM (arXiv 2010.02502), equation 14; the flow's Euler steps in reverse as T2SMark (arXiv 2510.22366).
+    """
+    family = family_of(pipe)
+    if steps < 0 or latents0.ndim != (5 if family.video else 4):
+        raise WatermarkError(
+            f"{steps} steps from latents of shape {tuple(latents0.shape)}; expected steps >= 0 and"
+            f" {'(B, C, F, H, W)' if family.video else '(B, C, H, W)'} from encode_images(pipe, images)"
+        )
+    if not steps:
+        return latents0.float()
+    device = device_of(pipe)
+    features = encode_text(pipe, [prompt])
+    reverse = _flow if family.flow else _ddim
+    parts = latents0.float().to(device).split(batch_size)
+    words = features.hidden, features.pooled
+    return torch.cat([reverse(pipe, part, steps, _denoiser(pipe, family, part, *words)) for part in parts])
+
+
+def _denoiser(pipe, family: Family, latents: Tensor, hidden: Tensor, pooled: Tensor | None) -> Callable:
+    """f(latents, share) -> prediction in float32, at a share of the schedule from 0 (the image) to 1 (pure noise)."""
+    denoiser, attribute = denoiser_of(pipe)
+    module, dtype, rows = getattr(pipe, attribute), denoiser.dtype, len(latents)
+    hidden = hidden.to(dtype).expand(rows, -1, -1)
+    pooled = pooled if pooled is None else pooled.to(dtype).expand(rows, -1)
+    kwargs = {"encoder_hidden_states": hidden, "return_dict": False, **family.inputs(pipe, latents, hidden, pooled)}
+    size = [side * pixels_per_latent(pipe) for side in latents.shape[-2:]]
+
+    def predict(latents: Tensor, share: float) -> Tensor:
+        given = latents.to(dtype)
+        extra = denoiser.config.in_channels - given.shape[1]
+        if family.uneven and extra > 0:  # an inpainting model is also told what to draw: here, everything
+            told = given.new_zeros(rows, extra, *given.shape[-2:])
+            told[:, 0] = 1
+            given = torch.cat([given, told], 1)
+        timestep = latents.new_full((rows,), share * family.noise_timestep)
+        if family.packed:
+            timestep = timestep.to(dtype)  # as its pipeline does
+        out = module(family.pack(pipe, given), timestep=timestep, **kwargs)[0]
+        return family.unpack(pipe, out, *size).float()
+
+    return predict
+
+
+def _ddim(pipe, z: Tensor, steps: int, predict: Callable) -> Tensor:
+    alphas = alphas_of(pipe)
+    kind = pipe.scheduler.config.get("prediction_type", "epsilon")
+    if kind not in ("epsilon", "v_prediction"):
+        raise WatermarkError(f"the model predicts {kind!r}; expected 'epsilon' or 'v_prediction'")
+    times, count = inversion_times(steps), len(alphas)
+    levels = [1.0, *(float(alphas[min(count - 1, round(t * count))]) for t in times[1:])]
+    for t, a, b in zip(times[:-1], levels[:-1], levels[1:], strict=True):
+        out = predict(z, max(t, FIRST))
+        if kind == "v_prediction":  # at the level that the denoiser is told, not at the one of z
+            told = float(alphas[round(max(t, FIRST) * count)])
+            noise = told**0.5 * out + (1 - told) ** 0.5 * z
+        else:
+            noise = out
+        image = (z - (1 - a) ** 0.5 * noise) / a**0.5
+        z = b**0.5 * image + (1 - b) ** 0.5 * noise
+    return z
+
+
+def _flow(pipe, z: Tensor, steps: int, predict: Callable) -> Tensor:
+    times = inversion_times(steps)
+    for t, then in zip(times, [*times[1:-1], 1.0], strict=False):
+        z = z + (then - t) * predict(z, max(t, FIRST))
+    return z
