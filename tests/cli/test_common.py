@@ -9,20 +9,6 @@ from semiperm.cli.demo import COLUMNS, PICTURES, entry
 from semiperm.cli.grid import demo_grid
 
 
-def test_write_file_leaves_the_old_file_when_it_fails(tmp_path, monkeypatch):
-    path = common.write_json(tmp_path / "sub" / "a.json", {"a": 1})
-    monkeypatch.setattr(common.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk")))
-    with pytest.raises(OSError, match="disk"):
-        common.write_json(path, {"a": 2})
-    assert json.loads(path.read_text()) == {"a": 1}
-    assert [p.name for p in path.parent.iterdir()] == ["a.json"]
-
-
-def test_write_file_refuses_a_folder(tmp_path):
-    with pytest.raises(common.CliError, match="folder"):
-        common.write_file(tmp_path, b"")
-
-
 def test_png_keeps_its_record(tmp_path):
     path = common.write_png(tmp_path / "a.png", Image.new("RGB", (2, 2)), {"seed": 3})
     assert json.loads(Image.open(path).text["semiperm"]) == {"seed": 3}

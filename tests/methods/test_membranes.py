@@ -321,7 +321,7 @@ def test_bad_files_are_named_and_explained(tmp_path):
     nan = {**good, "lora_unet_x.lora_up.weight": up * math.nan}
     ranks = json.dumps({"modules": ["lora_unet_x"], "membranes": [{"pairs": [[2, 2.0, "float32", "float32", None]]}]})
     cases = {
-        "absent.safetensors": "no membrane file",
+        "absent.safetensors": "no file at",
         "zip.safetensors": "pickle",
         "text.safetensors": "not a readable safetensors",
         "cut.safetensors": "not a readable safetensors",

@@ -93,8 +93,9 @@ def test_a_save_that_would_lose_keys_is_refused(tmp_path):
         with pytest.raises(WatermarkError, match="would lose key 'alice'"):
             save_keyring(poorer, path)
     assert path.read_bytes() == before
+    (tmp_path / "file").touch()
     with pytest.raises(WatermarkError, match="cannot be written"):
-        save_keyring(ring, tmp_path / "missing" / "ring.json")
+        save_keyring(ring, tmp_path / "file" / "ring.json")
 
 
 @pytest.mark.skipif(os.name != "posix", reason="POSIX modes")
