@@ -190,6 +190,15 @@ def pool(parts: Iterable[dict[str, Share]], prompts: int) -> dict[str, Share]:
     return {key: Share(s.hits, s.n, min(s.n, prompts)) for key, s in total.items()}
 
 
+def by_domain(sets: Iterable[Sequence[str]]) -> dict[str, list[tuple[str, ...]]]:
+    """The sets of one concept, as "objects" and "styles": what erases objects need not erase styles."""
+    groups = {f"{domain}s": [] for domain in DOMAINS}
+    for names in sets:
+        if len(names) == 1:
+            groups[f"{resolve(names[0])[1]}s"].append(tuple(names))
+    return {label: group for label, group in groups.items() if group}
+
+
 def observe(
     pipe, judge, cases: Sequence[Case], *, batch: int = 32, advance: Callable[[int], object] | None = None, **call
 ) -> list[Seen]:
@@ -243,12 +252,15 @@ def evaluate(
     """Erase each set of concepts by each method and score it against the untouched model on the same prompts and seeds.
 
     Args:
-        sets: concepts erased together, one tuple a run; sets of one concept are also pooled into rows "mean".
+        sets: concepts erased together, one tuple a run; sets of one concept are also pooled into rows "objects" and
+            "styles", where a domain has several.
         methods: name -> context manager (pipe, concepts) that yields extra pipeline arguments; METHODS by default.
         main: the method whose figures stand at the top of the result (the first one where it is not among `methods`).
 
     Returns:
-        {"ua": [value, low, high], "ira", "cra", "untouched": {...}, "n": prompts, "rows": [{"method", "concept", ...}]}
+        {"ua": [value, low, high], "ira", "cra", "untouched": {...}, "n": prompts, "method", "rows": [{"method",
+        "concept", ...}]}. Over objects and styles, erased one at a time, the first four are left out: one figure for
+        both would hide what differs, and the rows "objects" and "styles" hold them apart.
 
     Raises:
         MembraneError: unknown concepts, or concepts that no prompt asks for.
@@ -272,20 +284,26 @@ def evaluate(
         return seen
 
     untouched = seen_by("untouched", None, ())
-    bare = {tuple(names): scores(cases, untouched, names) for names in sets}
-    rows = [row("untouched", "+".join(names), share) for names, share in bare.items()]
-    tops = {"untouched": _top(bare, len(cases))}
+    groups = by_domain(sets)
+    got = {"untouched": {tuple(names): scores(cases, untouched, names) for names in sets}}
     for name, method in methods.items():
-        got = {
+        got[name] = {
             tuple(names): scores(cases, seen_by(f"{name} {'+'.join(names)}", method, names), names) for names in sets
         }
-        rows += [row(name, "+".join(names), share, bare[names]) for names, share in got.items()]
-        tops[name] = _top(got, len(cases))
-    rows += [row(name, "mean", share, tops["untouched"]) for name, share in tops.items()]
-    figures = {name: {key: share.interval() for key, share in tops[name].items()} for name in ("untouched", main)}
-    return {**figures[main], "untouched": figures["untouched"], "n": len(cases), "method": main, "rows": rows}
 
+    def line(name: str, concept: str, together: Sequence[tuple[str, ...]]) -> dict:
+        """A row of one set, or of several pooled."""
+        pooled, bare = (pool([got[run][names] for names in together], len(cases)) for run in (name, "untouched"))
+        return row(name, concept, pooled, None if name == "untouched" and concept not in groups else bare)
 
-def _top(got: dict[tuple[str, ...], dict[str, Share]], prompts: int) -> dict[str, Share]:
-    singles = [share for names, share in got.items() if len(names) == 1]
-    return pool(singles or got.values(), prompts)
+    rows = [line(name, "+".join(names), [names]) for name in got for names in got[name]]
+    rows += [line(name, label, group) for label, group in groups.items() if len(group) > 1 for name in got]
+    result = {"n": len(cases), "method": main, "rows": rows}
+    if len(groups) > 1:
+        return result
+    whole = next(iter(groups.values()), [tuple(names) for names in sets])
+    figures = {
+        name: {key: share.interval() for key, share in pool([got[name][s] for s in whole], len(cases)).items()}
+        for name in ("untouched", main)
+    }
+    return {**figures[main], "untouched": figures["untouched"], **result}

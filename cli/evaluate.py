@@ -109,8 +109,6 @@ def show(console, result: dict) -> None:
     for heading in ("method", "concept", "UA", "IRA", "CRA"):
         table.add_column(heading)
     for line in result["rows"]:
-        if line["concept"] == "mean" and len(result["rows"]) <= 4:
-            continue
         table.add_row(line["method"], line["concept"], *(percent(line[key]) for key in ("ua", "ira", "cra")))
     console.print(table)
 

@@ -164,9 +164,24 @@ def test_evaluate_has_the_promised_shape(tmp_path):
     ]  # fmt: skip
     both = next(r for r in result["rows"] if r["method"] == "perfect" and r["concept"] == "robot+star")
     assert both["ua"][0] == 1.0 and both["ira_drop"] == 0.0
-    mean = next(r for r in result["rows"] if r["method"] == "nothing" and r["concept"] == "mean")
-    assert mean["ua"][0] == 0.0
+    pooled = next(r for r in result["rows"] if r["method"] == "nothing" and r["concept"] == "objects")
+    assert pooled["ua"][0] == 0.0 and pooled["n"] == 4 and "styles" not in {r["concept"] for r in result["rows"]}
     assert {call.get("negative_prompt") is None for _, _, call in pipe.calls} == {True, False}
+
+
+def test_objects_and_styles_are_never_pooled():
+    sets = [("robot",), ("star",), ("flat",), ("sketch",), ("robot", "flat")]
+    result = erasure.evaluate(Painter(), judge, CASES, sets, methods={"perfect": perfect}, main="perfect")
+    assert set(result) == {"n", "method", "rows"}  # no figure over both
+    pooled = {
+        r["concept"]: r for r in result["rows"] if r["method"] == "perfect" and r["concept"] in ("objects", "styles")
+    }
+    assert pooled["objects"]["ua"][0] == 1.0 and pooled["styles"]["ua"][0] == 0.0  # this one paints no style away
+    assert pooled["objects"]["n"] == 4 and pooled["styles"]["n"] == 4
+    singles = [r for r in result["rows"] if r["method"] == "perfect" and r["concept"] in ("flat", "sketch")]
+    assert sum(r["ua"][0] * r["n"] for r in singles) / 4 == pooled["styles"]["ua"][0]
+    one = erasure.evaluate(Painter(), judge, CASES, [("robot", "flat")], methods={"perfect": perfect}, main="perfect")
+    assert one["ua"] == one["rows"][-1]["ua"] and [r["concept"] for r in one["rows"]] == ["robot+flat"] * 2
 
 
 def test_evaluate_refuses_before_it_paints():
