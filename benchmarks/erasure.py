@@ -253,7 +253,7 @@ def evaluate(
 
     Args:
         sets: concepts erased together, one tuple a run; sets of one concept are also pooled into rows "objects" and
-            "styles", where a domain has several.
+            "styles", where a domain has several; these name their "concepts".
         methods: name -> context manager (pipe, concepts) that yields extra pipeline arguments; METHODS by default.
         main: the method whose figures stand at the top of the result (the first one where it is not among `methods`).
 
@@ -297,7 +297,9 @@ def evaluate(
         return row(name, concept, pooled, None if name == "untouched" and concept not in groups else bare)
 
     rows = [line(name, "+".join(names), [names]) for name in got for names in got[name]]
-    rows += [line(name, label, group) for label, group in groups.items() if len(group) > 1 for name in got]
+    for label, group in groups.items():
+        if len(group) > 1:
+            rows += [{**line(name, label, group), "concepts": [names[0] for names in group]} for name in got]
     result = {"n": len(cases), "method": main, "rows": rows}
     if len(groups) > 1:
         return result

@@ -100,6 +100,29 @@ def comfyui(
     show(console, rows)
 
 
+@app.command("results", epilog="Example: semiperm bench results --check")
+def results(
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The page to write.")] = Path("docs/results.md"),
+    check: Annotated[
+        bool, typer.Option("--check", help="Write nothing; the exit code is 1 if the page is stale.")
+    ] = False,
+):
+    """Write docs/results.md from benchmarks/results/*.json; run it in a clone."""
+    from ..benchmarks.results_page import page, read
+
+    try:
+        text = page(read(Path("benchmarks/results")))
+    except FileNotFoundError as error:
+        raise common.CliError(f"there is no {error.filename} here; run this in the folder of a clone") from error
+    if check:
+        if not out.is_file() or out.read_text(encoding="utf-8") != text:
+            typer.echo(f"{out} is stale; run: semiperm bench results --out {out}", err=True)
+            raise typer.Exit(1)
+    else:
+        common.write_file(out, text)
+    common.console().print(str(out), markup=False, soft_wrap=True)
+
+
 def show(
     console,
     rows: list[dict],

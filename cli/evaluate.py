@@ -54,6 +54,8 @@ def run(
     from ..benchmarks import erasure
     from ..benchmarks.erasure_methods import METHODS, applied
     from ..benchmarks.store import Store
+    from ..benchmarks.timing import machine, versions
+    from ..pipelines.text import denoiser_of
 
     cases = erasure.read_cases(prompts) if prompts else erasure.built_in_cases(repeats)
     names = [name for name, _ in erasure.check_asked(cases, concept or ())]
@@ -77,7 +79,8 @@ def run(
             pipe, Judge.load(), cases, sets,
             methods=methods, main=main, finished=finished, advance=advance, batch=batch, **sampling,
         )  # fmt: skip
-    result = {"model": model, **sampling, **result}
+    made = {"machine": machine(pipe.device, denoiser_of(pipe)[0].dtype), "versions": versions("torch", "diffusers")}
+    result = {"model": model, **sampling, **made, **result}
     if json_path is not None:
         common.write_json(json_path, result)
     show(common.console(), result)

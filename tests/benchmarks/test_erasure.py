@@ -177,6 +177,7 @@ def test_objects_and_styles_are_never_pooled():
         r["concept"]: r for r in result["rows"] if r["method"] == "perfect" and r["concept"] in ("objects", "styles")
     }
     assert pooled["objects"]["ua"][0] == 1.0 and pooled["styles"]["ua"][0] == 0.0  # this one paints no style away
+    assert pooled["styles"]["concepts"] == ["flat", "sketch"]
     assert pooled["objects"]["n"] == 4 and pooled["styles"]["n"] == 4
     singles = [r for r in result["rows"] if r["method"] == "perfect" and r["concept"] in ("flat", "sketch")]
     assert sum(r["ua"][0] * r["n"] for r in singles) / 4 == pooled["styles"]["ua"][0]

@@ -45,7 +45,7 @@ def test_erase_then_evaluate(untrained_canvas, tmp_path):
     assert "UA" in result.output and "robot" in result.output
     got = json.loads(figures.read_text())
     assert got["n"] == 3 and got["method"] == "membrane" and len(got["ua"]) == 3
-    assert set(got["untouched"]) == {"ua", "ira", "cra"}
+    assert set(got["untouched"]) == {"ua", "ira", "cra"} and got["machine"] and got["versions"]["torch"]
     assert {row["concept"] for row in got["rows"]} == {"robot"}
     run(*arguments, "--concept", "circle", "--resume", tmp_path / "runs.jsonl")
     assert json.loads(figures.read_text())["rows"][0]["concept"] == "circle"
