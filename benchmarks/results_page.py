@@ -251,8 +251,8 @@ def sampling(rows: list[dict]) -> str:
         source("sampling.json", "semiperm bench sampling --json benchmarks/results/sampling.json", rows),
         "A whole sampling run of the canvas (four images, 25 steps) in times the bare one's, by the end of the window:",
         table(("", *(f"until {end:g}" for end in ends)), cells),
-        "Limits: the released algorithm is re-implemented from its formula; away from a picture it encodes the reference"
-        " at every step.",
+        "Limits: the released algorithm is re-implemented from its formula; away from a picture it encodes the"
+        " reference at every step.",
     )
 
 

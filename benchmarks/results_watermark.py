@@ -36,7 +36,7 @@ def watermark(rows: list[dict]) -> str:
     return paragraphs(
         "## The mark",
         source("watermark.json", "semiperm bench watermark --json benchmarks/results/watermark.json", rows),
-        "The other marks are re-implemented ([methods/watermark/peers](../methods/watermark/peers)), with exact p-values;"
+        "The other marks are written again ([methods/watermark/peers](../methods/watermark/peers)) with exact p-values;"
         " all go through the same model, attacks and inversion.",
         _false_positives(by["null"]),
         _secrecy(by["classifier"]),
