@@ -94,7 +94,7 @@ def erasure(figures: dict) -> str:
         f"- {_asked(rows, 'objects')} pictures ask for an erased object, {_asked(rows, 'styles')} for an erased style;"
         " one seed each. The intervals count prompts, not other worlds. One object a picture: damage beside the object"
         " cannot be seen.\n"
-        "- Objects are saturated: nothing here tells the closed-form edits apart on them; the textbook one is as good.",
+        "- Objects are saturated: nothing here tells the closed-form edits apart on them.",
         "Why UCE gives 0.0 on styles: it moves the text embedding of one position, the last token of the bare name,"
         " towards that of the empty prompt (whose last token is the start token). This world's text encoder writes"
         " nothing of a style there: the embedding at a style's own word differs from the start token's by 1 to 4 %,"

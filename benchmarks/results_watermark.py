@@ -136,7 +136,9 @@ def _pictures(guidance: Sequence[dict], decoder: Sequence[dict], quality: Sequen
         "### On pictures of the canvas",
         "1,024 signs a picture. Right signs after so many inversion steps, pictures found at p < 1e-6, payload exact,"
         " denoiser evaluations that a picture took, by guidance scale:",
-        table(("guidance", "n", *(f"{n} steps" for n in steps), "found", "exact", "evaluations"), signs),
+        table(
+            ("guidance", "n", *(f"{n} step{'s' * (n != '1')}" for n in steps), "found", "exact", "evaluations"), signs
+        ),
         "Latents by the encoder, and by inverting the decoder (60 steps):",
         table(("latents", "n", "right signs", "found", "exact"), latents),
         "Pictures as asked, by the judge, and the Fréchet distance of its features to plain noise's pictures, with the"

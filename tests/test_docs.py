@@ -21,7 +21,7 @@ PAGES = [
     *sorted((ROOT / "canvas").rglob("*.md")),
     *sorted((ROOT / "web").rglob("*.md")),
 ]
-OWN_TEST = {"extending.md"}  # its blocks are files of a method, which tests/test_extending.py puts together
+OWN_TEST = {"extending.md"}  # its blocks are files of a method, which a test of its own puts together
 STEPS = 4  # of every picture here: it need not look like anything
 FENCE = re.compile(r"^```python(?P<info>[^\n]*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
 FIGURE = re.compile(r"(?<![\w.])\d+(?:,\d{3})*(?:\.\d+)?(?:e-\d+)?")
@@ -153,14 +153,14 @@ def section(anchor: str) -> str:
 
 
 def test_figures_of_the_first_page_stand_in_the_results():
-    table = README.split("| what, where | result | honest limits |\n")[1].split("\n\n")[0].splitlines()[1:]
+    table = README.split("| what | world | result | honest limits |\n")[1].split("\n\n")[0].splitlines()[1:]
     assert len(table) == 6
     for line in table:
-        what, result, limits = (cell.strip() for cell in line.strip("|").split("|"))
+        what, world, result, limits = (cell.strip() for cell in line.strip("|").split("|"))
         measured = FIGURE.findall(section(re.search(r"docs/results\.md#([\w-]+)", what)[1]))
         unknown = [figure for figure in FIGURE.findall(result) if figure not in measured]
         assert FIGURE.findall(result) and not unknown, what
-        assert limits
+        assert world and limits
 
 
 def test_why_the_textbook_edit_misses_styles():

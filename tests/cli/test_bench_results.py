@@ -1,6 +1,7 @@
 """`semiperm bench results`: the page is written from the files, and known to be stale when they change."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -44,3 +45,10 @@ def test_outside_a_clone(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = run()
     assert result.exit_code == 2 and "folder of a clone" in result.stderr
+
+
+def test_needs_nothing_heavy(root):
+    for file in (root / "benchmarks").glob("results_*.py"):
+        assert not re.search(
+            r"^\s*(from|import) (torch|numpy|diffusers)", file.read_text(encoding="utf-8"), re.MULTILINE
+        )
