@@ -55,7 +55,6 @@ def run(
     from ..benchmarks.erasure_methods import METHODS, applied
     from ..benchmarks.store import Store
     from ..benchmarks.timing import machine, versions
-    from ..pipelines.text import denoiser_of
 
     cases = erasure.read_cases(prompts) if prompts else erasure.built_in_cases(repeats)
     names = [name for name, _ in erasure.check_asked(cases, concept or ())]
@@ -79,7 +78,7 @@ def run(
             pipe, Judge.load(), cases, sets,
             methods=methods, main=main, finished=finished, advance=advance, batch=batch, **sampling,
         )  # fmt: skip
-    made = {"machine": machine(pipe.device, denoiser_of(pipe)[0].dtype), "versions": versions("torch", "diffusers")}
+    made = {"machine": machine(pipe.device, pipe.dtype), "versions": versions("torch", "diffusers")}
     result = {"model": model, **sampling, **made, **result}
     if json_path is not None:
         common.write_json(json_path, result)
