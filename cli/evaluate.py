@@ -51,9 +51,10 @@ def run(
     if membrane and not any(strengths):
         raise common.CliError("every --membrane has the strength 0; that is the untouched model")
 
-    from ..benchmarks import erasure
-    from ..benchmarks.erasure_methods import METHODS, applied
+    from ..benchmarks.erasure import evaluate as erasure
+    from ..benchmarks.erasure.methods import METHODS, applied
     from ..benchmarks.store import Store
+    from ..benchmarks.timing import machine, versions
 
     cases = erasure.read_cases(prompts) if prompts else erasure.built_in_cases(repeats)
     names = [name for name, _ in erasure.check_asked(cases, concept or ())]
@@ -77,7 +78,8 @@ def run(
             pipe, Judge.load(), cases, sets,
             methods=methods, main=main, finished=finished, advance=advance, batch=batch, **sampling,
         )  # fmt: skip
-    result = {"model": model, **sampling, **result}
+    made = {"machine": machine(pipe.device, pipe.dtype), "versions": versions("torch", "diffusers")}
+    result = {"model": model, **sampling, **made, **result}
     if json_path is not None:
         common.write_json(json_path, result)
     show(common.console(), result)
@@ -109,8 +111,6 @@ def show(console, result: dict) -> None:
     for heading in ("method", "concept", "UA", "IRA", "CRA"):
         table.add_column(heading)
     for line in result["rows"]:
-        if line["concept"] == "mean" and len(result["rows"]) <= 4:
-            continue
         table.add_row(line["method"], line["concept"], *(percent(line[key]) for key in ("ua", "ira", "cra")))
     console.print(table)
 

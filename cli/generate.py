@@ -22,7 +22,7 @@ def run(
     membrane: Annotated[
         list[str] | None, typer.Option(metavar="FILE[:strength]", help="A membrane file; repeatable. Strength 0 to 1.")
     ] = None,
-    gate: Annotated[str, typer.Option(help="auto, probe, paper, official or always (see the README).")] = "auto",
+    gate: Annotated[str, typer.Option(help="auto, probe, paper, official or always (see docs/python.md).")] = "auto",
     negative: Annotated[str | None, typer.Option(help="Negative prompt.")] = None,
     seed: Annotated[
         int | None, typer.Option(min=0, help="Seed of the first picture; the next ones count up. Default: 0.")

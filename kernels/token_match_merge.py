@@ -167,7 +167,7 @@ def _launch(x, reference, threshold, pairs, mask, gate, alpha) -> tuple[Tensor |
 
 
 def compile_cases() -> list[dict]:
-    """One case for each default configuration, to be compiled without a GPU: see benchmarks/kernel_resources.py."""
+    """One case for each default configuration, to be compiled without a GPU: see benchmarks/kernels/resources.py."""
     cases = []
     for name, config in CONFIGS.items():
         dtype = "*fp32" if name == "float32" else "*bf16"

@@ -3,8 +3,8 @@
 import json
 
 import pytest
-from semiperm.benchmarks import kernel_resources
-from semiperm.benchmarks.kernel_resources import KERNELS, TARGETS, ResourceError
+from semiperm.benchmarks.kernels import resources as kernel_resources
+from semiperm.benchmarks.kernels.resources import KERNELS, TARGETS, ResourceError
 from semiperm.kernels import dispatch
 
 # What a program may take: of an A100, an H100 and a B200 each, with room for a second program; and an MI300's LDS.
@@ -17,7 +17,7 @@ needs_triton = pytest.mark.skipif(dispatch.triton is None, reason="Triton is not
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_kernels_compile_everywhere_without_spills(python, tmp_path, kernel):
     path = tmp_path / "resources.json"
-    python("-m", "semiperm.benchmarks.kernel_resources", "--json", path, "--kernel", kernel)
+    python("-m", "semiperm.benchmarks.kernels.resources", "--json", path, "--kernel", kernel)
     rows = json.loads(path.read_text())
     assert rows and {row["target"] for row in rows} == set(TARGETS)
     assert [path.name for path in tmp_path.glob("*.json*")] == ["resources.json"]  # no temporary file left

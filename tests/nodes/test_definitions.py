@@ -9,6 +9,7 @@ import json
 import re
 from pathlib import Path
 
+import comfy_stub
 import pytest
 import torch
 from semiperm.methods.token_merging.config import NegativeTokenMergingConfig
@@ -32,9 +33,6 @@ IDS = {
     "SemipermSaveWithProvenance",
 }
 CATEGORIES = ("semiperm/loaders", "semiperm/membranes", "semiperm/negative token merging", "semiperm/watermark")
-_spec = importlib.util.spec_from_file_location("comfy_stub", Path(__file__).with_name("comfy_stub.py"))
-comfy_stub = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(comfy_stub)
 
 
 @pytest.fixture(scope="module")
