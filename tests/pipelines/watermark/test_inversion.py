@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from semiperm.methods.errors import WatermarkError
+from semiperm.methods.errors import SemipermError, WatermarkError
 from semiperm.pipelines.family import denoiser_of
 from semiperm.pipelines.watermark.inversion import check_scheduler, encode_images, invert, latent_shape
 from tiny_models import FAMILIES, build, build_wan
@@ -96,12 +96,12 @@ def test_things_that_are_no_pictures():
         ([], "no pictures"),
         (["a.png"], "PIL image"),
         (torch.rand(1, 32, 32), r"\(1, 32, 32\)"),
-        (torch.rand(3, 32, 32) * 255, r"leave 0\.\.1"),
-        (torch.full((3, 32, 32), float("nan")), r"leave 0\.\.1"),
+        (torch.rand(3, 32, 32) * 255, r"in 0\.\.1, none NaN"),
+        (torch.full((3, 32, 32), float("nan")), r"in 0\.\.1, none NaN"),
         (torch.rand(3, 1, 1), "smaller"),
         ([torch.rand(3, 32, 32), torch.rand(3, 32, 34)], "2 sizes"),
     ):
-        with pytest.raises(WatermarkError, match=words):
+        with pytest.raises(SemipermError, match=words):
             encode_images(pipe, images)
     with pytest.raises(WatermarkError, match="steps >= 0"):
         invert(pipe, torch.rand(1, 4, 16, 16), -1)
