@@ -5,7 +5,8 @@
     <module key>.alpha             ()          scale = alpha / R, so that plain LoRA loaders get the ungated sum
 
 The metadata entry "semiperm" (JSON) names each membrane and its share of the rows. Without it a file is one membrane:
-SPM's published files (metadata "prompts", "rank", "alpha", or none) and kohya LoRAs of any rank load as they are.
+SPM's published files (metadata "prompts", "rank", "alpha", or none) and kohya LoRAs of any rank load as they are; all
+other layouts need the pipeline that tells the modules' names (`import_membranes`).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from ..errors import MembraneError
 from ..files import read_safetensors, save_safetensors
+from .layouts import AdapterFile, check_dropped, membrane_of, read_adapter
 from .types import GateProbe, LowRank, Membrane, Membranes
 
 FORMAT_VERSION = 1
@@ -28,15 +30,28 @@ _PARTS = (".lora_down.weight", ".lora_up.weight", ".alpha")
 _OURS = ("format", "format_version", "semiperm", "prompts", "rank", "alpha")
 
 
-def load_membranes(paths: str | Path | Iterable[str | Path]) -> Membranes:
+def load_membranes(
+    paths: str | Path | Iterable[str | Path],
+    concept: str | None = None,
+    *,
+    text_encoder: str = "refuse",
+    bias: str = "refuse",
+) -> Membranes:
     """Read membranes from one safetensors file, or from several in order; a packed file yields several membranes.
+
+    Args:
+        paths: membrane, SPM or kohya LoRA files.
+        concept: the name of a file that holds one membrane; None is what the file says. Where nobody says, the membrane
+            is not `named`, and no gate compares prompts with it. Packed files keep their names.
+        text_encoder, bias: "drop" leaves out what a LoRA has for a text encoder, or adds to biases.
 
     Raises:
         SemipermError: no such file, pickle, not safetensors, unknown keys, incomplete or mismatched pairs, NaN or Inf,
             a newer format. Each message names the file.
     """
     paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
-    return Membranes(membrane for path in paths for membrane in _load_file(Path(path)))
+    found = [membrane for path in paths for membrane in _load_file(Path(path), concept, text_encoder, bias)]
+    return Membranes(found)
 
 
 def save_membranes(membranes: Membrane | Iterable[Membrane], path: str | Path) -> Path:
@@ -120,6 +135,7 @@ def _describe(membrane: Membrane, keys: dict[str, int]) -> dict:
         "method": membrane.method,
         "base_model": membrane.base_model,
         "metadata": membrane.metadata,
+        **({} if membrane.named else {"named": False}),
         "pairs": [[*kind, indexes if len(indexes) < len(keys) else None] for kind, indexes in groups.items()],
     }
     if (probe := membrane.probe) is not None:
@@ -148,15 +164,15 @@ def _dtype(name: str) -> torch.dtype:
 # ---- reading -------------------------------------------------------------------------------------------------------
 
 
-def _load_file(path: Path) -> list[Membrane]:
+def _load_file(path: Path, concept: str | None, text_encoder: str, bias: str) -> list[Membrane]:
     tensors, metadata = read_safetensors(path)
+    if "semiperm" not in metadata:
+        return [_foreign(read_adapter(path), concept, text_encoder, bias)]
     try:
-        modules = _pairs(tensors)
-        if "semiperm" in metadata:
-            return _unpack(modules, metadata)
-        return [_foreign(modules, metadata, path)]
+        found = _unpack(_pairs(tensors), metadata)
     except MembraneError as error:
         raise MembraneError(f"{str(path)!r}: {error}") from None
+    return [found[0].with_concept(concept)] if concept is not None and len(found) == 1 else found
 
 
 def _pairs(tensors: dict[str, Tensor]) -> dict[str, LowRank]:
@@ -181,17 +197,22 @@ def _pairs(tensors: dict[str, Tensor]) -> dict[str, LowRank]:
     return modules
 
 
-def _foreign(modules: dict[str, LowRank], metadata: dict[str, str], path: Path) -> Membrane:
+def _foreign(adapter: AdapterFile, concept: str | None, text_encoder: str, bias: str) -> Membrane:
     """One membrane from a file of SPM's released code, or from any kohya LoRA."""
-    phrases = tuple(p.strip() for p in metadata.get("prompts", "").split(",") if p.strip())
-    kohya = any(key.startswith(("ss_", "modelspec.")) for key in metadata)
-    return Membrane(
-        concept=phrases[0] if phrases else path.stem.removesuffix("_last"),
-        modules=modules,
-        phrases=phrases,
-        method="lora" if kohya else "spm",
-        metadata={key: value for key, value in metadata.items() if key not in _OURS},
-    )
+    check_dropped(adapter, text_encoder, bias)
+    other = next((name for name in adapter.pairs or adapter.weights if not name.startswith("lora_")), None)
+    if other is not None:
+        raise MembraneError(
+            f"{str(adapter.path)!r} ({adapter.layout}) names its modules as {other!r}; expected a membrane, SPM or"
+            " kohya file here: import_membranes(pipe, path) reads it, and save_membranes then writes a file that loads"
+            " everywhere"
+        )
+
+    def made(label: str) -> Membrane:
+        kept = {key: value for key, value in adapter.metadata.items() if key not in _OURS}
+        return Membrane(label, adapter.pairs, method="spm" if adapter.layout == "SPM" else "lora", metadata=kept)
+
+    return membrane_of(adapter, made, concept)
 
 
 def _unpack(modules: dict[str, LowRank], metadata: dict[str, str]) -> list[Membrane]:
@@ -247,4 +268,5 @@ def _membrane(entry: dict, modules: dict[str, LowRank]) -> Membrane:
         weight = torch.frombuffer(bytearray(base64.b64decode(probe["weight"])), dtype=_dtype(probe["dtype"]))
         probe = GateProbe(weight, probe["low"], probe["high"], probe["separation"])
     fields = {name: entry[name] for name in ("concept", "surrogate", "method", "base_model", "metadata")}
-    return Membrane(modules=modules, phrases=tuple(entry["phrases"]), probe=probe, **fields)
+    named = bool(entry.get("named", True))
+    return Membrane(modules=modules, phrases=tuple(entry["phrases"]), probe=probe, named=named, **fields)

@@ -7,6 +7,7 @@ nobody recorded (embeddings passed in by the user) keeps the feature cosine alon
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,8 @@ from ..errors import MembraneError
 from ..text_space import TextFeatures
 from .gates import facilitated_transport, official_gamma, probe_gate
 from .types import GateProbe, Membrane
+
+logger = logging.getLogger(__name__)
 
 _REMEMBERED = 32  # recorded rows; a run needs two per image
 
@@ -30,9 +33,19 @@ class _Recorded:
 
 
 def resolve_gate(membrane: Membrane, gate: str) -> str:
-    """The gate of one membrane: "auto" is its probe where its file has one, else SPM's own."""
+    """The gate of one membrane: "auto" is its probe where its file has one, else SPM's own.
+
+    A membrane that nobody named has no words to compare with, and is always on.
+    """
     if gate == "auto":
-        return "probe" if membrane.probe is not None else "paper"
+        gate = "probe" if membrane.probe is not None else "paper"
+    if gate in ("paper", "official") and not membrane.named:
+        logger.warning(
+            "nobody said what the membrane %r erases (that is its file's name), so no gate can compare prompts with it:"
+            " it is always on; give concept='...' (--concept NAME) to gate it",
+            membrane.concept,
+        )
+        return "always"
     if gate == "probe" and membrane.probe is None:
         raise MembraneError(
             f"gate='probe', but the membrane for {membrane.concept!r} has no probe; expected gate='paper', 'always' or"

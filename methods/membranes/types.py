@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -102,6 +102,8 @@ class Membrane:
         base_model: `base_model_hash` of the wrapped weights it was made for, or None.
         probe: the detector for gate "probe", or None.
         metadata: whatever else its file said.
+        named: False where nobody said what it erases: `concept` is then its file's name, for people alone, and no gate
+            compares a prompt with it.
     """
 
     concept: str
@@ -112,6 +114,7 @@ class Membrane:
     base_model: str | None = None
     probe: GateProbe | None = None
     metadata: dict[str, str] = field(default_factory=dict)
+    named: bool = True
 
     def __post_init__(self):
         if not self.concept:
@@ -120,7 +123,12 @@ class Membrane:
             raise MembraneError(
                 f"the membrane for {self.concept!r} wraps no module; expected at least one low-rank pair"
             )
-        object.__setattr__(self, "phrases", tuple(self.phrases) or (self.concept,))
+        object.__setattr__(self, "phrases", tuple(self.phrases) or (self.concept,) * self.named)
+
+    def with_concept(self, concept: str) -> Membrane:
+        """The same membrane under this name; its synonyms stay."""
+        phrases = (concept, *(phrase for phrase in self.phrases if phrase not in (concept, self.concept)))
+        return replace(self, concept=concept, phrases=phrases, named=True)
 
 
 class Membranes(Sequence[Membrane]):

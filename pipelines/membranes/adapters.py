@@ -2,78 +2,74 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from ...methods.errors import MembraneError
-from ...methods.files import read_safetensors, save_safetensors
+from ...methods.files import save_safetensors
 from ...methods.membranes.file import load_membranes
+from ...methods.membranes.layouts import adapter_file, check_dropped, membrane_of, membranes_in, read_adapter
 from ...methods.membranes.packing import pack
-from ...methods.membranes.types import LowRank, Membrane, Membranes
+from ...methods.membranes.types import Membrane, Membranes
 from ...methods.membranes.weight_edit import membrane_from_weights
 from ..family import denoiser_of
 from ..text import module_keys
+from .conversion import edited_weights, placed_pairs
 
-_LORA_PARTS = {
-    "lora_A.weight": "down",
-    "lora_B.weight": "up",
-    "lora_down.weight": "down",
-    "lora_up.weight": "up",
-    "lora.down.weight": "down",
-    "lora.up.weight": "up",
-    "alpha": "alpha",
-}
+__all__ = ["export_lora", "import_membranes"]
+
+logger = logging.getLogger(__name__)
 
 
-def import_membranes(pipe, path: str | Path, concept: str | None = None, *, rank: int | None = None) -> Membranes:
+def import_membranes(
+    pipe,
+    path: str | Path,
+    concept: str | None = None,
+    *,
+    rank: int | None = None,
+    text_encoder: str = "refuse",
+    bias: str = "refuse",
+) -> Membranes:
     """Read somebody else's adapter for this pipeline as membranes, so that it stacks, is gated and comes off again.
 
-    Understands membrane, SPM and kohya files; diffusers and PEFT LoRA files ("unet.<path>.lora_A.weight", "<path>.lora.
-    down.weight", ...); and partial checkpoints of edited weights as ESD and UCE save them ("<path>.weight"), whose
-    difference from this pipeline's weights is factored by SVD.
+    Reads all that docs/file_layouts.md lists: membrane and SPM files; LoRAs of kohya, OneTrainer, XLabs, ComfyUI, PEFT
+    and diffusers, by diffusers' own converters and with the alpha that they were trained with; and checkpoints of
+    edited weights as ESD and UCE save them, whose difference from this pipeline's weights is factored by SVD.
 
     Args:
         pipe: the pipeline that it was made for, unedited.
-        path: a .safetensors file.
-        concept: its name; None is the file's own, else its stem. A packed file keeps its names.
-        rank: for partial checkpoints, at most so many singular values per module; None keeps every one above rounding.
+        path: a .safetensors file, or the folder of a PEFT or diffusers adapter.
+        concept: its name, for files that do not say what they erase: without one, no gate compares prompts with it, and
+            "auto" leaves it always on. A packed file keeps its names.
+        rank: for edited weights, at most so many singular values per module; None keeps the edit's own rank.
+        text_encoder: "drop" leaves out the part for a text encoder, which no membrane can carry; "refuse" is an error.
+        bias: "drop" leaves out edits of biases, which no membrane can carry; "refuse" is an error.
 
     Raises:
-        MembraneError: not safetensors, unknown keys, keys that match no module, shapes that disagree, NaN, or weights
-            that equal the pipeline's.
+        SemipermError: not safetensors, a kind of adapter that is not low-rank, names that match no module, shapes that
+            disagree, NaN, parts that would be lost, or weights that equal the pipeline's.
     """
-    path = Path(path)
-    tensors = _read(path)
-    denoiser, attribute = denoiser_of(pipe)
-    if all(key.startswith("lora_") for key in tensors):
-        loaded = load_membranes(path)
-        return loaded if concept is None or len(loaded) > 1 else Membranes(_renamed(loaded[0], concept))
-    keys = {where: key for key, (where, _) in module_keys(denoiser, attribute).items()}
-    weights = {key: module.weight for key, (_, module) in module_keys(denoiser, attribute).items()}
-    name = concept or path.stem
-    if any(_split_part(key)[1] in ("down", "up") for key in tensors):
-        return Membranes(Membrane(name, _lora_pairs(tensors, keys, attribute, path), method="lora"))
-    edited = {}
-    for key, tensor in tensors.items():
-        where, dot, leaf = _bare(key, attribute).rpartition(".")
-        if leaf == "bias":
-            raise MembraneError(
-                f"{path}: {key} edits a bias, which a membrane cannot carry; expected '<path>.weight' only"
-            )
-        if not dot or leaf != "weight" or where not in keys:
-            raise MembraneError(
-                f"{path}: {key} matches no module of this {type(denoiser).__name__} (it has e.g."
-                f" '{next(iter(keys))}.weight'); expected a LoRA, or edited weights under diffusers' own names"
-            )
-        edited[keys[where]] = tensor.to(weights[keys[where]].device)
-    before = {key: weights[key].detach() for key in edited if key in weights}
-    # a checkpoint saved in half precision differs from a float32 base by rounding alone: compare what both can hold
-    before = {key: w.to(edited[key].dtype).to(torch.float32) for key, w in before.items()}
-    return Membranes(membrane_from_weights(before, edited, name, rank=rank, method="weights"))
+    if membranes_in(path):
+        return load_membranes(adapter_file(path), concept)
+    adapter = read_adapter(path)
+    check_dropped(adapter, text_encoder, bias)
+    for note in adapter.notes:
+        logger.warning("%s: %s", adapter.path, note)
+    if adapter.weights:
+        before, after = edited_weights(pipe, adapter, bias)
+        precision = denoiser_of(pipe)[0].dtype
+
+        def made(label: str) -> Membrane:
+            return membrane_from_weights(before, after, label, rank=rank, precision=precision, method="weights")
+
+    else:
+        pairs = placed_pairs(pipe, adapter)
+
+        def made(label: str) -> Membrane:
+            return Membrane(label, pairs, method="spm" if adapter.layout == "SPM" else "lora")
+
+    return Membranes(membrane_of(adapter, made, concept))
 
 
 def export_lora(pipe, membranes: Membrane | Iterable[Membrane], path: str | Path) -> Path:
@@ -106,48 +102,3 @@ def export_lora(pipe, membranes: Membrane | Iterable[Membrane], path: str | Path
         tensors[f"{attribute}.{where}.lora_A.weight"] = down.reshape(*down.shape, *tail)
         tensors[f"{attribute}.{where}.lora_B.weight"] = up.T.reshape(*up.T.shape, *tail)
     return save_safetensors(tensors, path, {"format": "pt", "concepts": ", ".join(membranes.concepts)})
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    tensors, _ = read_safetensors(path)
-    broken = [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
-    if broken or not tensors:
-        raise MembraneError(f"{str(path)!r}: {f'{broken[0]} holds NaN or Inf' if broken else 'no tensors'}")
-    return tensors
-
-
-def _bare(key: str, attribute: str) -> str:
-    return key.removeprefix(f"{attribute}.").removeprefix("base_model.model.").removeprefix("diffusion_model.")
-
-
-def _split_part(key: str) -> tuple[str, str | None]:
-    for suffix, part in _LORA_PARTS.items():
-        if key.endswith(f".{suffix}"):
-            return key.removesuffix(f".{suffix}"), part
-    return key, None
-
-
-def _lora_pairs(tensors: dict[str, Tensor], keys: dict[str, str], attribute: str, path: Path) -> dict[str, LowRank]:
-    found: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        where, part = _split_part(key)
-        where = _bare(where, attribute).replace(".processor.", ".").replace("_lora", "")
-        where = where if where in keys else where.replace(".to_out", ".to_out.0")
-        if part is None or where not in keys:
-            raise MembraneError(
-                f"{path}: {key} matches no projection of this pipeline's {attribute} (it has e.g."
-                f" {next(iter(keys))!r}); it belongs to another base model, or adapts a text encoder"
-            )
-        found.setdefault(keys[where], {})[part] = tensor
-    pairs = {}
-    for key, parts in found.items():
-        if not {"down", "up"} <= set(parts):
-            raise MembraneError(f"{path}: {key} has only {sorted(parts)}; the file is incomplete")
-        alpha = float(parts["alpha"]) if "alpha" in parts else float(parts["down"].shape[0])
-        pairs[key] = LowRank(parts["down"], parts["up"], alpha)
-    return pairs
-
-
-def _renamed(membrane: Membrane, concept: str) -> Membrane:
-    phrases = (concept, *(phrase for phrase in membrane.phrases if phrase != membrane.concept))
-    return replace(membrane, concept=concept, phrases=phrases)

@@ -79,9 +79,9 @@ class MembraneMixin:
         """Load files and let their membranes act, in place of those at work."""
         return apply_membranes(self, load_membranes(paths), config)
 
-    def import_membranes(self, path: str | Path, concept: str | None = None, *, rank: int | None = None) -> Membranes:
-        """`pipelines.membranes.import_membranes(self, ...)`: read somebody else's adapter; does not apply it."""
-        return import_membranes(self, path, concept, rank=rank)
+    def import_membranes(self, path: str | Path, concept: str | None = None, **options) -> Membranes:
+        """`import_membranes(self, ...)`, with its options: read somebody else's adapter; does not apply it."""
+        return import_membranes(self, path, concept, **options)
 
     def save_membranes(self, path: str | Path) -> Path:
         """Save the membranes at work to one safetensors file."""

@@ -287,8 +287,9 @@ def test_published_spm_files_load(tmp_path, rank, metadata):
     }
     save_file(tensors, tmp_path / "mickey_last.safetensors", metadata=metadata)
     (loaded,) = load_membranes(str(tmp_path / "mickey_last.safetensors"))
-    assert loaded.method == "spm" and loaded.modules[key].scale == 1 / rank and loaded.metadata == {}
-    assert loaded.phrases == (("Mickey", "Mouse ears") if metadata else ("mickey",))
+    assert loaded.method == ("spm" if metadata else "lora") and loaded.modules[key].scale == 1 / rank
+    assert loaded.metadata == {} and loaded.named == bool(metadata)
+    assert loaded.phrases == (("Mickey", "Mouse ears") if metadata else ())  # a file's name is for people alone
     assert torch.equal(loaded.modules[key].up, tensors[f"{key}.lora_up.weight"])
     again = save_membranes(loaded, tmp_path / "again.safetensors")
     assert_same(load_membranes(again), Membranes(loaded))
@@ -327,8 +328,10 @@ def test_bad_files_are_named_and_explained(tmp_path):
         "cut.safetensors": "not a readable safetensors",
         "empty.safetensors": "not a readable safetensors",
         written("nan.safetensors", nan).name: "lora_unet_x: .*NaN",
-        written("half.safetensors", {"lora_unet_x.lora_down.weight": down}).name: "no lora_up",
-        written("peft.safetensors", {"unet.x.lora_A.weight": down}).name: "expected an SPM or kohya LoRA",
+        written("half.safetensors", {"lora_unet_x.lora_down.weight": down}).name: "only its down part",
+        written(
+            "peft.safetensors", {"unet.x.lora_A.weight": down, "unet.x.lora_B.weight": up}
+        ).name: "import_membranes",
         written("loha.safetensors", {**good, "lora_unet_x.dora_scale": up.clone()}).name: "DoRA",
         written("shape.safetensors", {**good, "lora_unet_x.lora_up.weight": torch.ones(4, 2)}).name: "down .1, 3.",
         written("newer.safetensors", good, newer).name: "update semiperm",

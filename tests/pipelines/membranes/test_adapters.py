@@ -125,7 +125,7 @@ def test_diffusers_and_kohya_loras_come_in(tmp_path):
     ("tensors", "says"),
     [
         ({"mid_block.attentions.0.nothing.weight": torch.ones(2, 2)}, "matches no module"),
-        ({"unet.nothing.lora_A.weight": torch.ones(1, 2)}, "matches no projection"),
+        ({"unet.no.lora_A.weight": torch.ones(1, 2), "unet.no.lora_B.weight": torch.ones(2, 1)}, "does not read"),
         ({"mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight": torch.ones(2, 2)}, "wrong base model"),
         ({"mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight": torch.full((32, 32), float("nan"))}, "NaN"),
         ({"mid_block.attentions.0.transformer_blocks.0.attn2.to_out.0.bias": torch.ones(32)}, "bias"),
