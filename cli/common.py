@@ -50,6 +50,22 @@ def one_line(error: Exception) -> str:
     return lines[0] if lines else type(error).__name__
 
 
+Concept = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME", help="What the files erase that do not say it, in their order; repeatable."),
+]
+TextEncoder = Annotated[
+    str,
+    typer.Option(metavar="refuse|drop", help="A LoRA's part for the text encoder: refuse the file, or drop the part."),
+]
+Bias = Annotated[str, typer.Option(metavar="refuse|drop", help="Edits of biases: refuse the file, or drop them.")]
+
+
+def existing_adapter(path: Path, what: str) -> Path:
+    """Return the path of a file, or of an adapter's folder; CliError if there is neither."""
+    return path if path.is_dir() else existing_file(path, what)
+
+
 def existing_file(path: Path, what: str) -> Path:
     """Return the path; CliError if there is no such file."""
     if not path.is_file():
@@ -162,22 +178,31 @@ def split_strength(text: str) -> tuple[Path, float]:
     name, colon, tail = text.rpartition(":")
     if not Path(text).exists() and colon and name and len(name) > 1:
         try:
-            return existing_file(Path(name), "membrane file"), float(tail)
+            return existing_adapter(Path(name), "membrane file"), float(tail)
         except ValueError as error:
             raise CliError(f"--membrane {text}: {tail!r} is not a strength; write FILE:0.5") from error
-    return existing_file(Path(text), "membrane file"), 1.0
+    return existing_adapter(Path(text), "membrane file"), 1.0
 
 
-def load_stack(pipe, texts: list[str]):
-    """Read FILE[:strength] arguments as one stack; strength multiplies each pair's alpha, 0 leaves a file out."""
+def load_stack(pipe, texts: list[str], names: list[str] = (), **options):
+    """Read FILE[:strength] arguments as one stack; strength multiplies each pair's alpha, 0 leaves a file out.
+
+    Args:
+        names: what the files erase that do not say it, in their order; another number of names names none of them.
+        **options: as `import_membranes` takes them.
+    """
     from dataclasses import replace
 
     from ..methods.membranes.types import Membranes
     from ..pipelines.membranes.adapters import import_membranes
 
-    stack = Membranes()
+    stack = []
     for path, strength in map(split_strength, texts):
-        for membrane in import_membranes(pipe, path) if strength else ():
+        for membrane in import_membranes(pipe, path, **options) if strength else ():
             modules = {key: replace(pair, alpha=pair.alpha * strength) for key, pair in membrane.modules.items()}
-            stack += membrane if strength == 1 else replace(membrane, modules=modules)
-    return stack
+            stack.append(membrane if strength == 1 else replace(membrane, modules=modules))
+    nameless = [index for index, membrane in enumerate(stack) if not membrane.named]
+    if len(nameless) == len(names):
+        for index, name in zip(nameless, names, strict=True):
+            stack[index] = stack[index].with_concept(name)
+    return Membranes(stack)

@@ -17,8 +17,13 @@ def run(
     ] = None,
     concept: Annotated[
         list[str] | None,
-        typer.Option(help="What must be gone; repeatable. Default: the membranes' concepts, or the suite's."),
+        typer.Option(
+            help="What must be gone; repeatable. Default: the membranes' concepts, or the suite's. Files that do not"
+            " say what they erase are named so, in their order."
+        ),
     ] = None,
+    text_encoder: common.TextEncoder = "refuse",
+    bias: common.Bias = "refuse",
     suite: Annotated[
         bool, typer.Option("--suite", help="Erase concepts one at a time by every method, and compare. Takes long.")
     ] = False,
@@ -63,7 +68,7 @@ def run(
         methods, main = METHODS, erasure.MAIN_METHOD
         sets = [(name,) for name in names] or list(erasure.SUITE)
     else:
-        stack = common.load_stack(pipe, membrane)
+        stack = common.load_stack(pipe, membrane, concept or [], text_encoder=text_encoder, bias=bias)
         names = names or [name for name, _ in erasure.check_asked(cases, stack.concepts)]
         methods, main = {"membrane": lambda pipe, _: applied(pipe, stack, gate)}, "membrane"
         sets = [tuple(dict.fromkeys(names))]
@@ -91,13 +96,14 @@ def settings(pipe, cases, membranes, gate: str, sampling: dict) -> dict:
 
     from ..benchmarks.store import digest
     from ..methods.membranes.base_model import base_model_hash
+    from ..methods.membranes.layouts import adapter_file
     from ..pipelines.family import denoiser_of
 
     weights = {k: v for k, v in denoiser_of(pipe)[0].state_dict().items() if v.ndim == 2}
     return {
         "cases": [asdict(case) for case in cases],
         "weights": base_model_hash(weights),
-        "membranes": [[text, digest(common.split_strength(text)[0])] for text in membranes or ()],
+        "membranes": [[text, digest(adapter_file(common.split_strength(text)[0]))] for text in membranes or ()],
         "gate": gate,
         "sampling": sampling,
     }

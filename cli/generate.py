@@ -22,6 +22,9 @@ def run(
     membrane: Annotated[
         list[str] | None, typer.Option(metavar="FILE[:strength]", help="A membrane file; repeatable. Strength 0 to 1.")
     ] = None,
+    concept: common.Concept = None,
+    text_encoder: common.TextEncoder = "refuse",
+    bias: common.Bias = "refuse",
     gate: Annotated[str, typer.Option(help="auto, probe, paper, official or always (see docs/python.md).")] = "auto",
     negative: Annotated[str | None, typer.Option(help="Negative prompt.")] = None,
     seed: Annotated[
@@ -68,7 +71,13 @@ def run(
     for text in membrane or ():
         common.split_strength(text)
     pipe = common.load_model(model, device, dtype)
-    stack = common.load_stack(pipe, membrane or [])
+    stack = common.load_stack(pipe, membrane or [], concept or [], text_encoder=text_encoder, bias=bias)
+    if concept and (unheard := [name for name in concept if name not in stack.concepts]):
+        nameless = sum(not one.named for one in stack)
+        raise common.CliError(
+            f"--concept {unheard[0]}: {len(concept)} names for {nameless} files that do not say what they erase; give"
+            " one name for each such file"
+        )
     sampling = common.sampling(model, steps, guidance)
     noises = (
         seeded(seed or 0, len(prompt)) if key is None else signed(pipe, key, model, provider, len(prompt), bind_content)

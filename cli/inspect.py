@@ -12,15 +12,33 @@ EXAMPLE = "Example: semiperm inspect erased.safetensors"
 
 
 def run(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A membrane, SPM or LoRA file.", show_default=False)],
+    file: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FILE", help="A membrane, SPM or LoRA file or folder, or edited weights.", show_default=False
+        ),
+    ],
+    concept: Annotated[
+        str | None, typer.Option(metavar="NAME", help="What it erases, where the file does not say.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ):
-    """Show the concepts, method, rank, wrapped modules, base model and size of a membrane file."""
-    common.existing_file(file, "file")
+    """Show the layout, concepts, rank, alpha, wrapped modules, base model and size of all that generate reads.
+
+    What a file adapts beside the denoiser's projections stands below the table: it is refused, or dropped by an option.
+    """
+    common.existing_adapter(file, "file")
 
     from ..methods.membranes.file import load_membranes
+    from ..methods.membranes.layouts import adapter_file, membranes_in, read_adapter
 
-    described = {"file": str(file), "bytes": file.stat().st_size, "membranes": [*map(describe, load_membranes(file))]}
+    file = adapter_file(file)
+    described = {"file": str(file), "bytes": file.stat().st_size}
+    if membranes_in(file):
+        described |= {"layout": "semiperm membranes", "membranes": [*map(describe, load_membranes(file, concept))]}
+        described |= {"left_out": [], "notes": []}
+    else:
+        described |= described_adapter(read_adapter(file), concept)
     if as_json:
         typer.echo(json.dumps(described, indent=2, ensure_ascii=False))
         return
@@ -31,18 +49,49 @@ def run(
     rows = described["membranes"]
     methods, bases = sorted({row["method"] for row in rows}), sorted({row["base_model"] or "unknown" for row in rows})
     console = common.console()
-    console.print(f"{file}: {described['bytes'] / 1024:.0f} KiB, {len(rows)} membranes", markup=False, soft_wrap=True)
-    console.print(f"method {', '.join(methods)}; base model {', '.join(bases)}", markup=False, soft_wrap=True)
+    size = f"{described['bytes'] / 1024:.0f} KiB"
+    for line in (
+        f"{file}: {size}, {described['layout']}, {len(rows)} membranes",
+        f"method {', '.join(methods)}; base model {', '.join(bases)}",
+    ):
+        console.print(line, markup=False, soft_wrap=True)
     table = Table()
-    for heading in ("concept", "also called", "rank", "modules", "norm", "gate probe"):
+    for heading in ("concept", "also called", "rank", "alpha", "modules", "norm", "gate probe"):
         table.add_column(heading, overflow="fold")
     for row in rows:
         becomes = f" -> {row['surrogate']}" if row["surrogate"] else ""
+        called = row["concept"] if row["named"] else "not said (--concept NAME)"
         also = ", ".join(phrase for phrase in row["phrases"] if phrase != row["concept"])
-        ranks, probe = "/".join(map(str, row["ranks"])), "yes" if row["probe"] else "no"
-        cells = (row["concept"] + becomes, also, ranks, str(row["modules"]), f"{row['norm']:.3g}", probe)
+        ranks, probe = "/".join(map(str, row["ranks"])) or "by the model", "yes" if row["probe"] else "no"
+        alphas, norm = "/".join(f"{alpha:g}" for alpha in row["alphas"]), f"{row['norm']:.3g}" if row["ranks"] else "-"
+        cells = (called + becomes, also, ranks, alphas or "-", str(row["modules"]), norm, probe)
         table.add_row(*map(Text, cells))
     console.print(table)
+    for line in described["left_out"] + described["notes"]:
+        console.print(line, markup=False, soft_wrap=True)
+
+
+def described_adapter(adapter, concept: str | None) -> dict:
+    """The same of somebody else's file, read without its model: edited weights have a rank only beside that."""
+    from ..methods.membranes.layouts import membrane_of
+    from ..methods.membranes.types import LowRank, Membrane
+
+    pairs, weights = adapter.pairs, {name: t for name, t in adapter.weights.items() if name.endswith(".weight")}
+    left_out = []
+    if adapter.text_encoder:
+        left_out.append(f"text encoder: {len(adapter.text_encoder)} modules; --text-encoder drop leaves them out")
+    biases = len(adapter.biases) + len([name for name in adapter.weights if name.endswith(".bias")])
+    if biases:
+        left_out.append(f"biases: {biases}; where they are edited, --bias drop leaves the edits out")
+    rows = []
+    if pairs or weights:
+        import torch
+
+        stand_in = {"": LowRank(torch.zeros(1, 1), torch.zeros(1, 1), 1.0)}
+        method = "weights" if weights else "spm" if adapter.layout == "SPM" else "lora"
+        row = describe(membrane_of(adapter, lambda label: Membrane(label, pairs or stand_in, method=method), concept))
+        rows = [row if pairs else row | {"modules": len(weights), "ranks": [], "alphas": []}]
+    return {"layout": adapter.layout, "membranes": rows, "left_out": left_out, "notes": list(adapter.notes)}
 
 
 def describe(membrane) -> dict:
@@ -56,10 +105,12 @@ def describe(membrane) -> dict:
         squares += pair.scale**2 * float(((up.T @ up) * (down @ down.T)).sum())
     return {
         "concept": membrane.concept,
+        "named": membrane.named,
         "phrases": list(membrane.phrases),
         "surrogate": membrane.surrogate,
         "method": membrane.method,
         "ranks": sorted({pair.rank for pair in membrane.modules.values()}),
+        "alphas": sorted({round(pair.alpha, 6) for pair in membrane.modules.values()}),
         "modules": len(membrane.modules),
         "norm": math.sqrt(max(squares, 0.0)),
         "probe": membrane.probe is not None,

@@ -76,9 +76,13 @@ def _refusal(name: str, names: list[str]) -> str:
     )
 
 
-def read_membranes(name: str) -> Membranes:
-    """Read the file behind a listed name; MembraneError as in `membrane_path` and `load_membranes`."""
-    return load_membranes(membrane_path(name))
+def read_membranes(name: str, concept: str = "") -> Membranes:
+    """Read the file behind a listed name; MembraneError as in `membrane_path` and `load_membranes`.
+
+    Args:
+        concept: what it erases, for a file that does not say; "" for none.
+    """
+    return load_membranes(membrane_path(name), concept.strip() or None)
 
 
 def new_membrane_file(prefix: str) -> tuple[Path, str]:

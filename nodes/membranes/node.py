@@ -78,6 +78,13 @@ class SemipermLoadMembrane(io.ComfyNode):
                     tooltip="Membranes to put before the ones of this file, from another Load Membrane or from Erase"
                     " Concept. The order does not change the picture.",
                 ),
+                io.String.Input(
+                    "concept",
+                    optional=True,
+                    default="",
+                    tooltip="What the file erases, such as robot, if it does not say so itself: most LoRAs do not, and"
+                    " without a name their gate never closes. The file's name is not taken for it.",
+                ),
             ],
             outputs=[
                 MembranesIO.Output(
@@ -96,15 +103,15 @@ class SemipermLoadMembrane(io.ComfyNode):
             return str(error)
 
     @classmethod
-    def fingerprint_inputs(cls, membrane_name, membranes=None):
+    def fingerprint_inputs(cls, membrane_name, membranes=None, concept=""):
         if membrane_name is None:
             return ""
         stat = membrane_path(membrane_name).stat()
         return f"{stat.st_mtime_ns} {stat.st_size}"  # an overwritten file is read again
 
     @classmethod
-    def execute(cls, membrane_name, membranes=None):
-        return io.NodeOutput(Membranes(membranes or ()) + read_membranes(membrane_name))
+    def execute(cls, membrane_name, membranes=None, concept=""):
+        return io.NodeOutput(Membranes(membranes or ()) + read_membranes(membrane_name, concept))
 
 
 class SemipermEraseConcept(io.ComfyNode):

@@ -5,8 +5,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from semiperm.methods.errors import MembraneError, SemipermError
 from semiperm.methods.membranes.config import MembraneConfig
-from semiperm.methods.membranes.file import save_membranes
+from semiperm.methods.membranes.file import load_membranes, save_membranes
 from semiperm.methods.membranes.types import LowRank, Membrane
+from semiperm.methods.membranes.weight_edit import membrane_from_weights
 from semiperm.pipelines.family import denoiser_of
 from semiperm.pipelines.membranes.adapters import export_lora, import_membranes
 from semiperm.pipelines.membranes.apply import apply_membranes, remove_membranes
@@ -96,7 +97,7 @@ def test_edited_weights_come_in_as_membranes(tmp_path, dtype):
             module.weight += torch.randn(out, 1, generator=noise) @ torch.randn(1, width, generator=noise) * 0.1
             tensors[f"{path}.weight"] = module.weight.to(dtype).contiguous()
     save_file(tensors, tmp_path / "robot.safetensors")
-    stack = import_membranes(pipe, tmp_path / "robot.safetensors", rank=1 if dtype == torch.float16 else None)
+    stack = import_membranes(pipe, tmp_path / "robot.safetensors")
     assert stack.concepts == ("robot",) and {pair.rank for pair in stack[0].modules.values()} == {1}
     apply_membranes(pipe, stack, ALWAYS)
     assert distance(images(pipe), images(edited)) < (1e-5 if dtype == torch.float32 else 1e-3)
@@ -125,7 +126,10 @@ def test_diffusers_and_kohya_loras_come_in(tmp_path):
     ("tensors", "says"),
     [
         ({"mid_block.attentions.0.nothing.weight": torch.ones(2, 2)}, "matches no module"),
-        ({"unet.no.lora_A.weight": torch.ones(1, 2), "unet.no.lora_B.weight": torch.ones(2, 1)}, "does not read"),
+        (
+            {"unet.no.lora_A.weight": torch.ones(1, 2), "unet.no.lora_B.weight": torch.ones(2, 1)},
+            "matches no module of this",
+        ),
         ({"mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight": torch.ones(2, 2)}, "wrong base model"),
         ({"mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight": torch.full((32, 32), float("nan"))}, "NaN"),
         ({"mid_block.attentions.0.transformer_blocks.0.attn2.to_out.0.bias": torch.ones(32)}, "bias"),
@@ -137,6 +141,115 @@ def test_wrong_files_say_so(tensors, says, tmp_path):
     save_file(tensors, tmp_path / "wrong.safetensors")
     with pytest.raises(SemipermError, match=says):
         import_membranes(pipe, tmp_path / "wrong.safetensors")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("concepts", [1, 3])
+def test_uce_comes_in_at_its_true_rank(concepts, dtype):
+    """UCE as its code computes it: in float32, by an inverse of bad condition, then saved in the file's precision."""
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(320, 768, generator=generator) / 768**0.5
+    directions = torch.randn(2 * concepts + 20, 768, generator=generator)
+    directions *= 27 / directions.norm(dim=1, keepdim=True)  # the length of CLIP's embeddings
+    erased, targets, kept = directions.split([concepts, concepts, 20])
+    wanted, gram = 0.5 * base, 0.5 * torch.eye(768)
+    for c, v in [*zip(erased, targets, strict=True), *zip(kept, kept, strict=True)]:
+        wanted, gram = wanted + torch.outer(base @ v, c), gram + torch.outer(c, c)
+    after = (wanted @ torch.inverse(gram)).to(dtype)
+    before = base.to(dtype).float()
+    (pair,) = membrane_from_weights({"lora_unet_x": before}, {"lora_unet_x": after}, "robot").modules.values()
+    assert pair.rank == concepts
+    delta = after.double() - before.double()
+    left = (pair.scale * pair.up.double() @ pair.down.double() - delta).norm() / delta.norm()
+    assert left < (0.02 if dtype == torch.bfloat16 else 0.003)  # what is left out is rounding of W, or the solver's
+
+
+def test_fine_tuned_weights_keep_their_whole_rank():
+    base = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)) / 8
+    for seed in range(20):  # the smallest singular value of a square matrix is often far below its neighbour
+        moved = base + torch.randn(64, 64, generator=torch.Generator().manual_seed(seed)) * 0.01
+        (pair,) = membrane_from_weights({"x": base}, {"x": moved}, "robot").modules.values()
+        torch.testing.assert_close(pair.up @ pair.down, moved - base, rtol=0, atol=1e-6)
+
+
+def nameless(pipe, folder):
+    first, _ = membranes(pipe)
+    tensors = {}
+    for key, pair in first.modules.items():
+        tensors |= {f"{key}.lora_down.weight": pair.down, f"{key}.lora_up.weight": pair.up}
+    save_file(tensors, folder / "my_export_v2-000010.safetensors")
+    return folder / "my_export_v2-000010.safetensors"
+
+
+@pytest.mark.parametrize("gate", ["auto", "paper", "official"])
+def test_a_files_name_is_no_concept(gate, tmp_path, caplog):
+    pipe = build("sd15")
+    stack = import_membranes(pipe, nameless(pipe, tmp_path))
+    assert not stack[0].named and stack[0].phrases == ()
+    with apply_membranes(pipe, stack, ALWAYS):
+        right = images(pipe)
+    with apply_membranes(pipe, stack, MembraneConfig(gate=gate)) as handle:
+        assert "always on" in caplog.text and "concept=" in caplog.text
+        assert torch.equal(images(pipe), right)
+        assert all(row["gamma"] == {"my_export_v2-000010": 1.0} for row in handle.report()["prompts"])
+    again = load_membranes(save_membranes(stack, tmp_path / "again.safetensors"))
+    assert not again[0].named and again[0].phrases == ()
+
+
+def test_a_named_file_is_gated(tmp_path, caplog):
+    pipe = build("sd15")
+    stack = import_membranes(pipe, nameless(pipe, tmp_path), "cat")
+    assert stack[0].named and stack[0].phrases == ("cat",)
+    with apply_membranes(pipe, stack) as handle:
+        call(pipe, ["the dog runs"])
+        opened = [row["gamma"]["cat"] for row in handle.report()["prompts"]]
+    assert min(opened) < 1 and "always on" not in caplog.text
+    assert load_membranes(nameless(pipe, tmp_path), "cat").concepts == ("cat",)
+
+
+def test_fused_projections_of_a_whole_flux(tmp_path):
+    """linear1 of a single block holds q, k, v and the MLP; diffusers' converter knows it at the real width alone."""
+    from diffusers import FluxPipeline, FluxTransformer2DModel
+
+    with torch.device("meta"):
+        transformer = FluxTransformer2DModel(num_layers=1, num_single_layers=1)
+    parts = ("scheduler", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+    pipe = FluxPipeline(**dict.fromkeys(parts), transformer=transformer)
+    down, up = torch.randn(2, 3072), torch.randn(3 * 3072 + 12288, 2)
+    name = "lora_unet_single_blocks_0_linear1"
+    tensors = {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": torch.tensor(4.0)}
+    final = {"lora_unet_final_layer_linear.lora_down.weight": torch.ones(2, 3072)}
+    final |= {"lora_unet_final_layer_linear.lora_up.weight": torch.ones(64, 2)}
+    final |= {"lora_unet_final_layer_linear.alpha": torch.tensor(4.0)}  # which the converter drops
+    save_file(tensors | final, tmp_path / "flux.safetensors")
+    (membrane,) = import_membranes(pipe, tmp_path / "flux.safetensors", "robot")
+    ends = ("attn_to_q", "attn_to_k", "attn_to_v", "proj_mlp")
+    where = [f"lora_transformer_single_transformer_blocks_0_{end}" for end in ends]
+    delta = torch.cat(
+        [membrane.modules[key].scale * membrane.modules[key].up @ membrane.modules[key].down for key in where]
+    )
+    torch.testing.assert_close(delta, 2 * up @ down)
+    last = membrane.modules["lora_transformer_proj_out"]
+    torch.testing.assert_close(last.scale * last.up @ last.down, torch.full((64, 3072), 4.0))
+
+
+def test_what_no_membrane_carries_is_never_dropped_silently(tmp_path):
+    pipe = build("sd15")
+    pair = {"lora_A.weight": torch.ones(1, 32), "lora_B.weight": torch.ones(64, 1)}
+    te = {f"text_encoder.text_model.encoder.layers.0.mlp.fc1.{k}": t for k, t in pair.items()}
+    save_file(te, tmp_path / "te.safetensors")
+    with pytest.raises(MembraneError, match="text_encoder='drop' .--text-encoder drop"):
+        import_membranes(pipe, tmp_path / "te.safetensors")
+    with pytest.raises(MembraneError, match="text encoder alone"):
+        import_membranes(pipe, tmp_path / "te.safetensors", text_encoder="drop")
+    with pytest.raises(MembraneError, match="'refuse' or 'drop'"):
+        import_membranes(pipe, tmp_path / "te.safetensors", text_encoder="yes")
+    key = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
+    pair = {f"{key}.lora_A.weight": torch.ones(1, 32), f"{key}.lora_B.weight": torch.ones(32, 1)}
+    save_file(pair | {f"{key}.lora_B.bias": torch.ones(32)}, tmp_path / "bias.safetensors")
+    with pytest.raises(MembraneError, match="bias='drop'"):
+        import_membranes(pipe, tmp_path / "bias.safetensors")
+    assert len(import_membranes(pipe, tmp_path / "bias.safetensors", bias="drop")[0].modules) == 1
 
 
 def test_pickle_and_unchanged_weights_are_refused(tmp_path):

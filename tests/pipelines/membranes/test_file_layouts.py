@@ -1,8 +1,10 @@
-"""Every layout of docs/file_layouts.md: built, loaded, and its effect compared with diffusers', PEFT's or the weights."""
+"""Every layout of docs/file_layouts.md: built, loaded, its effect compared with diffusers', PEFT's or the weights."""
 
 import pytest
 import torch
-from file_layouts import LAYOUTS, PAGE, Layout, denoiser, flux_kohya_tensors, page
+from adapter_files import denoiser, original
+from file_layouts import LAYOUTS, PAGE, Layout, page
+from safetensors.torch import load_file, save_file
 from semiperm.methods.errors import SemipermError
 from semiperm.methods.membranes.layouts import read_adapter
 from semiperm.methods.membranes.packing import pack
@@ -40,15 +42,13 @@ def by_peft_layers(model) -> dict[str, torch.Tensor]:
 
     layers = {path: module for path, module in model.named_modules() if isinstance(module, LoraLayer)}
     return {
-        path: layer.get_delta_weight(next(iter(layer.lora_A))).flatten(1).double() for path, layer in layers.items()
+        path: layer.get_delta_weight(next(iter(layer.lora_A))).detach().flatten(1).double()
+        for path, layer in layers.items()
     }
 
 
 def by_weights(pipe, path) -> dict[str, torch.Tensor]:
     """Edited weights, put into the model by their names."""
-    from file_layouts import original
-    from safetensors.torch import load_file
-
     state, found = denoiser(pipe).state_dict(), {}
     names = {name: name for name in state}
     if hasattr(pipe, "unet"):
@@ -64,8 +64,6 @@ def by_weights(pipe, path) -> dict[str, torch.Tensor]:
 def by_hand(pipe, path) -> dict[str, torch.Tensor]:
     """LoRA layouts that diffusers' loader does not take as they are: their twin that it does."""
     twin = path.with_name("twin.safetensors")
-    from safetensors.torch import load_file, save_file
-
     tensors = {}
     for key, tensor in load_file(path).items():
         where, _, leaf = key.removeprefix("diffusion_model.").partition(".lora_")
