@@ -159,8 +159,8 @@ def page() -> str:
     return f"""# Which adapter files load
 
 `import_membranes(pipe, path)`, `semiperm generate --membrane` and `semiperm inspect` read what other tools write:
-{right} of these {len(LAYOUTS)} layouts as they stand, {dropped} without a part that no membrane can carry; the others are
-refused with the reason. Names that are not a module's own go through diffusers' converters.
+{right} of these {len(LAYOUTS)} layouts as they stand, {dropped} without a part that no membrane can carry; the
+others are refused with the reason. Names that are not a module's own go through diffusers' converters.
 
 "Right" is tested: each file is built for a small real pipeline, loaded, and its effect on every weight compared with
 `pipe.load_lora_weights`, with PEFT, or with the edited weights, to rounding. This page is written by

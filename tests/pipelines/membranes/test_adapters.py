@@ -160,8 +160,9 @@ def test_uce_comes_in_at_its_true_rank(concepts, dtype):
     (pair,) = membrane_from_weights({"lora_unet_x": before}, {"lora_unet_x": after}, "robot").modules.values()
     assert pair.rank == concepts
     delta = after.double() - before.double()
-    left = (pair.scale * pair.up.double() @ pair.down.double() - delta).norm() / delta.norm()
-    assert left < (0.02 if dtype == torch.bfloat16 else 0.003)  # what is left out is rounding of W, or the solver's
+    left_out = (pair.scale * pair.up.double() @ pair.down.double() - delta).norm()
+    # rounding of W in the file's precision, or the noise of the solver
+    assert left_out < max(torch.finfo(dtype).eps * base.norm(), 0.003 * delta.norm())
 
 
 def test_fine_tuned_weights_keep_their_whole_rank():
@@ -191,7 +192,7 @@ def test_a_files_name_is_no_concept(gate, tmp_path, caplog):
     with apply_membranes(pipe, stack, MembraneConfig(gate=gate)) as handle:
         assert "always on" in caplog.text and "concept=" in caplog.text
         assert torch.equal(images(pipe), right)
-        assert all(row["gamma"] == {"my_export_v2-000010": 1.0} for row in handle.report()["prompts"])
+        assert all(row["gamma"] == {"my_export_v2-000010": 1.0} for row in handle.report()["rows"])
     again = load_membranes(save_membranes(stack, tmp_path / "again.safetensors"))
     assert not again[0].named and again[0].phrases == ()
 
@@ -202,7 +203,7 @@ def test_a_named_file_is_gated(tmp_path, caplog):
     assert stack[0].named and stack[0].phrases == ("cat",)
     with apply_membranes(pipe, stack) as handle:
         call(pipe, ["the dog runs"])
-        opened = [row["gamma"]["cat"] for row in handle.report()["prompts"]]
+        opened = [row["gamma"]["cat"] for row in handle.report()["rows"]]
     assert min(opened) < 1 and "always on" not in caplog.text
     assert load_membranes(nameless(pipe, tmp_path), "cat").concepts == ("cat",)
 
