@@ -76,13 +76,14 @@ def _refusal(name: str, names: list[str]) -> str:
     )
 
 
-def read_membranes(name: str, concept: str = "") -> Membranes:
+def read_membranes(name: str, concept: str = "", text_encoder: str = "refuse") -> Membranes:
     """Read the file behind a listed name; MembraneError as in `membrane_path` and `load_membranes`.
 
     Args:
         concept: what it erases, for a file that does not say; "" for none.
+        text_encoder: "drop" leaves out what a LoRA has for the text encoder.
     """
-    return load_membranes(membrane_path(name), concept.strip() or None)
+    return load_membranes(membrane_path(name), concept.strip() or None, text_encoder=text_encoder)
 
 
 def new_membrane_file(prefix: str) -> tuple[Path, str]:

@@ -85,6 +85,14 @@ class SemipermLoadMembrane(io.ComfyNode):
                     tooltip="What the file erases, such as robot, if it does not say so itself: most LoRAs do not, and"
                     " without a name their gate never closes. The file's name is not taken for it.",
                 ),
+                io.Combo.Input(
+                    "text_encoder",
+                    options=["refuse", "drop"],
+                    default="refuse",
+                    optional=True,
+                    tooltip="What to do with a LoRA that also adapts the text encoder, where no membrane acts: refuse"
+                    " the file, or drop that part of it.",
+                ),
             ],
             outputs=[
                 MembranesIO.Output(
@@ -103,15 +111,15 @@ class SemipermLoadMembrane(io.ComfyNode):
             return str(error)
 
     @classmethod
-    def fingerprint_inputs(cls, membrane_name, membranes=None, concept=""):
+    def fingerprint_inputs(cls, membrane_name, membranes=None, concept="", text_encoder="refuse"):
         if membrane_name is None:
             return ""
         stat = membrane_path(membrane_name).stat()
         return f"{stat.st_mtime_ns} {stat.st_size}"  # an overwritten file is read again
 
     @classmethod
-    def execute(cls, membrane_name, membranes=None, concept=""):
-        return io.NodeOutput(Membranes(membranes or ()) + read_membranes(membrane_name, concept))
+    def execute(cls, membrane_name, membranes=None, concept="", text_encoder="refuse"):
+        return io.NodeOutput(Membranes(membranes or ()) + read_membranes(membrane_name, concept, text_encoder))
 
 
 class SemipermEraseConcept(io.ComfyNode):

@@ -3,8 +3,11 @@
 import json
 
 import pytest
+import torch
 from file_layouts import LAYOUTS
-from semiperm.cli import app
+from PIL import Image
+from safetensors.torch import save_file
+from semiperm.cli import app, common
 from tiny_models import build
 from typer.testing import CliRunner
 
@@ -38,3 +41,30 @@ def test_inspect_tells_rank_alpha_and_what_is_not_said(tmp_path):
         assert row["alphas"] == alphas and row["ranks"] == [1 if name == "SPM" else 4]
         assert row["named"] == (name == "SPM")
     assert "not said" in run("inspect", tmp_path / "PEFT folder").stdout
+
+
+def test_names_go_to_the_files_that_do_not_say(tmp_path):
+    by_name, pipe = {layout.name: layout for layout in LAYOUTS}, build("sd15")
+    said = by_name["SPM"].build(pipe, tmp_path / "a")
+    folder = by_name["PEFT folder"].build(build("sd15"), tmp_path / "b")
+    kohya = by_name["kohya, SD 1.x"].build(pipe, tmp_path / "c")
+    files = [str(said), f"{folder}:0.5", str(kohya)]
+    stack = common.load_stack(pipe, files, ["cat", "dog"])
+    assert stack.concepts == ("robot", "cat", "dog") and all(membrane.named for membrane in stack)
+    assert next(iter(stack[1].modules.values())).scale == 0.5 * 16 / 4
+    assert [membrane.named for membrane in common.load_stack(pipe, files, ["cat"])] == [True, False, False]
+
+
+@pytest.mark.slow
+def test_generate_names_a_file(tmp_path):
+    pipe = common.load_model("canvas")
+    path, module = next((p, m) for p, m in pipe.unet.named_modules() if p.endswith("attn2.to_k"))
+    pair = {"lora_A": torch.zeros(1, module.in_features), "lora_B": torch.zeros(module.out_features, 1)}
+    file = tmp_path / "my_export_v2.safetensors"
+    save_file({f"unet.{path}.{part}.weight": tensor for part, tensor in pair.items()}, file)
+    arguments = ("generate", "canvas", "a robot", "--membrane", file, "--steps", 1, "-o", tmp_path / "x.png")
+    assert "1 names for" not in run(*arguments, "--concept", "robot").stderr
+    with Image.open(tmp_path / "x.png") as image:
+        assert json.loads(image.text["semiperm"])["membranes"] == ["robot"]
+    result = run(*arguments, "--concept", "robot", "--concept", "ghost")
+    assert result.exit_code == 2 and "2 names for 1 files" in result.stderr

@@ -57,6 +57,21 @@ def test_load_reads_an_overwritten_file_again(nodes, models):
     assert node.execute(name).args[0].concepts == ("ghost",)
 
 
+def test_load_names_what_the_file_does_not_say(nodes, models):
+    from safetensors.torch import save_file
+
+    pair = {"lora_down.weight": torch.ones(1, 4), "lora_up.weight": torch.ones(3, 1)}
+    tensors = {f"{where}.{part}": t.clone() for where in ("lora_unet_to_k", "lora_te_fc1") for part, t in pair.items()}
+    save_file(tensors, models / "loras" / "my_export_v2.safetensors")
+    node, name = nodes.SemipermLoadMembrane, "loras/my_export_v2.safetensors"
+    with pytest.raises(MembraneError, match="also adapts a text encoder"):
+        node.execute(name)
+    (nameless,) = node.execute(name, text_encoder="drop").args[0]
+    assert not nameless.named and nameless.phrases == () and list(nameless.modules) == ["lora_unet_to_k"]
+    (membrane,) = node.execute(name, concept=" robot ", text_encoder="drop").args[0]
+    assert membrane.named and membrane.phrases == ("robot",)
+
+
 def test_load_refuses(nodes, models):
     node = nodes.SemipermLoadMembrane
     (models / "semiperm" / "evil.safetensors").write_bytes(b"\x80\x04K\x01.")

@@ -165,6 +165,20 @@ def test_uce_comes_in_at_its_true_rank(concepts, dtype):
     assert left_out < max(torch.finfo(dtype).eps * base.norm(), 0.003 * delta.norm())
 
 
+def test_a_float32_edit_on_a_half_precision_pipeline_keeps_its_rank(tmp_path):
+    pipe, half = build("sd15"), build("sd15", dtype=torch.float16)
+    key = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
+    state = pipe.unet.state_dict()
+    edit = torch.outer(torch.linspace(-1, 1, 32), torch.linspace(1, 2, 32)) * 0.1
+    tensors = {f"{key}.weight": state[f"{key}.weight"] + edit}
+    tensors |= {f"{key[:-1]}q.weight": state[f"{key[:-1]}q.weight"].clone()}  # untouched: float16 rounds it
+    save_file(tensors, tmp_path / "uce.safetensors")
+    (membrane,) = import_membranes(half, tmp_path / "uce.safetensors", "robot")
+    (pair,) = membrane.modules.values()
+    assert pair.rank == 1
+    torch.testing.assert_close(pair.up @ pair.down, edit, rtol=0, atol=1e-3)
+
+
 def test_fine_tuned_weights_keep_their_whole_rank():
     base = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)) / 8
     for seed in range(20):  # the smallest singular value of a square matrix is often far below its neighbour
