@@ -44,8 +44,19 @@ def placed_pairs(pipe, adapter: AdapterFile) -> dict[str, LowRank]:
         for path, pair in _converted(pipe, foreign, adapter).items():
             if path not in paths:
                 raise _no_module(adapter, next(iter(foreign)), denoiser, next(iter(paths)))
-            placed[paths[path]] = pair
+            if not _same(placed.setdefault(paths[path], pair), pair):
+                raise MembraneError(
+                    f"{str(adapter.path)!r} adapts {path} twice, under two names and differently; expected one pair for"
+                    " each module: save it again with the tool that made it"
+                )
     return placed
+
+
+def _same(first: LowRank, second: LowRank) -> bool:
+    if first is second:
+        return True
+    one, two = (pair.up.flatten(1).float() @ pair.down.flatten(1).float() * pair.scale for pair in (first, second))
+    return torch.allclose(one, two, rtol=1e-4, atol=1e-6)
 
 
 def _diffusers_name(name: str) -> str:

@@ -248,6 +248,26 @@ def test_fused_projections_of_a_whole_flux(tmp_path):
     torch.testing.assert_close(last.scale * last.up @ last.down, torch.full((64, 3072), 4.0))
 
 
+def test_two_spellings_of_one_module_must_agree(tmp_path):
+    pipe = build("sdxl")
+    tensors = {}
+    for where in ("lora_unet_input_blocks_3_1_proj_in", "lora_unet_down_blocks_1_attentions_0_proj_in"):
+        tensors |= {f"{where}.lora_down.weight": torch.ones(1, 32), f"{where}.lora_up.weight": torch.ones(32, 1)}
+    save_file(tensors, tmp_path / "both.safetensors")
+    assert len(import_membranes(pipe, tmp_path / "both.safetensors")[0].modules) == 1
+    save_file(tensors | {f"{where}.lora_up.weight": torch.zeros(32, 1)}, tmp_path / "both.safetensors")
+    with pytest.raises(MembraneError, match="twice"):
+        import_membranes(pipe, tmp_path / "both.safetensors")
+
+
+def test_peft_without_its_configuration_says_so(tmp_path, caplog):
+    key = "base_model.model.mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
+    pair = {f"{key}.lora_A.weight": torch.ones(2, 32), f"{key}.lora_B.weight": torch.ones(32, 2)}
+    save_file(pair, tmp_path / "alone.safetensors")
+    (membrane,) = import_membranes(build("sd15"), tmp_path / "alone.safetensors", "robot")
+    assert next(iter(membrane.modules.values())).scale == 1 and "no adapter_config.json" in caplog.text
+
+
 def test_what_no_membrane_carries_is_never_dropped_silently(tmp_path):
     pipe = build("sd15")
     pair = {"lora_A.weight": torch.ones(1, 32), "lora_B.weight": torch.ones(64, 1)}
