@@ -7,7 +7,7 @@ Each element j of the binding field has a random direction r_j in {-1, 1}^D unde
 A detector embeds the picture in hand to v' and counts the elements that agree with it. For unrelated pictures v . v'
 is about 0 and every sign is a fair coin, so the tail of that count is an exact p-value; two pictures at an angle t
 agree in a share 1 - t / pi (SimHash). The picture depends on the noise and the noise on the picture:
-`pipelines.content_binding` draws, binds and draws again.
+`pipelines.watermark.content` draws, binds and draws again.
 
 Source: SEAL (arXiv 2503.12172) binds patches to a caption by SimHash; here it is one field of the latent, tested
 softly.

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -28,11 +29,26 @@ from .keys import WatermarkKey
 from .mark import Reading, read
 from .statistics import levelled, quantise
 
-__all__ = ["Search", "run"]
+__all__ = ["Inverter", "Search", "run"]
 
 _BATCH = 16
 _READ = 12  # positions of a family that are decoded
 _REFINED = 3  # of them that are moved around where none is settled
+
+
+class Inverter(Protocol):
+    """How to get from pictures to their initial noise.
+
+    multiple: sides of pictures are cut to multiples of it, in pixels.
+    """
+
+    multiple: int
+
+    def encode(self, pixels: list[Tensor]) -> Tensor:
+        """Pictures (3, H, W) in 0..1 of one size (videos (F, 3, H, W)) -> latents (B, C, h, w) or (B, C, f, h, w)."""
+
+    def invert(self, latents: Tensor, steps: int) -> Tensor:
+        """Estimate the noise with `steps` evaluations of the denoiser for each latent; 0 gives the latents back."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +100,7 @@ class _Run:
 
     picture: Tensor
     valid: Tensor
-    inverter: object
+    inverter: Inverter
     keys: list[WatermarkKey]
     search: Search
     scope: str
@@ -108,8 +124,8 @@ class _Run:
         if out and tuple(out[0][0].shape) != self.shape:
             self.shape = tuple(out[0][0].shape)
             self.cell = frame[0] // self.shape[-2]
-            laid = packed_first_field(fields_of(self.shape), self.keys, self.scope)
-            self.laid = tuple(torch.from_numpy(part) for part in laid)
+            places, signs = packed_first_field(fields_of(self.shape), self.keys, self.scope)
+            self.laid = torch.from_numpy(places), torch.from_numpy(signs)
         return out
 
     def read(self, noises: Sequence[Tensor], edits: Sequence[Edit]) -> list[_Found]:
@@ -121,7 +137,7 @@ class _Run:
     def scores(self, noise: Tensor, inside: Tensor, moves: list[tuple[int, int]]) -> np.ndarray:
         """(len(moves),) the best nonce's score of the best key, in standard deviations, at each move of cells."""
         values = np.zeros(self.shape, np.int8)
-        if not inside.any():
+        if self.laid is None or not inside.any():
             return np.zeros(len(moves))
         values[:, inside.numpy()] = quantise(noise[None, :, inside])[0].reshape(len(values), -1)
         moved = torch.from_numpy(np.stack([_moved(values, move).reshape(-1) for move in moves]))
@@ -183,7 +199,7 @@ def _moved(array, move: tuple[int, int]):
 
 def run(
     picture: Tensor,
-    inverter,
+    inverter: Inverter,
     keys: Sequence[WatermarkKey],
     search: Search,
     false_positive_rate: float = 1e-6,
@@ -195,7 +211,7 @@ def run(
 
     Args:
         picture: (3, H, W) in 0..1 as it was found.
-        inverter: as `watermark_detection.Inverter`.
+        inverter: of the model that drew it.
         keys: to look for; each is looked for in every place, so the time grows with their number.
         search: which edits.
         size: (height, width) that was signed, in pixels; None: the picture's own. Cuts need it.
@@ -216,8 +232,8 @@ def run(
         )
     filled, valid = without_flats(picture.float().cpu())
     state = _Run(filled, valid, inverter, list(keys), search, scope, math.log10(false_positive_rate))
-    signed = tuple(size or picture.shape[-2:])
-    given = tuple(picture.shape[-2:])
+    given = picture.shape[-2], picture.shape[-1]
+    signed = (size[0], size[1]) if size else given
     builders = _builders(search, signed != given)
     mirrors = (False, True) if search.orientations else (False,)
     firsts = _orientations(search.orientations, given, size)
@@ -234,7 +250,8 @@ def run(
         return state.settled(found[0], tries)
 
     for family in _families(state, firsts, builders, mirrors, given, signed):
-        tries, frame = families * family.tries, tuple(side - side % inverter.multiple for side in family.frame)
+        height, width = (side - side % inverter.multiple for side in family.frame)
+        tries, frame = families * family.tries, (height, width)
         found = state.look(family, frame)
         if _significant(found):
             if done(found, family, frame, tries):
@@ -261,8 +278,9 @@ def _orientations(wanted: bool, given: tuple[int, int], size: tuple[int, int] | 
     frames: dict[tuple[int, int], list[Edit]] = {}
     for mirrored in (False, True):
         for quarters in range(4):
-            frame = tuple(size or (given if quarters % 2 == 0 else given[::-1]))
-            frames.setdefault(frame, []).append(Edit(*frame, quarters=quarters, mirrored=mirrored))
+            rows, columns = size or (given if quarters % 2 == 0 else given[::-1])
+            edit = Edit(rows, columns, quarters=quarters, mirrored=mirrored)
+            frames.setdefault((rows, columns), []).append(edit)
     return [
         Family([(edit, [(0, 0)]) for edit in edits], lambda e, _: [], 0, lambda e: "", frame)
         for frame, edits in frames.items()
@@ -286,7 +304,8 @@ def _families(state: _Run, firsts: list[Family], builders, mirrors, given, signe
     phases = 3 if math.prod(state.shape) < 4096 else 2  # small latents can afford less loss of agreement
     for mirrored in mirrors:
         for build, reach in builders:
-            edit = Edit(*(signed if build is turns else given), mirrored=mirrored)
+            rows, columns = signed if build is turns else given
+            edit = Edit(rows, columns, mirrored=mirrored)
             family = build(edit, signed, reach, state.cell, phases)
             if family is not None:
                 yield family

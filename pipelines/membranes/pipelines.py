@@ -58,7 +58,7 @@ class MembraneMixin:
 
     def to_json_string(self) -> str:
         """The pipeline's configuration under the name of diffusers' own class."""
-        config = json.loads(super().to_json_string())
+        config = json.loads(super().to_json_string())  # type: ignore[misc]  # of the pipeline class beside this mixin
         bases = [cls for cls in type(self).__mro__ if cls.__module__.partition(".")[0] == "diffusers"]
         config["_class_name"] = bases[0].__name__
         return json.dumps(config, indent=2, sort_keys=True) + "\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,24 +13,34 @@ from ...methods.errors import WatermarkError
 from ...methods.watermark.content import ENOUGH, LEAST, ROUNDS, Embedding, agreement, bind, perceptual_hash
 from ...methods.watermark.keys import WatermarkKey
 from ...methods.watermark.mark import Payload
+from ..family import Pipeline
 from ..latents import pixels_per_latent
 from .inversion import pixels_of
 from .sign import draw_noise, packed
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 
 @dataclass(frozen=True)
 class BoundImages:
-    """images: PIL, one a prompt. latents: (B, ...) their initial noise, as the pipeline takes it. agreement: share of
-    the bound content bits that each final picture has itself. draws: how often each was drawn."""
+    """What `generate_bound` drew.
 
-    images: list
+    Args:
+        images: PIL, one a prompt.
+        latents: (B, ...) their initial noise, as the pipeline takes it.
+        agreement: share, 0 to 1, of the bound content bits that each final picture has itself.
+        draws: how often each was drawn, 2 or more.
+    """
+
+    images: list[Image]
     latents: Tensor
     agreement: list[float]
     draws: list[int]
 
 
 def generate_bound(
-    pipe,
+    pipe: Pipeline,
     key: WatermarkKey,
     prompt: str | Sequence[str],
     *,
@@ -40,9 +51,9 @@ def generate_bound(
     rounds: int = ROUNDS,
     embedding: Embedding = perceptual_hash,
     scope: str = "",
-    **kwargs,
+    **kwargs: Any,
 ) -> BoundImages:
-    """Draw marked pictures whose content is bound to their mark; `detect` then tells a transplanted mark.
+    """Draw marked pictures whose content is bound to their mark; `detect_watermark` then tells a transplanted mark.
 
     Each picture is drawn two times or more: the first says what it will show, the second starts from noise that says
     so. Rewriting an eighth of the signs hardly changes a picture; where it does, the new content is written again.
@@ -51,12 +62,16 @@ def generate_bound(
         pipe: as for `sign_noise`; Wan's videos are not supported.
         key, payload, generator, height, width, scope: as for `sign_noise`, one picture a prompt.
         rounds: redraws at most, at least 1.
-        embedding: pictures (B, 3, H, W) in 0..1 -> (B, D); `detect` needs the same one.
+        embedding: pictures (B, 3, H, W) in 0..1 -> (B, D); `detect_watermark` needs the same one.
         kwargs: of the pipeline's call: guidance_scale, num_inference_steps, ... Lists with an entry for each prompt
             are not split: give one value for all.
 
     Raises:
-        WatermarkError: no prompts, or a picture that shows something else in every round.
+        ModelError: an unsupported pipeline, or a sampler that adds noise.
+        WatermarkError: no prompts, a video, what `sign_noise` refuses, or a picture that shows something else in every
+            round.
+
+    Source: SEAL (arXiv 2503.12172) binds patches to a caption; methods/watermark/content.py says where we differ.
     """
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     if not prompts or rounds < 1:
@@ -64,8 +79,9 @@ def generate_bound(
     latents = draw_noise(pipe, key, len(prompts), height, width, payload, generator, scope=scope, bound=True)
     scale = pixels_per_latent(pipe)
     kwargs |= {"height": latents.shape[-2] * scale, "width": latents.shape[-1] * scale}
-    images = [None] * len(prompts)
-    share, draws, features = [0.0] * len(prompts), [0] * len(prompts), [None] * len(prompts)
+    images: dict[int, Image] = {}
+    features: dict[int, Tensor] = {}
+    share, draws = [0.0] * len(prompts), [0] * len(prompts)
     pending, kept = list(range(len(prompts))), latents.clone()
     for turn in range(rounds + 1):
         drawn = pipe([prompts[i] for i in pending], latents=packed(pipe, latents[pending]), **kwargs).images
@@ -86,4 +102,4 @@ def generate_bound(
             f" it was bound, at best {max(share[i] for i in lost):.0%} of its bits stayed; expected {LEAST:.0%}: allow"
             " more rounds, take another seed, or an embedding that looks at what matters"
         )
-    return BoundImages(images, packed(pipe, kept), share, draws)
+    return BoundImages([images[i] for i in range(len(prompts))], packed(pipe, kept), share, draws)

@@ -9,11 +9,12 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
-from ...methods.pictures import mask_of
+from ...methods.pictures import Mask, Pictures, mask_of
 from ...methods.watermark.content import Embedding, perceptual_hash
 from ...methods.watermark.detection import LADDER, DetectionResult, detect_in
 from ...methods.watermark.keys import WatermarkKey
 from ...methods.watermark.search import Search
+from ..family import Pipeline
 from .inversion import encode_images, invert, multiple_of, pixels_of
 
 __all__ = ["PipelineInverter", "detect_watermark"]
@@ -39,15 +40,15 @@ class PipelineInverter:
 
 
 def detect_watermark(
-    pipe,
-    images,
+    pipe: Pipeline,
+    images: Pictures,
     keyring: Iterable[WatermarkKey],
     *,
     false_positive_rate: float = 1e-6,
     ladder: Sequence[int] = LADDER,
     scope: str = "",
     batch_size: int = 16,
-    mask=None,
+    mask: Mask | None = None,
     search: Search | bool = False,
     size: tuple[int, int] | None = None,
     embedding: Embedding = perceptual_hash,
@@ -66,14 +67,22 @@ def detect_watermark(
         mask: PIL image or tensor (H, W), white where an inpainting drew; see `replace_noise`. After
             img2img nothing need be said: inverting all the way finds as much as inverting to its strength.
         search: where nothing is found, undo flips, turns, shifts and crops; True for the usual ones.
-        size: (height, width) that was signed, where pictures may have been resized or cropped since.
+        size: (height, width) that was signed, in pixels, where pictures may have been resized or cropped since; None is
+            each picture's own.
         embedding: as given to `generate_bound`.
 
     Returns:
         One result a picture, in order.
 
     Raises:
-        WatermarkError: no keys, no pictures, other things than pictures, or an argument out of range.
+        ModelError: an unsupported pipeline.
+        WatermarkError: no keys, no pictures, pictures too small to encode, or an argument out of range.
+        SemipermError: other things than pictures or masks.
+
+    >>> image = pipe("a star", latents=sign_noise(pipe, key), num_inference_steps=2).images[0]
+    >>> result = detect_watermark(pipe, image, [key])[0]
+    >>> result.verdict, result.p_value < 1e-6
+    ('valid', True)
     """
     return detect_in(
         pixels_of(pipe, images),

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...methods.errors import WatermarkError
-from ...methods.pictures import picture_of
+from ...methods.errors import ModelError, WatermarkError
+from ...methods.pictures import Pictures, picture_of
 from ...methods.watermark.detection import FIRST, inversion_times, whole_cells
 from ..family import Family, denoiser_of, device_of, family_of
 from ..latents import encode_pixels, pixels_per_latent
@@ -52,7 +52,7 @@ def check_scheduler(pipe) -> None:
     DDIM's `eta` is an argument of the pipeline's call and cannot be seen here: leave it at 0. `replace_noise` sees it.
 
     Raises:
-        WatermarkError: an ancestral or SDE sampler, or one that is not known to be deterministic.
+        ModelError: an ancestral or SDE sampler, or one that is not known to be deterministic.
     """
     scheduler = pipe.scheduler
     names = {c.__name__ for c in type(scheduler).__mro__}
@@ -66,7 +66,7 @@ def check_scheduler(pipe) -> None:
         return
     flow = family_of(pipe).flow
     good = "FlowMatchEulerDiscreteScheduler" if flow else "DDIMScheduler"
-    raise WatermarkError(
+    raise ModelError(
         f"{name} is not known to be deterministic: noise added while sampling drowns the mark in the initial noise;"
         f" expected a sampler without noise of its own: pipe.scheduler = {good}.from_config(pipe.scheduler.config)"
         f"{'' if flow else ', or Euler, Heun, DPM-Solver++, UniPC, LMS, DEIS'}"
@@ -104,7 +104,7 @@ def multiple_of(pipe) -> int:
     return pixels_per_latent(pipe) * family_of(pipe).patch(denoiser_of(pipe)[0])[1]
 
 
-def pixels_of(pipe, images) -> list[Tensor]:
+def pixels_of(pipe, images: Pictures) -> list[Tensor]:
     """Pictures as (3, H, W), videos as (F, 3, H, W), in 0..1."""
     video = family_of(pipe).video
     one = hasattr(images, "convert") or (
