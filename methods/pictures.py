@@ -21,7 +21,7 @@ __all__ = ["Mask", "Picture", "Pictures", "from_pil", "mask_of", "picture_of"]
 _ROUNDING = 1e-3
 
 Picture: TypeAlias = "Image | Tensor | np.ndarray"  # as `picture_of` takes it
-Pictures: TypeAlias = "Picture | Sequence[Picture] | Sequence[Sequence[Picture]]"  # one, several, or videos
+Pictures: TypeAlias = "Picture | Sequence[Picture | Sequence[Picture]]"  # one, several, or videos
 Mask: TypeAlias = "Image | Tensor"  # as `mask_of` takes it
 
 

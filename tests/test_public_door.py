@@ -4,7 +4,6 @@ import ast
 import doctest
 import importlib.util
 import inspect
-import json
 import os
 import re
 import subprocess
@@ -60,11 +59,10 @@ def test_importing_loads_nothing(tmp_path):
     (tmp_path / "semiperm").symlink_to(ROOT, target_is_directory=True)
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); import importlib; before = set(sys.modules); import semiperm;"
-        "import json; print(json.dumps([name for name in sys.modules if name not in before]))"
+        "print(*[name for name in sys.modules if name not in before])"
     )
     command = [sys.executable, "-I", "-c", code, str(tmp_path)]
-    loaded = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    assert [name for name in loaded if name.partition(".")[0] != "json"] == ["semiperm"]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.split() == ["semiperm"]
 
 
 # ---- types ---------------------------------------------------------------------------------------------------------
@@ -76,7 +74,9 @@ def test_annotations_are_shipped():
 
 
 def test_mypy_judges_every_public_module():
-    judged = next(part["module"] for part in PROJECT["tool"]["mypy"]["overrides"] if "semiperm" in part["module"])
+    (judged,) = (
+        part["module"] for part in PROJECT["tool"]["mypy"]["overrides"] if part.get("follow_imports") == "normal"
+    )
     assert judged == sorted({"semiperm", *(f"semiperm.{module}" for module in semiperm._EXPORTS.values())})
 
 
@@ -167,7 +167,7 @@ def test_docstrings_say_it_all(name):
     else:
         given = []
     if given not in ([], ["pipe"]):
-        lines = re.findall(r"^    ([\w*, ]+): ", section(doc, "Args"), re.MULTILINE)
+        lines = re.findall(r"^    ([\w*]+(?:, [\w*]+)*): ", section(doc, "Args"), re.MULTILINE)
         described = {word.lstrip("*") for line in lines for word in line.split(", ")}
         assert described == set(given)
     raised = re.findall(r"^    (\w+): ", section(doc, "Raises"), re.MULTILINE)
@@ -184,8 +184,13 @@ def canvas():
     return pipe
 
 
+@pytest.fixture(scope="module")
+def membranes(canvas):
+    return semiperm.erase_concepts(canvas, ["robot", "ghost|phantom"])
+
+
 @pytest.mark.parametrize("name", WITH_EXAMPLE)
-def test_examples_run(name, canvas, tmp_path, monkeypatch):
+def test_examples_run(name, canvas, membranes, tmp_path, monkeypatch):
     import torch
     from PIL import Image
 
@@ -195,7 +200,7 @@ def test_examples_run(name, canvas, tmp_path, monkeypatch):
     picture.save("picture.png")
     space = {public: getattr(semiperm, public) for public in NAMES}
     space |= {"torch": torch, "pipe": canvas, "key": semiperm.WatermarkKey.new("studio", 3), "picture": picture}
-    space |= {"picture_path": "picture.png"}
+    space |= {"picture_path": "picture.png", "membranes": membranes}
     (test,) = doctest.DocTestFinder(recurse=False).find(getattr(semiperm, name), name, globs=space)
     said = []
     doctest.DocTestRunner().run(test, out=said.append)
@@ -210,4 +215,5 @@ def test_the_main_functions_have_an_example():
         "read_provenance",
         "remove_membranes",
         "remove_negative_token_merging",
+        "generate_bound",  # draws 25 steps twice or more: docs/python.md, whose blocks run
     }

@@ -100,9 +100,9 @@ def export_lora(pipe: Pipeline, membranes: Membrane | Iterable[Membrane], path: 
         SemipermError: the path is a folder.
         OSError: it cannot be written.
 
-    >>> file = export_lora(pipe, erase_concepts(pipe, ["robot"]), "lora.safetensors")
-    >>> import_membranes(pipe, file, "robot").concepts
-    ('robot',)
+    >>> file = export_lora(pipe, membranes, "lora.safetensors")
+    >>> import_membranes(pipe, file, "both").concepts
+    ('both',)
     """
     path, membranes = Path(path), Membranes(membranes)
     if path.suffix != ".safetensors" or not membranes:

@@ -51,10 +51,10 @@ def apply_membranes(
 
     Source: SPM (arXiv 2312.16145), equations 3, 8 and 9; methods/membranes/gates.py says where we differ.
 
-    >>> with apply_membranes(pipe, erase_concepts(pipe, ["robot"])) as handle:
+    >>> with apply_membranes(pipe, membranes) as handle:
     ...     image = pipe("a robot in sketch style on sky", num_inference_steps=2).images[0]
     >>> handle.report()["concepts"]
-    ['robot']
+    ['robot', 'ghost']
     """
     config = config or MembraneConfig()
     membranes = _flatten(membranes)

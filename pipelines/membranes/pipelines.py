@@ -34,9 +34,9 @@ class MembraneMixin:
     >>> from diffusers import StableDiffusionPipeline
     >>> class Mine(MembraneMixin, StableDiffusionPipeline): ...
     >>> mine = Mine(**pipe.components, requires_safety_checker=False)
-    >>> handle = mine.apply_membranes(mine.erase_concepts(["robot"]))
+    >>> handle = mine.apply_membranes(membranes)
     >>> mine.membranes.concepts
-    ('robot',)
+    ('robot', 'ghost')
     """
 
     apply_membranes = apply.apply_membranes

@@ -107,7 +107,9 @@ def watermark(picture: Image, image: Tensor) -> None:
     assert_type(load_keyring("keys.json"), Keyring)
     key = ring.get("studio")
     assert_type(sign_noise(pipe, key, batch=2, payload=[Payload(unique_id=1), Payload(unique_id=2)]), Tensor)
-    assert_type(replace_noise(pipe, image), AbstractContextManager[None])
+    replaced: AbstractContextManager[None] = replace_noise(pipe, image)
+    with replaced:
+        pass
     found = detect_watermark(pipe, [picture, image], ring, mask=picture, search=Search(rotation=0))
     assert_type(found, list[DetectionResult])
     assert_type(found[0].payload, Payload | None)
@@ -130,7 +132,8 @@ def ready(image: Tensor, ring: Keyring) -> None:
     assert_type(mine.export_lora(mine.membranes, "a.safetensors"), Path)
     assert_type(mine.apply_negative_token_merging().report(), dict)
     assert_type(mine.sign_noise(ring.get(0)), Tensor)
-    assert_type(mine.replace_noise(image), AbstractContextManager[None])
+    with mine.replace_noise(image):
+        pass
     assert_type(mine.detect_watermark(image, ring), list[DetectionResult])
     assert_type(mine.generate_bound(ring.get(0), "a robot"), BoundImages)
     mine.remove_membranes()
