@@ -203,7 +203,7 @@ def test_examples_run(name, canvas, membranes, tmp_path, monkeypatch):
     space |= {"picture_path": "picture.png", "membranes": membranes}
     (test,) = doctest.DocTestFinder(recurse=False).find(getattr(semiperm, name), name, globs=space)
     said = []
-    doctest.DocTestRunner().run(test, out=said.append)
+    doctest.DocTestRunner(verbose=False).run(test, out=said.append)
     assert not said, "".join(said)
 
 

@@ -53,7 +53,7 @@ def erase_concepts(
     Source: UCE (arXiv 2308.14761), SPEED (arXiv 2503.07392), RECE (arXiv 2407.12383); see `ClosedFormConfig.method`.
 
     >>> erase_concepts(pipe, ["robot", "ghost|phantom"])
-    Membranes(robot [closed_form/uce, 24 modules], ghost [closed_form/uce, 24 modules])
+    Membranes(robot [closed_form/uce, 14 modules], ghost [closed_form/uce, 14 modules])
     """
     segments = segments_of(pipe)
     last = segments[-1]
