@@ -36,8 +36,9 @@ def load_membranes(paths: str | Path | Iterable[str | Path]) -> Membranes:
         paths: membrane files, SPM's published ones, or kohya LoRAs; `import_membranes` reads others, too.
 
     Raises:
-        SemipermError: no such file, pickle, not safetensors, unknown keys, incomplete or mismatched pairs, NaN or Inf,
-            a newer format. Each message names the file.
+        SemipermError: no such file, a pickle, or not safetensors.
+        MembraneError: unknown keys, incomplete or mismatched pairs, NaN or Inf, a newer format. Each message names the
+            file.
     """
     paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
     return Membranes(membrane for path in paths for membrane in _load_file(Path(path)))

@@ -123,7 +123,8 @@ def transplant(
         inversion_steps: evaluations of the denoiser to find the marked noise.
 
     Raises:
-        WatermarkError: as `regenerate`; pictures of two sizes; a sampler that adds noise of its own.
+        WatermarkError: as `regenerate`; pictures of two sizes.
+        ModelError: a sampler that adds noise of its own.
 
     Source: Müller et al. (arXiv 2412.03283), with the noise put in by img2img.
     """

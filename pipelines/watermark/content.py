@@ -13,7 +13,7 @@ from ...methods.errors import WatermarkError
 from ...methods.watermark.content import ENOUGH, LEAST, ROUNDS, Embedding, agreement, bind, perceptual_hash
 from ...methods.watermark.keys import WatermarkKey
 from ...methods.watermark.mark import Payload
-from ..family import Pipeline
+from ..family import Pipeline, family_of
 from ..latents import pixels_per_latent
 from .inversion import pixels_of
 from .sign import draw_noise, packed
@@ -68,12 +68,13 @@ def generate_bound(
             are not split: give one value for all.
 
     Raises:
-        ModelError: an unsupported pipeline, or a sampler that adds noise.
-        WatermarkError: no prompts, a video, what `sign_noise` refuses, or a picture that shows something else in every
+        ModelError: an unsupported pipeline, one of videos, or a sampler that adds noise.
+        WatermarkError: no prompts, what `sign_noise` refuses, or a picture that shows something else in every
             round.
 
     Source: SEAL (arXiv 2503.12172) binds patches to a caption; methods/watermark/content.py says where we differ.
     """
+    family_of(pipe, video=False)
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     if not prompts or rounds < 1:
         raise WatermarkError(f"{len(prompts)} prompts in {rounds} rounds were asked for; expected at least 1 of each")

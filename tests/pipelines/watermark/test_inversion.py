@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from semiperm.methods.errors import ModelError, WatermarkError
+from semiperm.methods.errors import ModelError, SemipermError, WatermarkError
 from semiperm.pipelines.family import denoiser_of
 from semiperm.pipelines.watermark.inversion import check_scheduler, encode_images, invert, latent_shape
 from tiny_models import FAMILIES, build, build_wan
@@ -96,17 +96,17 @@ def test_things_that_are_no_pictures():
         ([], "no pictures"),
         (["a.png"], "PIL image"),
         (torch.rand(1, 32, 32), r"\(1, 32, 32\)"),
-        (torch.rand(3, 32, 32) * 255, r"leave 0\.\.1"),
-        (torch.full((3, 32, 32), float("nan")), r"leave 0\.\.1"),
+        (torch.rand(3, 32, 32) * 255, r"in 0\.\.1"),
+        (torch.full((3, 32, 32), float("nan")), r"in 0\.\.1"),
         (torch.rand(3, 1, 1), "smaller"),
         ([torch.rand(3, 32, 32), torch.rand(3, 32, 34)], "2 sizes"),
     ):
-        with pytest.raises(WatermarkError, match=words):
+        with pytest.raises(SemipermError, match=words):
             encode_images(pipe, images)
     with pytest.raises(WatermarkError, match="steps >= 0"):
         invert(pipe, torch.rand(1, 4, 16, 16), -1)
     pipe.scheduler.register_to_config(prediction_type="sample")
-    with pytest.raises(WatermarkError, match="'sample'; expected"):
+    with pytest.raises(ModelError, match="'sample'; expected"):
         invert(pipe, torch.rand(1, 4, 16, 16), 1)
     with pytest.raises(WatermarkError, match="encode_images"):
         invert(pipe, torch.rand(1, 64, 16), 1)
