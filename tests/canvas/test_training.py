@@ -25,12 +25,12 @@ def test_the_untrained_autoencoder_passes_colour():
 
 
 def test_whitening_gives_unit_latents_and_changes_no_picture():
-    pool = dataset.build_pool(16, seed=2, workers=1)
+    pool = dataset.build_pool(4, seed=2, workers=1)
     vae = autoencoder.build_autoencoder()
-    x = autoencoder.to_tensor(pool.pictures[:16])
+    x = autoencoder.to_tensor(pool.pictures[:4])
     with torch.no_grad():
         before = vae.decode(vae.encode(x).latent_dist.mode()).sample
-        autoencoder.whiten(vae, pool, n=16)
+        autoencoder.whiten(vae, pool, n=4)
         latents = vae.encode(x).latent_dist
         after = vae.decode(latents.mode()).sample
         z = latents.mode() * autoencoder.SCALING_FACTOR
