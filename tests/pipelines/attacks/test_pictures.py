@@ -161,7 +161,7 @@ def test_forgeries_carry_the_mark(canvas, signed):
     assert max(weight(canvas, key, forged)) < -6
     moved = transplant(canvas, marked, clean, 0.7, OTHER, steps=15)
     assert max(weight(canvas, key, moved)) < -6
-    stamped = imprint(canvas, marked, clean)
+    stamped = imprint(canvas, marked, clean, 8, rate=0.1)
     assert max(weight(canvas, key, stamped)) < -6
     for forgery in (moved, stamped):
         assert distance(forgery, clean) < distance(forgery, marked)

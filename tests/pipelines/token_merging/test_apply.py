@@ -31,8 +31,13 @@ def run(pipe, prompts=PROMPTS, **kwargs):
 
 
 @pytest.fixture(scope="module", params=[*FAMILIES, "wan"])
-def shared(request):
-    pipe = build_wan() if request.param == "wan" else build(request.param)
+def family(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def shared(family):
+    pipe = build_wan() if family == "wan" else build(family)
     return pipe, run(pipe)
 
 
@@ -158,9 +163,16 @@ def test_half_precision(shared):
     assert output.isfinite().all()
 
 
-@pytest.mark.parametrize("mode", ["reference", "diversity"])
-def test_compiled_denoiser_computes_the_same(shared, mode):
-    pipe, _ = shared
+@pytest.mark.parametrize(
+    ("family", "mode"),
+    [  # every family once, and both modes on a UNet, an MMDiT and a video model; the rest of the pairs on request
+        *((family, "reference") for family in (*FAMILIES, "wan")),
+        *((family, "diversity") for family in ("sd15", "sd3", "wan")),
+        *(pytest.param(family, "diversity", marks=pytest.mark.slow) for family in ("sd2", "sdxl", "flux")),
+    ],
+)
+def test_compiled_denoiser_computes_the_same(family, mode):
+    pipe = build_wan() if family == "wan" else build(family)
     options = {"reference_prompt": "a cat"} if mode == "reference" else {"reference": None}
     denoiser, attribute = denoiser_of(pipe)
     counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
