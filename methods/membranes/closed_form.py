@@ -308,15 +308,20 @@ def _apply_inverse(factor: Tensor, rows: list[Tensor]) -> tuple[Tensor, ...]:
     return torch.cholesky_solve(torch.cat(rows).T, factor).T.split([len(row) for row in rows])
 
 
-def _leading(delta: Tensor, solved: Tensor, row: Tensor, rank: int, oversample: int = 4, iterations: int = 12):
+# Further directions that a block power iteration carries, and its steps. What it misses falls with the 12th power of
+# the ratio of the first eigenvalue left out to the last one wanted; both chosen by hand.
+_OVERSAMPLE, _ITERATIONS = 4, 12
+
+
+def _leading(delta: Tensor, solved: Tensor, row: Tensor, rank: int):
     """The `rank` leading eigenvectors (d, r) of delta^T (solved row^T) delta, by block power iteration.
 
-    Exact once rank + oversample reaches the number of rows; never forms a (d, d) product.
+    Exact once rank + `_OVERSAMPLE` reaches the number of rows; never forms a (d, d) product.
     """
-    width = min(rank + oversample, *delta.shape)
+    width = min(rank + _OVERSAMPLE, *delta.shape)
     generator = torch.Generator().manual_seed(0)  # its own: the user's random stream stays untouched
     block = torch.randn(delta.shape[1], width, dtype=delta.dtype, generator=generator)
-    for _ in range(iterations):
+    for _ in range(_ITERATIONS):
         block = torch.linalg.qr(delta.T @ (solved @ (row.T @ (delta @ block))))[0]
     small = (block.T @ delta.T) @ solved @ (row.T @ (delta @ block))
     return block @ torch.linalg.eigh((small + small.T) / 2)[1][:, -min(rank, width) :].flip(1)

@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from ..errors import WatermarkError
@@ -56,7 +57,9 @@ def perceptual_hash(pixels: Tensor) -> Tensor:
     k, x = torch.arange(_GRID)[:, None], torch.arange(_SIDE)[None]
     basis = torch.cos(math.pi / _SIDE * (x + 0.5) * k).to(planes)
     frequency = (k**2 + k.T**2).to(planes) ** 0.25
-    return (torch.einsum("kh,bchw,lw->bckl", basis, planes, basis) * frequency).flatten(2)[..., 1:].flatten(1)
+    return rearrange(torch.einsum("kh,bchw,lw->bckl", basis, planes, basis) * frequency, "b c k l -> b c (k l)")[
+        ..., 1:
+    ].flatten(1)
 
 
 def content_bits(key: WatermarkKey, nonce: int, features: Tensor, count: int, scope: str = "") -> np.ndarray:
@@ -72,7 +75,7 @@ def content_bits(key: WatermarkKey, nonce: int, features: Tensor, count: int, sc
             " numbers for each picture"
         )
     directions = key.stream("content", values.shape, nonce, count * values.size, scope=scope)
-    sides = (1 - 2 * directions.reshape(count, -1).astype(np.float32)) @ values
+    sides = (1 - 2 * rearrange(directions, "(bit d) -> bit d", bit=count).astype(np.float32)) @ values
     return (sides < 0).astype(np.uint8)
 
 

@@ -15,8 +15,8 @@ import numpy as np
 
 from ..errors import WatermarkError
 
-KEY_IDS = 4096
-_SECRET = 32  # bytes
+KEY_IDS = 4096  # the 12 bits that a large payload has for it
+_SECRET = 32  # bytes: the key of ChaCha20, and of HMAC-SHA256
 
 
 def _cryptography():

@@ -26,7 +26,7 @@ from .layers import KNOWN, Layers
 from .rows import Layout, ReferenceImages, groups_of, reference_text, row_kinds
 
 ATTACHMENT = "semiperm_token_merging"
-_LAYOUTS = 16  # text batches remembered: split and area conditionings take turns
+_LAYOUTS = 16  # text batches remembered: split and area conditionings take turns, rarely more than a few
 _WRAPPER = comfy.patcher_extension.WrappersMP.OUTER_SAMPLE
 _numbers = itertools.count()
 
@@ -233,5 +233,5 @@ class TokenMergingPatch:
                 f"the reference conditioning has {length} tokens, the prompt {tokens}; use fewer words there"
             )
         if self.repeats_text and tokens % length == 0:
-            return states.repeat(1, tokens // length, 1)
+            return repeat(states, "1 n c -> 1 (times n) c", times=tokens // length)
         return F.pad(states, (0, 0, 0, tokens - length))

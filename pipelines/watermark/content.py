@@ -11,10 +11,11 @@ from torch import Tensor
 from ...methods.errors import WatermarkError
 from ...methods.watermark.content import ROUNDS, Embedding, draw_bound, perceptual_hash
 from ...methods.watermark.keys import WatermarkKey
-from ...methods.watermark.mark import Payload
-from ..latents import pixels_per_latent
+from ...methods.watermark.mark import KeyedMark, Payload
+from ..latents import latent_shape, pixels_per_latent
 from .inversion import pixels_of
-from .sign import as_pipeline_input, draw_noise
+from .samplers import check_scheduler
+from .sign import as_pipeline_input
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,6 @@ def generate_bound(
     *,
     payload: Payload | Sequence[Payload] | None = None,
     generator: torch.Generator | None = None,
-    height: int | None = None,
-    width: int | None = None,
     rounds: int = ROUNDS,
     embedding: Embedding = perceptual_hash,
     scope: str = "",
@@ -54,11 +53,11 @@ def generate_bound(
 
     Args:
         pipe: as for `sign_noise`; Wan's videos are not supported.
-        key, payload, generator, height, width, scope: as for `sign_noise`, one picture a prompt.
+        key, payload, generator, scope: as for `sign_noise`, one picture a prompt.
         rounds: redraws at most, at least 1.
         embedding: pictures (B, 3, H, W) in 0..1 -> (B, D); `detect` needs the same one.
-        kwargs: of the pipeline's call: guidance_scale, num_inference_steps, ... Lists with an entry for each prompt
-            are not split: give one value for all.
+        kwargs: of the pipeline's call: height, width, guidance_scale, num_inference_steps, ... Lists with an entry for
+            each prompt are not split: give one value for all.
 
     Raises:
         WatermarkError: no prompts, or a picture that shows something else in every round.
@@ -66,7 +65,9 @@ def generate_bound(
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     if not prompts or rounds < 1:
         raise WatermarkError(f"{len(prompts)} prompts in {rounds} rounds were asked for; expected at least 1 of each")
-    latents = draw_noise(pipe, key, len(prompts), height, width, payload, generator, scope=scope, bound=True)
+    check_scheduler(pipe)
+    shape = len(prompts), *latent_shape(pipe, kwargs.get("height"), kwargs.get("width"))
+    latents = KeyedMark(key, scope).sample(shape, payload, generator, bound=True)
     scale = pixels_per_latent(pipe)
     kwargs |= {"height": latents.shape[-2] * scale, "width": latents.shape[-1] * scale}
 

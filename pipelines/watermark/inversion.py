@@ -16,6 +16,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from einops import rearrange, repeat
 from torch import Tensor
 
 from ...methods.errors import WatermarkError
@@ -62,7 +63,7 @@ def encode_images(pipe, images, batch_size: int = 16) -> Tensor:
     starts = range(0, len(pixels), batch_size)
     batches = (torch.stack(pixels[i : i + batch_size]) * 2 - 1 for i in starts)
     if family_of(pipe).video:
-        batches = (batch.transpose(1, 2) for batch in batches)
+        batches = (rearrange(batch, "b f c h w -> b c f h w") for batch in batches)
     return encode_pixels(pipe, batches)
 
 
@@ -103,8 +104,8 @@ def _denoiser(pipe, family: Family, latents: Tensor, hidden: Tensor, pooled: Ten
     """f(latents, share) -> prediction in float32, at a share of the schedule from 0 (the image) to 1 (pure noise)."""
     denoiser, attribute = denoiser_of(pipe)
     module, dtype, rows = getattr(pipe, attribute), denoiser.dtype, len(latents)
-    hidden = hidden.to(dtype).expand(rows, -1, -1)
-    pooled = pooled if pooled is None else pooled.to(dtype).expand(rows, -1)
+    hidden = repeat(hidden.to(dtype), "1 n d -> b n d", b=rows)
+    pooled = pooled if pooled is None else repeat(pooled.to(dtype), "1 d -> b d", b=rows)
     kwargs = {"encoder_hidden_states": hidden, "return_dict": False, **family.inputs(pipe, latents, hidden, pooled)}
     size = [side * pixels_per_latent(pipe) for side in latents.shape[-2:]]
 

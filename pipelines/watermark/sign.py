@@ -53,22 +53,13 @@ def sign_noise(
     Raises:
         SemipermError: a sampler that adds noise, a size that the model cannot draw or that holds no payload.
     """
-    return as_pipeline_input(
-        pipe, draw_noise(pipe, key, batch, height, width, payload, generator, frames=frames, scope=scope)
-    )
-
-
-def draw_noise(
-    pipe, key, batch=1, height=None, width=None, payload=None, generator=None, *, frames=None, scope="", bound=False
-) -> Tensor:
-    """As `sign_noise`, in float32 and before `as_pipeline_input`; `bound` as in `KeyedMark.sample`."""
     check_scheduler(pipe)
     if batch < 1:
         raise WatermarkError(f"noise for {batch} pictures was asked for; expected at least 1")
     if frames is not None and not family_of(pipe).video:
         raise WatermarkError(f"{type(pipe).__name__} draws pictures, but {frames} frames were asked for; leave it out")
     shape = batch, *latent_shape(pipe, height, width, frames)
-    return KeyedMark(key, scope).sample(shape, payload, generator, bound=bound)
+    return as_pipeline_input(pipe, KeyedMark(key, scope).sample(shape, payload, generator))
 
 
 def as_pipeline_input(pipe, latents: Tensor) -> Tensor:
