@@ -20,7 +20,7 @@ from ..errors import WatermarkError
 LARGEST = 14  # weight
 _OFFSET = 2  # quarters of a standard deviation: see above
 _NORMAL_MEDIAN = 0.6745  # of the magnitude of a standard normal variable
-_FLOOR = 0.1  # of the mean power: FLOOR_REASON
+_FLOOR = 0.1  # of the mean amplitude, added so that places of nearly none are not blown up; chosen by hand on the canvas
 
 
 def quantise(latents: Tensor) -> np.ndarray:

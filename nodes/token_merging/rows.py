@@ -186,7 +186,7 @@ class ReferenceImages:
         if tuple(latents.shape[-2:]) != tuple(size[-2:]):  # a conditioning for an area of the picture
             latents = comfy.utils.common_upscale(latents, size[-1], size[-2], "bilinear", "center")
         if len(size) == 3:  # a video: the picture stands still
-            latents = latents if latents.ndim == 5 else latents[:, :, None]
+            latents = latents if latents.ndim == 5 else rearrange(latents, "r c h w -> r c 1 h w")
             latents = repeat(latents[:, :, :1], "r c 1 h w -> r c f h w", f=size[0])
         noise = [
             torch.randn((1, *latents.shape[1:]), generator=torch.Generator().manual_seed(self.config.seed + r))
