@@ -29,7 +29,9 @@ LADDER = (0, 1, 5, 10, 25)  # inversion steps; each rung costs more than all bef
 # .05, .740 at 0, .631 at .96, the end of the step). 5 steps so find .793, diffusers' DDIMInverseScheduler .721.
 FIRST = 0.05
 _LAST = 0.961  # where DDIM's first step of 25 stands; the signs hardly depend on it
-_POWER = 1.5  # of the step's number: steps closer together near the picture; chosen by hand on the canvas
+# Of a step's number, so that steps lie closer together near the picture. It matters little: with 5 steps .7994 of signs
+# agree on the canvas at 1 (even steps), .8014 at 1.5, .8015 at 2 (24 pictures).
+_POWER = 1.5
 CONTENT = 3e-3  # of pictures that show something unrelated, this many are taken for the one that was signed
 AS_GIVEN = "as given"
 
