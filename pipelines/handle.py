@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Sequence
+from typing import TypeVar
 
 from diffusers.hooks import ModelHook
 from torch import nn
 
-from .family import denoiser_of
+from .family import Pipeline, denoiser_of
 from .hooks import install, uninstall
 
 __all__ = ["Handle"]
+
+AnyHandle = TypeVar("AnyHandle", bound="Handle")
 
 
 class Handle(abc.ABC):
@@ -24,19 +27,19 @@ class Handle(abc.ABC):
 
     NAME: str  # of our hooks in diffusers' registries, and of the handle's attribute on the denoiser
 
-    def __init__(self, pipe, hooks: Sequence[tuple[nn.Module, ModelHook]] = ()):
+    def __init__(self, pipe: Pipeline, hooks: Sequence[tuple[nn.Module, ModelHook]] = ()):
         self.pipe, self.hooks = pipe, list(hooks)
         self.denoiser, self.attribute = denoiser_of(pipe)
 
     @classmethod
-    def on(cls, pipe):
+    def on(cls: type[AnyHandle], pipe: Pipeline) -> AnyHandle | None:
         """The handle of this method at work on a pipeline, or None."""
         return getattr(denoiser_of(pipe)[0], cls.NAME, None)
 
-    def __enter__(self):
+    def __enter__(self: AnyHandle) -> AnyHandle:
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.remove()
 
     def install(self) -> None:
