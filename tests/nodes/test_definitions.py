@@ -281,13 +281,13 @@ def test_report_plot(plot, concepts, rows, steps):
     assert image.dtype == torch.float32 and image.shape[0] == 1 and image.shape[3] == 3
     assert image.min() >= 0 and image.max() == 1
     assert image.shape[1] <= 1300 and image.shape[2] <= 2048, "fits a screen"
-    assert bool((image == torch.tensor(plot._ACTIVE) / 255).all(-1).any()) == (steps > 2)
+    assert bool((image == torch.tensor(plot.ACTIVE) / 255).all(-1).any()) == (steps > 2)
 
 
 def test_report_plot_shows_the_gates(plot):
     shut, opened = made_up(2), made_up(2)
     for row in shut["rows"]:
         row["gamma"] = {}
-    full = torch.tensor(plot._mix(0.75)) / 255
+    full = torch.tensor(plot.shade(0.75)) / 255
     count = [int((plot.report_plot(r) == full).all(-1).sum()) for r in (shut, opened)]
     assert count[0] == 0 and count[1] > 500

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from semiperm.methods.errors import WatermarkError
-from semiperm.pipelines.family import denoiser_of
+from semiperm.methods.errors import SemipermError, WatermarkError
+from semiperm.pipelines.family import denoiser_of, family_of
 from semiperm.pipelines.watermark.inversion import check_scheduler, encode_images, invert, latent_shape
 from tiny_models import FAMILIES, build, build_wan
 
@@ -20,20 +20,19 @@ def make(family):
 def draw(pipe, latents, steps, size=32):
     """The pipeline's own latents (unpacked) from given ones, without guidance, for the empty prompt."""
     name = type(pipe).__name__
-    flux = "Flux" in name
-    given = pipe._pack_latents(latents, *latents.shape) if flux else latents
+    family = family_of(pipe)
     kwargs = {"guidance_scale": 1.0}
     kwargs |= {"num_frames": 5} if "Wan" in name else {}
     out = pipe(
         [""] * len(latents),
-        latents=given,
+        latents=family.pack(pipe, latents),
         num_inference_steps=steps,
         height=size,
         width=size,
         output_type="latent",
         **kwargs,
     )[0]
-    return pipe._unpack_latents(out, size, size, pipe.vae_scale_factor) if flux else out
+    return family.unpack(pipe, out, size, size)
 
 
 @pytest.mark.parametrize("family", [*ALL, "v_prediction"])
@@ -101,7 +100,7 @@ def test_things_that_are_no_pictures():
         (torch.rand(3, 1, 1), "smaller"),
         ([torch.rand(3, 32, 32), torch.rand(3, 32, 34)], "2 sizes"),
     ):
-        with pytest.raises(WatermarkError, match=words):
+        with pytest.raises(SemipermError, match=words):
             encode_images(pipe, images)
     with pytest.raises(WatermarkError, match="steps >= 0"):
         invert(pipe, torch.rand(1, 4, 16, 16), -1)
