@@ -22,6 +22,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .dispatch import without_autocast
+
 __all__ = ["best_match_reference", "token_match_merge_reference"]
 
 QUERY_BLOCK = 256
@@ -32,6 +34,7 @@ MAX_CANDIDATES = 16
 EPSILON = 1e-12  # a shorter vector has cosine 0 with everything
 
 
+@without_autocast
 def best_match_reference(
     queries: Tensor,
     keys: Tensor,

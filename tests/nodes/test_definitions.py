@@ -32,7 +32,12 @@ IDS = {
     "SemipermAttackSuite",
     "SemipermSaveWithProvenance",
 }
-CATEGORIES = ("semiperm/loaders", "semiperm/membranes", "semiperm/negative token merging", "semiperm/watermark")
+CATEGORIES = (
+    "semiperm/loaders",
+    "semiperm/membranes",
+    "semiperm/negative token merging",
+    "semiperm/watermark",
+)
 
 
 @pytest.fixture(scope="module")
