@@ -282,7 +282,13 @@ def test_6_autocast(entry, family):
 # ---- 7: one graph, whatever the step ---------------------------------------------------------------------------------
 
 
-@each(ACTING)
+SLOW = {"sd2", "sdxl"}  # to compile; their denoisers are of SD1.5's class
+COMPILED = [
+    pytest.param(*case, id=f"{case[0].name}-{case[1]}", marks=[pytest.mark.slow] * (case[1] in SLOW)) for case in ACTING
+]
+
+
+@pytest.mark.parametrize("entry, family", COMPILED)
 def test_7_compiles_in_one_graph_for_all_steps(entry, family):
     pipe = pipeline(family)
     one_call = {} if family_of(pipe).one_call or family == "flux" else {"guidance_scale": 1.0}
