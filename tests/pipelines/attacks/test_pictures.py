@@ -6,6 +6,7 @@ import diffusers
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from marks import seeded
 from semiperm.canvas import load_pipeline
 from semiperm.methods.attacks.pictures import ATTACKS, attack
 from semiperm.methods.errors import SemipermError, WatermarkError
@@ -26,10 +27,6 @@ from semiperm.pipelines.watermark.mixin import WatermarkMixin
 from tiny_models import FAMILIES, LENGTH, build, build_wan
 
 PROMPT, OTHER = "an eared mascot in striped style on sky", "a robot in sketch style on sand"
-
-
-def seeded(number=0):
-    return torch.Generator().manual_seed(number)
 
 
 def words_of(family):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 from semiperm.methods.errors import ModelError, SemipermError, WatermarkError
-from semiperm.pipelines.family import denoiser_of
+from semiperm.pipelines.family import denoiser_of, family_of
 from semiperm.pipelines.latents import latent_shape
 from semiperm.pipelines.watermark.inversion import encode_images, invert
 from semiperm.pipelines.watermark.samplers import check_scheduler
@@ -22,20 +22,19 @@ def make(family):
 def draw(pipe, latents, steps, size=32):
     """The pipeline's own latents (unpacked) from given ones, without guidance, for the empty prompt."""
     name = type(pipe).__name__
-    flux = "Flux" in name
-    given = pipe._pack_latents(latents, *latents.shape) if flux else latents
+    family = family_of(pipe)
     kwargs = {"guidance_scale": 1.0}
     kwargs |= {"num_frames": 5} if "Wan" in name else {}
     out = pipe(
         [""] * len(latents),
-        latents=given,
+        latents=family.pack(pipe, latents),
         num_inference_steps=steps,
         height=size,
         width=size,
         output_type="latent",
         **kwargs,
     )[0]
-    return pipe._unpack_latents(out, size, size, pipe.vae_scale_factor) if flux else out
+    return family.unpack(pipe, out, size, size)
 
 
 @pytest.mark.parametrize("family", [*ALL, "v_prediction"])
