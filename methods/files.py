@@ -19,6 +19,7 @@ from .errors import SemipermError
 
 __all__ = ["PICKLES", "open_safetensors", "read_safetensors", "save_safetensors", "whole_file", "write_file"]
 
+# Names that pickles usually have; what begins as a pickle is refused under any name.
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
 
 
@@ -62,7 +63,9 @@ def write_file(path: str | os.PathLike, data: bytes | str, mode: int | None = No
     return Path(path)
 
 
-def save_safetensors(tensors: Mapping[str, Tensor], path: str | os.PathLike, metadata: dict[str, str]) -> Path:
+def save_safetensors(
+    tensors: Mapping[str, Tensor], path: str | os.PathLike, metadata: dict[str, str] | None = None
+) -> Path:
     """Write tensors as `whole_file` does; they may be views and may lie on a GPU."""
     from safetensors.torch import save_file
 

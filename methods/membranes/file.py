@@ -30,7 +30,7 @@ _OURS = ("format", "format_version", "semiperm", "prompts", "rank", "alpha")
 
 
 def load_membranes(paths: str | Path | Iterable[str | Path]) -> Membranes:
-    """Read membranes from one safetensors file, or from several in order; a packed file yields several membranes.
+    """Read membranes from one safetensors file, or from several in order; one file may hold several membranes.
 
     Args:
         paths: membrane files, SPM's published ones, or kohya LoRAs; `import_membranes` reads others, too.

@@ -41,7 +41,7 @@ def import_membranes(
     Args:
         pipe: the pipeline that it was made for, unedited.
         path: a .safetensors file.
-        concept: its name; None is the file's own, else its stem. A packed file keeps its names.
+        concept: its name; None is the file's own, else its stem. A file of several keeps its names.
         rank: for partial checkpoints, at most so many singular values per module; None keeps every one above rounding.
 
     Raises:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 import logging
 
 import torch
@@ -16,7 +14,7 @@ from ...methods.membranes.record import membrane_report
 from ...methods.membranes.sites import Folds, Plan, Site, modes_of
 from ...methods.membranes.types import Membranes
 from ...methods.modules import stamp
-from ..family import denoiser_of, family_of
+from ..family import family_of
 from ..handle import Handle
 from ..hooks import parameters_of
 from ..scheduler import image_tokens, share_of, sigma_of
@@ -32,12 +30,13 @@ class MembraneHandle(Handle):
     """Membranes at work on one pipeline."""
 
     NAME = "_semiperm_membranes"
+    ERROR = MembraneError
     weights_fixed = False  # LoRA weights may be fused in place at any time
 
     def __init__(self, pipe, membranes: Membranes, config: MembraneConfig, sites: dict, bank: GateBank):
-        super().__init__(pipe)
+        super().__init__(pipe, config)
         self.family = family_of(pipe)
-        self.membranes, self.config = membranes, config
+        self.membranes = membranes
         self.strength, self.bank = float(config.strength), bank
         self.sites = [Site(self, key, module, packed) for key, (module, packed) in sites.items()]
         modules: list[nn.Module] = [module for module, _ in sites.values()]
@@ -55,21 +54,9 @@ class MembraneHandle(Handle):
         self._encodes = 0
         self._fresh = False
         self._idle: tuple[str, ...] = ()
-        self._encode_prompt = None
 
     def install(self) -> None:
         super().install()
-        original = self.pipe.encode_prompt
-        signature = inspect.signature(original)
-
-        @functools.wraps(original)
-        def encode_prompt(*args, **kwargs):
-            encoded = original(*args, **kwargs)
-            self._on_encode(encoded, signature.bind(*args, **kwargs).arguments)
-            return encoded
-
-        self._encode_prompt = encode_prompt
-        self.pipe.encode_prompt = encode_prompt
         parameter = next(self.denoiser.parameters())
         self._place(parameter.device, parameter.dtype)
 
@@ -77,31 +64,31 @@ class MembraneHandle(Handle):
         if self.on(self.pipe) is not self:
             return
         super().remove()
-        if self.pipe.__dict__.get("encode_prompt") is self._encode_prompt:
-            del self.pipe.encode_prompt
         self._plans, self.plan, self.gamma, self.folds = [], None, None, Folds()
-        if self._encodes and not self.ran:
-            logger.warning("%s", self._never_ran())
+        if self._encodes and not self.ran and not self.compiled:
+            logger.warning("%s", self.never_ran())
 
     def report(self) -> dict:
         """What fired in the last call, one entry per row the denoiser saw: see `membrane_report`.
 
         Raises:
-            MembraneError: the pipeline has not run since, or ran without the membranes.
+            MembraneError: the pipeline has not run since (or only compiled, which keeps no record), or ran without the
+                membranes.
         """
-        if not self.ran:
+        if not self._times:
             raise MembraneError(
-                self._never_ran()
-                if self._encodes
-                else "no report yet: the pipeline has not been called since apply_membranes"
+                self.never_ran()
+                if self._encodes and not self.compiled
+                else "no report yet: the pipeline has not been called since apply_membranes (a compiled denoiser keeps"
+                " no record)"
             )
         rows = [row for plan in self._used for row in self._rows(plan)]
         kept = {
             "modules": len(self.sites),
             "idle_modules": self._idle,
-            "modes": modes_of(self._used, self.folds) or ["compiled"],
+            "modes": modes_of(self._used, self.folds),
         }
-        return membrane_report(self.bank, self.config, rows, self._steps(), **kept)
+        return membrane_report(self.bank, self.config, rows, self.steps(), **kept)
 
     def _rows(self, plan: Plan) -> list[dict]:
         """One entry a row; of unknown embeddings the first half is taken for negative where guidance is one call."""
@@ -121,7 +108,7 @@ class MembraneHandle(Handle):
             )
         return found
 
-    def _steps(self) -> list[dict]:
+    def steps(self) -> list[dict]:
         """Several calls at one noise level are one step."""
         steps: dict[float, dict] = {}
         for timestep, tokens, active in self._times:
@@ -206,12 +193,7 @@ class MembraneHandle(Handle):
                 "%d of %d wrapped projections did not run, e.g. %s", len(self._idle), len(self.sites), self._idle[0]
             )
 
-    def _on_encode(self, encoded, arguments: dict) -> None:
-        if denoiser_of(self.pipe)[0] is not self.denoiser:
-            raise MembraneError(
-                f"pipe.{self.attribute} was replaced after apply_membranes, so no membrane would act; call"
-                " apply_membranes again"
-            )
+    def begin_run(self, encoded, arguments: dict) -> None:
         if self.ran or not self._encodes:
             self._used, self._times, self.ran, self._encodes = [], [], False, 0
         self._encodes += 1
@@ -221,7 +203,8 @@ class MembraneHandle(Handle):
         self._place(tensors[0].device, tensors[0].dtype)
         prompts = _strings(arguments.get("prompt"))
         if prompts and arguments.get("prompt_embeds") is None:
-            self.bank.record(tensors[0], prompts, False, self._ids)
+            second = not self.family.one_call and self._encodes > 1  # Flux encodes its negative prompts by themselves
+            self.bank.record(tensors[0], prompts, second, self._ids)
         negatives = _strings(arguments.get("negative_prompt")) or [""]
         if len(tensors) > 1 and arguments.get("negative_prompt_embeds") is None:
             self.bank.record(tensors[1], negatives * (len(prompts) if len(negatives) == 1 else 1), True, self._ids)
@@ -234,7 +217,7 @@ class MembraneHandle(Handle):
         for site in self.sites:
             site.place(device, dtype)
 
-    def _never_ran(self) -> str:
+    def never_ran(self) -> str:
         return (
             f"encode_prompt was called {self._encodes} time(s), but the membranes on pipe.{self.attribute} never ran:"
             " the images, if any, are not protected"

@@ -66,11 +66,12 @@ class TokenMergingHandle(Handle):
     """Negative token merging at work on one pipeline."""
 
     NAME = "_semiperm_negative_token_merging"
+    ERROR = TokenMergingError
 
     def __init__(self, pipe, family: Family, config: NegativeTokenMergingConfig):
-        super().__init__(pipe)
+        super().__init__(pipe, config)
         layers = _layers(self.denoiser, family, config)
-        self.config, self.state = config, MergeState(pipe, family, config, [path for path, _, _ in layers])
+        self.state = MergeState(pipe, family, config, [path for path, _, _ in layers])
         self.hooks = [
             (module, (BeforeOutputHook if before else LayerHook)(self.state, path)) for path, module, before in layers
         ]
@@ -91,6 +92,12 @@ class TokenMergingHandle(Handle):
         if self.config.mode == "reference":
             scale = pixels_per_latent(self.pipe)
             self.state.reference.prepare(height // scale, width // scale)
+
+    def steps(self) -> list[dict]:
+        return list(self.state.record.steps)
+
+    def begin_run(self, encoded, arguments: dict) -> None:
+        self.state.begin_run()
 
     def report(self) -> dict:
         """What was pushed in the last call of the pipeline: see `MergeRecord.report`.

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ...methods.errors import WatermarkError
 from ..family import Pipeline, family_of
-from .inversion import check_scheduler
+from .samplers import check_scheduler
 
 __all__ = ["replace_noise"]
 

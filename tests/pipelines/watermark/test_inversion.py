@@ -6,8 +6,10 @@ import pytest
 import torch
 from PIL import Image
 from semiperm.methods.errors import ModelError, SemipermError, WatermarkError
-from semiperm.pipelines.family import denoiser_of
-from semiperm.pipelines.watermark.inversion import check_scheduler, encode_images, invert, latent_shape
+from semiperm.pipelines.family import denoiser_of, family_of
+from semiperm.pipelines.latents import latent_shape
+from semiperm.pipelines.watermark.inversion import encode_images, invert
+from semiperm.pipelines.watermark.samplers import check_scheduler
 from tiny_models import FAMILIES, build, build_wan
 
 ALL = (*FAMILIES, "wan")
@@ -20,20 +22,19 @@ def make(family):
 def draw(pipe, latents, steps, size=32):
     """The pipeline's own latents (unpacked) from given ones, without guidance, for the empty prompt."""
     name = type(pipe).__name__
-    flux = "Flux" in name
-    given = pipe._pack_latents(latents, *latents.shape) if flux else latents
+    family = family_of(pipe)
     kwargs = {"guidance_scale": 1.0}
     kwargs |= {"num_frames": 5} if "Wan" in name else {}
     out = pipe(
         [""] * len(latents),
-        latents=given,
+        latents=family.pack(pipe, latents),
         num_inference_steps=steps,
         height=size,
         width=size,
         output_type="latent",
         **kwargs,
     )[0]
-    return pipe._unpack_latents(out, size, size, pipe.vae_scale_factor) if flux else out
+    return family.unpack(pipe, out, size, size)
 
 
 @pytest.mark.parametrize("family", [*ALL, "v_prediction"])
@@ -72,7 +73,7 @@ def test_shapes_are_the_pipelines_own(family):
     assert encode_images(pipe, video).shape == (2, *shape)
     if family in ("sd15", "sd2", "sdxl"):
         assert latent_shape(pipe) == (4, 8, 8)
-    with pytest.raises(WatermarkError, match="multiples of"):
+    with pytest.raises(SemipermError, match="multiples of"):
         latent_shape(pipe, 33, 32, frames)
 
 
@@ -96,8 +97,8 @@ def test_things_that_are_no_pictures():
         ([], "no pictures"),
         (["a.png"], "PIL image"),
         (torch.rand(1, 32, 32), r"\(1, 32, 32\)"),
-        (torch.rand(3, 32, 32) * 255, r"in 0\.\.1"),
-        (torch.full((3, 32, 32), float("nan")), r"in 0\.\.1"),
+        (torch.rand(3, 32, 32) * 255, r"in 0\.\.1, none NaN"),
+        (torch.full((3, 32, 32), float("nan")), r"in 0\.\.1, none NaN"),
         (torch.rand(3, 1, 1), "smaller"),
         ([torch.rand(3, 32, 32), torch.rand(3, 32, 34)], "2 sizes"),
     ):
