@@ -203,8 +203,8 @@ def detect_in(
         if part := [case for case in part if case.filled and not case.settled(config.log10_rate)]:
             detector.climb(part, filled=True)
     for case, picture in zip(cases, pixels, strict=True):
-        if config.search is not None and case.log10_p > config.log10_rate:
-            detector.undo_edits(case, picture)
+        if isinstance(config.search, Search) and case.log10_p > config.log10_rate:
+            detector.undo_edits(case, picture, config.search)
     return [detector.result(case) for case in cases]
 
 
@@ -277,7 +277,7 @@ class _Detector:
     def climb(self, cases: list[_Case], *, filled: bool = False) -> None:
         """Up the ladder, with areas of one colour as they are or filled."""
         config, inverter = self.config, self.inverter
-        pictures = [case.filled[0] if filled else case.pixels for case in cases]
+        pictures = [case.filled[0] if filled and case.filled else case.pixels for case in cases]
         latents, pending = inverter.encode(pictures), list(range(len(cases)))
         inside = self._inside(cases, latents, filled)
         share = len(config.ladder) * (1 if config.search is None else 2)
@@ -295,22 +295,23 @@ class _Detector:
 
     def _inside(self, cases: list[_Case], latents: Tensor, filled: bool) -> Tensor:
         """(B, h, w) bool: the latent cells that count."""
-        cells = latents.shape[-2:]
+        cells = latents.shape[-2], latents.shape[-1]
         inside = torch.ones(len(cases), *cells, dtype=torch.bool, device=latents.device)
         if filled:
-            inside &= torch.stack([cells_inside(case.filled[1], cells) for case in cases]).to(inside.device)
+            valid = [cells_inside(case.filled[1], cells) for case in cases if case.filled]
+            inside &= torch.stack(valid).to(inside.device)
         if self.mask is not None:
             inside &= latent_mask(whole_cells(self.mask, self.inverter.multiple), *cells).to(inside.device)
         return inside
 
-    def undo_edits(self, case: _Case, picture: Tensor) -> None:
+    def undo_edits(self, case: _Case, picture: Tensor, search: Search) -> None:
         """Look at the picture as it was given, turned back from what may have been done to it."""
         config = self.config
         undone = search_edits(
             picture,
             self.inverter,
             self.keys,
-            config.search,
+            search,
             config.false_positive_rate,
             size=config.size,
             scope=config.scope,

@@ -58,6 +58,7 @@ def generate_bound(
 
     Args:
         pipe: as for `sign_noise`; Wan's videos are not supported.
+        prompt: one, or one for each picture.
         key, payload, generator, scope: as for `sign_noise`, one picture a prompt.
         rounds: redraws at most, at least 1.
         embedding: pictures (B, 3, H, W) in 0..1 -> (B, D); `detect_watermark` needs the same one.

@@ -16,7 +16,7 @@ class WatermarkMixin:
     >>> class Marked(WatermarkMixin, StableDiffusionPipeline): ...
     >>> marked = Marked(**pipe.components, requires_safety_checker=False)
     >>> image = marked("a star", latents=marked.sign_noise(key), num_inference_steps=2).images[0]
-    >>> [result.model_evaluations for result in marked.detect_watermark(image, [key], ladder=(0, 1))]
+    >>> [result.model_evaluations for result in marked.detect_watermark(image, [key], ladder=(1,))]
     [1]
     """
 
