@@ -90,9 +90,11 @@ def test_mypy_is_content(tmp_path):
     if importlib.util.find_spec("mypy") is None:
         pytest.skip("mypy is not installed: pip install -c constraints.txt '.[test]'")
     (tmp_path / "semiperm").symlink_to(ROOT, target_is_directory=True)  # whatever the folder of the clone is called
-    command = [sys.executable, "-m", "mypy", str(PROGRAM)]
+    program = tmp_path / PROGRAM.name  # outside of the clone, as a user's: inside, mypy takes our files for the program's
+    program.write_bytes(PROGRAM.read_bytes())
+    command = [sys.executable, "-m", "mypy", "--config-file", str(ROOT / "pyproject.toml"), program.name]
     result = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, "MYPYPATH": str(tmp_path)}, capture_output=True, text=True
+        command, cwd=tmp_path, env={**os.environ, "MYPYPATH": str(tmp_path)}, capture_output=True, text=True
     )
     assert result.stdout.strip() == "Success: no issues found in 1 source file", result.stdout + result.stderr
 
