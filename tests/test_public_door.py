@@ -90,7 +90,7 @@ def test_mypy_is_content(tmp_path):
     if importlib.util.find_spec("mypy") is None:
         pytest.skip("mypy is not installed: pip install -c constraints.txt '.[test]'")
     (tmp_path / "semiperm").symlink_to(ROOT, target_is_directory=True)  # whatever the folder of the clone is called
-    program = tmp_path / PROGRAM.name  # outside of the clone, as a user's: inside, mypy takes our files for the program's
+    program = tmp_path / PROGRAM.name  # inside of the clone mypy takes our files for the program's
     program.write_bytes(PROGRAM.read_bytes())
     command = [sys.executable, "-m", "mypy", "--config-file", str(ROOT / "pyproject.toml"), program.name]
     result = subprocess.run(
