@@ -23,6 +23,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from .dispatch import without_autocast
+
 __all__ = ["best_match_reference", "token_match_merge_reference"]
 
 QUERY_BLOCK = 256  # with these keys a tile of bfloat16 scores is 2 MiB: about a core's cache
@@ -33,6 +35,7 @@ MAX_CANDIDATES = 16  # of a query, eight times the usual number; chosen by hand
 EPSILON = 1e-12  # a shorter vector has cosine 0 with everything
 
 
+@without_autocast
 def best_match_reference(
     queries: Tensor,
     keys: Tensor,

@@ -28,6 +28,13 @@ class _Recorded:
     prompt: str
     negative: bool
 
+    def same(self, other: _Recorded) -> bool:
+        """Whether both say the same of the same embedding."""
+        if (self.prompt, self.negative) != (other.prompt, other.negative):
+            return False
+        a, b = self.embedding, other.embedding
+        return (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device) and torch.equal(a, b)
+
 
 def resolve_gate(membrane: Membrane, gate: str) -> str:
     """The gate of one membrane: "auto" is its probe where its file has one, else SPM's own."""
@@ -86,12 +93,18 @@ class GateBank:
             _Recorded(row, None if gamma is None else gamma[i], prompt, negative)
             for i, (row, prompt) in enumerate(zip(rows, prompts, strict=True))
         ]
-        self.recorded = (fresh + self.recorded)[:_REMEMBERED]
+        kept: list[_Recorded] = []
+        for entry in fresh + self.recorded:  # each once: a compiled step sees as many rows in the next run
+            if not any(entry.same(other) for other in kept):
+                kept.append(entry)
+        self.recorded = kept[:_REMEMBERED]
         if self._needs_ids:
             same = [
                 r for r in self.recorded if r.embedding.shape == rows.shape[1:] and r.embedding.device == rows.device
             ]
             self._table = torch.stack([r.embedding for r in same]), torch.stack([r.gamma for r in same])
+            for part in self._table:  # other prompts than these are no reason to compile again
+                torch._dynamo.maybe_mark_dynamic(part, 0)
 
     def named(self, gamma: list[float]) -> dict[str, float]:
         """One row of Gamma by concept; the widest gate of membranes that share a name."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -19,7 +18,7 @@ from .content import Embedding, content_p_value, perceptual_hash
 from .edits import cells_inside, without_flats
 from .keys import WatermarkKey
 from .mark import Payload, Reading, read
-from .search import Search
+from .search import Inverter, Search
 from .search import run as search_edits
 from .statistics import levelled
 
@@ -36,21 +35,6 @@ CONTENT = 3e-3  # of pictures that show something unrelated, this many are taken
 AS_GIVEN = "as given"
 
 
-class Inverter(Protocol):
-    """How to get from pictures to their initial noise.
-
-    multiple: sides of pictures are cut to multiples of it, in pixels.
-    """
-
-    multiple: int
-
-    def encode(self, pixels: list[Tensor]) -> Tensor:
-        """Pictures (3, H, W) in 0..1 of one size (videos (F, 3, H, W)) -> latents (B, C, h, w) or (B, C, f, h, w)."""
-
-    def invert(self, latents: Tensor, steps: int) -> Tensor:
-        """Estimate the noise with `steps` evaluations of the denoiser for each latent; 0 gives the latents back."""
-
-
 def inversion_times(steps: int) -> list[float]:
     """steps + 1 shares of the noise schedule, from 0 (the picture) towards the noise, closer together at first.
 
@@ -63,17 +47,23 @@ def inversion_times(steps: int) -> list[float]:
 class DetectionResult:
     """What one picture says.
 
-    verdict: "valid" (mark present, payload authenticated, and the content is what was signed where it is bound),
-    "content differs" (an authentic mark in a picture that shows something else: a transplant), "unverified" (mark
-    present, but the payload did not decode, or its MAC is wrong, or the keyring has no MAC key: treat the payload as
-    a claim) or "absent".
-    p_value, log10_p: the chance that a picture made without the keys looks so marked; all keys, nonces, rungs of the
-    ladder and edits undone are accounted for. payload: None if absent or not decoded. key_id, key_name: None if
-    absent. bit_confidence: share of the payload field's weight that agrees with the decoded payload, about .5 without
-    a mark. model_evaluations: of the denoiser, over all rungs and edits.
-    content_p_value: the chance that a picture of unrelated content fits the bound one so well; None where no content
-    is bound or the payload was not decoded. transform: the edit that was undone, "as given" without one.
-    evidence: float32 in the latent's shape (C, h, w), positive where the mark agrees; None where nothing was decoded.
+    Args:
+        verdict: "valid" (mark present, payload authenticated, and the content is what was signed where it is bound),
+            "content differs" (an authentic mark in a picture that shows something else: a transplant), "unverified"
+            (mark present, but the payload did not decode, or its MAC is wrong, or the keyring has no MAC key: treat the
+            payload as a claim) or "absent".
+        p_value, log10_p: the chance that a picture made without the keys looks so marked; all keys, nonces, rungs of
+            the ladder and edits undone are accounted for.
+        payload: None if absent or not decoded.
+        bit_confidence: share of the payload field's weight that agrees with the decoded payload, about .5 without a
+            mark.
+        key_id, key_name: None if absent.
+        model_evaluations: of the denoiser, over all rungs and edits.
+        content_p_value: the chance that a picture of unrelated content fits the bound one so well; None where no
+            content is bound or the payload was not decoded.
+        transform: the edit that was undone, "as given" without one.
+        evidence: float32 in the latent's shape (C, h, w), positive where the mark agrees; None where nothing was
+            decoded.
     """
 
     verdict: str

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ from .keys import WatermarkKey
 from .mark import Reading, read
 from .statistics import levelled, quantise
 
-__all__ = ["Search", "Undone", "run"]
+__all__ = ["Inverter", "Search", "Undone", "run"]
 
 _BATCH = 16  # pictures in the model at a time, as detection's own default: it bounds memory
 _READ = 12  # places of a family that are decoded: more than the 8 orientations, which are all read; chosen by hand
@@ -37,6 +38,21 @@ _SIGNIFICANT = -3  # log10 p of one reading below which its family's other place
 # Coarse places along a latent cell: small latents (under 4,096 elements) can afford less loss of agreement.
 _PHASES = 3
 _PHASES_OF_LARGE = 2
+
+
+class Inverter(Protocol):
+    """How to get from pictures to their initial noise.
+
+    multiple: sides of pictures are cut to multiples of it, in pixels.
+    """
+
+    multiple: int
+
+    def encode(self, pixels: list[Tensor]) -> Tensor:
+        """Pictures (3, H, W) in 0..1 of one size (videos (F, 3, H, W)) -> latents (B, C, h, w) or (B, C, f, h, w)."""
+
+    def invert(self, latents: Tensor, steps: int) -> Tensor:
+        """Estimate the noise with `steps` evaluations of the denoiser for each latent; 0 gives the latents back."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +148,7 @@ class _Hunt:
 
     picture: Tensor
     valid: Tensor  # (H, W), 0 where an area of one colour was filled
-    inverter: object
+    inverter: Inverter
     keys: list[WatermarkKey]
     search: Search
     scope: str
@@ -210,7 +226,7 @@ class _Hunt:
     def scores(self, noise: Tensor, inside: Tensor, moves: list[tuple[int, int]]) -> np.ndarray:
         """(len(moves),) the best nonce's score of the best key, in standard deviations, at each move of cells."""
         values = np.zeros(self.shape, np.int8)
-        if not inside.any():
+        if self.laid is None or not inside.any():
             return np.zeros(len(moves))
         values[:, inside.numpy()] = quantise(noise[None, :, inside])[0].reshape(len(values), -1)
         moved = torch.from_numpy(np.stack([_moved(values, move).reshape(-1) for move in moves]))
@@ -271,7 +287,7 @@ def _moved(array, move: tuple[int, int]):
 
 def run(
     picture: Tensor,
-    inverter,
+    inverter: Inverter,
     keys: Sequence[WatermarkKey],
     search: Search,
     false_positive_rate: float = 1e-6,
@@ -283,7 +299,7 @@ def run(
 
     Args:
         picture: (3, H, W) in 0..1 as it was found.
-        inverter: as `detection.Inverter`.
+        inverter: of the model that drew it.
         keys: to look for; each is looked for in every place, so the time grows with their number.
         search: which edits.
         false_positive_rate: where the search may stop, half of it being the search's.
@@ -324,8 +340,9 @@ def _orientations(wanted: bool, given: tuple[int, int], size: tuple[int, int] | 
     frames: dict[tuple[int, int], list[Edit]] = {}
     for mirrored in (False, True):
         for quarters in range(4):
-            frame = tuple(size or (given if quarters % 2 == 0 else given[::-1]))
-            frames.setdefault(frame, []).append(Edit(*frame, quarters=quarters, mirrored=mirrored))
+            rows, columns = size or (given if quarters % 2 == 0 else given[::-1])
+            edit = Edit(rows, columns, quarters=quarters, mirrored=mirrored)
+            frames.setdefault((rows, columns), []).append(edit)
     return [
         Family([(edit, [(0, 0)]) for edit in edits], lambda e, _: [], 0, lambda e: "", frame)
         for frame, edits in frames.items()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import logging
 import math
 from collections.abc import Callable
 
@@ -29,6 +30,8 @@ from ...methods.membranes.types import Membranes
 from ..extra_rows import Rows
 from ..progress import Progress
 from ..root_patch import add_root
+
+logger = logging.getLogger(__name__)
 
 ATTACHMENT = "semiperm_membranes"
 _PLANS = 16  # text batches remembered: split and area conditionings take turns, rarely more than a few
@@ -129,6 +132,8 @@ class MembranePatch:
                 "the model sampled, but the membranes on it never ran: another node replaced"
                 " diffusion_model.forward; put Apply Membranes after that node"
             )
+        if missed := self.config.window.missed(self._steps):  # no error: a second pass may lie outside on purpose
+            logger.warning("Apply Membranes: %s", missed)
         return result
 
     def around(self, original: Callable) -> Callable:

@@ -46,6 +46,11 @@ class MergeState:
         self._plans: list[MergePlan] = []
         self._timesteps = self._ids = self._time = self._first = None
 
+    def begin_run(self) -> None:
+        """The pipeline was called: what is recorded is of this run."""
+        if self.record.steps:
+            self.record.clear()
+
     # ---- the root -------------------------------------------------------------------------------------------------
 
     def begin(self, inputs: dict, sample_name: str) -> ExtraRows | None:

@@ -43,7 +43,7 @@ _FEWEST = 3  # rings: the least p-value of fewer is above 1 / 8
 
 
 @dataclass(frozen=True, eq=False)
-class _Layout:
+class RingLayout:
     """Where the pattern lies in one image's latent.
 
     Args:
@@ -90,10 +90,10 @@ class RingID:
         Raises:
             WatermarkError: a latent too small for 3 rings, or without the channels.
         """
-        layout = self._layout(shape)
+        layout = self.layout(shape)
         source = generator.device if generator is not None else "cpu"
         latents = torch.randn(tuple(shape), generator=generator, device=source)
-        signs = self._signs(layout.image, len(layout.members)) @ layout.members * _shift(layout.rings)
+        signs = self.signs(layout.image, len(layout.members)) @ layout.members * _shift(layout.rings)
         for channel, where, values in (
             (self.ring_channel, layout.rings, signs.astype(np.complex128)),
             (self.noise_channel, layout.disc, self._pattern(layout.image, layout.disc)),
@@ -107,18 +107,19 @@ class RingID:
         Raises:
             WatermarkError: NaN or Inf, and as `sample`.
         """
-        layout = self._layout(latents.shape)
+        layout = self.layout(latents.shape)
         image, plane, members, disc = layout.image, layout.rings, layout.members, layout.disc
         latents = checked_finite(latents)
         values = flattened(plane.read(latents[:, self.ring_channel]), plane.radius, plane.unit)
         sums = (values.real * _shift(plane)) @ members.T
-        rings = _sign_tail(sums, self._signs(image, len(members)))
+        rings = sign_tail(sums, self.signs(image, len(members)))
         values = flattened(disc.read(latents[:, self.noise_channel]), disc.radius, disc.unit)
         noise = cosine_p_values(reals(values), reals(self._pattern(image, disc)))
         levels = np.arange(1, (1 << len(members)) + 1) / (1 << len(members))
         return np.minimum(1, (rings * noise)[:, None] / levels).mean(axis=1)
 
-    def _layout(self, shape: Sequence[int]) -> _Layout:
+    def layout(self, shape: Sequence[int]) -> RingLayout:
+        """Where rings and noise lie in one image of latents of this shape."""
         image = checked_image(shape, max(self.ring_channel, self.noise_channel), "RingID")
         size, unit = image[1:], half_plane(*image[1:], 0, 0).unit
         rings = np.arange(int(_CUTOFF // unit) + 1, int(_RADIUS // unit) + 1)
@@ -130,9 +131,10 @@ class RingID:
         plane = half_plane(*size, (rings[0] - 0.5) * unit, (rings[-1] + 0.5) * unit)
         nearest = np.clip(np.rint(plane.radius / unit), rings[0], rings[-1])
         members = (nearest == rings[:, None]).astype(np.float64)
-        return _Layout(image, plane, members, half_plane(*size, 0, _RADIUS))
+        return RingLayout(image, plane, members, half_plane(*size, 0, _RADIUS))
 
-    def _signs(self, image: tuple[int, ...], rings: int) -> np.ndarray:
+    def signs(self, image: tuple[int, ...], rings: int) -> np.ndarray:
+        """+1 or -1 for each ring: the key's pattern."""
         return 1 - 2.0 * self.key.stream(f"ring-id rings {self.ring_channel}", image, 0, rings, scope=self.scope)
 
     def _pattern(self, image: tuple[int, ...], disc: HalfPlane) -> np.ndarray:
@@ -144,7 +146,7 @@ def _shift(plane: HalfPlane) -> np.ndarray:
     return 1 - 2.0 * ((plane.u + plane.v) % 2)
 
 
-def _sign_tail(values: np.ndarray, signs: np.ndarray) -> np.ndarray:
+def sign_tail(values: np.ndarray, signs: np.ndarray) -> np.ndarray:
     """(B,) share of all 2^R sign vectors whose sum with the (B, R) values is at least that with `signs`."""
     count = values.shape[1]
     every = 1 - 2.0 * ((np.arange(1 << count)[:, None] >> np.arange(count)) & 1)

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from marks import seeded
 from scipy import stats
 from semiperm.methods.errors import WatermarkError
 from semiperm.methods.watermark.content import (
@@ -24,10 +25,6 @@ SHAPE = (4, 16, 16)
 @pytest.fixture(scope="module")
 def key():
     return WatermarkKey.new("studio", 3)
-
-
-def seeded(seed):
-    return torch.Generator().manual_seed(seed)
 
 
 @pytest.mark.parametrize("shape", [SHAPE, (4, 32, 32), (4, 64, 64), (256, 64)])

@@ -309,9 +309,9 @@ def test_errors_say_what_to_do(found):
 @comfy
 def test_a_picture_signed_in_comfyui_is_read_by_the_diffusers_face(found, given, pipe):
     from PIL import Image
-    from semiperm.pipelines.watermark.detect import detect
+    from semiperm.pipelines.watermark.detect import detect_watermark
 
-    (seen,) = detect(Image.open(given.signed), pipe, load_keyring(given.keys))
+    (seen,) = detect_watermark(pipe, Image.open(given.signed), load_keyring(given.keys))
     assert (seen.verdict, seen.key_name, seen.payload.unique_id) == ("valid", "a", found["unique ids"][0])
 
 
