@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # for editors and type checkers, which cannot follow `__getat
     from .methods.provenance.record import Provenance, read_provenance, write_provenance
     from .methods.schedule import Window
     from .methods.token_merging.config import NegativeTokenMergingConfig
-    from .methods.watermark.detection import DetectionResult
+    from .methods.watermark.detection import DetectionConfig, DetectionResult
     from .methods.watermark.keyring import Keyring, load_keyring, save_keyring
     from .methods.watermark.keys import WatermarkKey
     from .methods.watermark.mark import Payload
@@ -99,6 +99,7 @@ _EXPORTS = {
 __all__ = [
     "BoundImages",
     "ClosedFormConfig",
+    "DetectionConfig",
     "DetectionResult",
     "GateProbe",
     "KernelError",

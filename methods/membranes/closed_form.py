@@ -133,8 +133,8 @@ def closed_form_edits(
     moved = preserve.T @ preserve / max(len(preserve), 1)
     basis = _null_basis(moved, config.null_threshold) if config.method == "null_space" else None
     if config.method == "rece":
-        rows, targets = _with_derived(rows, targets, moved, config, gram)
-    return _regress(rows, targets, moved, basis, config)
+        rows, aims = _with_derived(rows, aims, moved, config, gram)
+    return _regress(rows, aims, moved, basis, config)
 
 
 def _with_derived(rows, targets, moved, config, gram):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import cast
 
 import numpy as np
 import torch
@@ -101,7 +102,7 @@ class DetectionConfig:
     ladder: Sequence[int] = LADDER
     scope: str = ""
     batch_size: int = 16
-    search: Search | bool | None = None
+    search: Search | bool | None = None  # after validation no bool
     size: tuple[int, int] | None = None
     embedding: Embedding = perceptual_hash
 
@@ -194,7 +195,8 @@ def detect_in(
     config, keys = config or DetectionConfig(), list(keys)
     if not keys:
         raise WatermarkError("the keyring is empty; expected at least one key: make one with `semiperm keys new`")
-    if config.search is not None and (mask is not None or any(picture.ndim != 3 for picture in pixels)):
+    search = cast("Search | None", config.search)
+    if search is not None and (mask is not None or any(picture.ndim != 3 for picture in pixels)):
         raise WatermarkError("a search for edits was asked for with a mask or in videos; it works on whole pictures")
     detector = _Detector(inverter, keys, config, mask)
     cases = [_case(whole_cells(_sized(picture, config.size), inverter.multiple)) for picture in pixels]
@@ -203,8 +205,8 @@ def detect_in(
         if part := [case for case in part if case.filled and not case.settled(config.log10_rate)]:
             detector.climb(part, filled=True)
     for case, picture in zip(cases, pixels, strict=True):
-        if config.search is not None and case.log10_p > config.log10_rate:
-            detector.undo_edits(case, picture)
+        if search is not None and case.log10_p > config.log10_rate:
+            detector.undo_edits(case, picture, search)
     return [detector.result(case) for case in cases]
 
 
@@ -277,7 +279,7 @@ class _Detector:
     def climb(self, cases: list[_Case], *, filled: bool = False) -> None:
         """Up the ladder, with areas of one colour as they are or filled."""
         config, inverter = self.config, self.inverter
-        pictures = [case.filled[0] if filled else case.pixels for case in cases]
+        pictures = [case.filled[0] if filled and case.filled else case.pixels for case in cases]
         latents, pending = inverter.encode(pictures), list(range(len(cases)))
         inside = self._inside(cases, latents, filled)
         share = len(config.ladder) * (1 if config.search is None else 2)
@@ -295,22 +297,24 @@ class _Detector:
 
     def _inside(self, cases: list[_Case], latents: Tensor, filled: bool) -> Tensor:
         """(B, h, w) bool: the latent cells that count."""
-        cells = latents.shape[-2:]
+        height, width = latents.shape[-2:]
+        cells = height, width
         inside = torch.ones(len(cases), *cells, dtype=torch.bool, device=latents.device)
         if filled:
-            inside &= torch.stack([cells_inside(case.filled[1], cells) for case in cases]).to(inside.device)
+            valid = [case.filled[1] for case in cases if case.filled]
+            inside &= torch.stack([cells_inside(part, cells) for part in valid]).to(inside.device)
         if self.mask is not None:
             inside &= latent_mask(whole_cells(self.mask, self.inverter.multiple), *cells).to(inside.device)
         return inside
 
-    def undo_edits(self, case: _Case, picture: Tensor) -> None:
+    def undo_edits(self, case: _Case, picture: Tensor, search: Search) -> None:
         """Look at the picture as it was given, turned back from what may have been done to it."""
         config = self.config
         undone = search_edits(
             picture,
             self.inverter,
             self.keys,
-            config.search,
+            search,
             config.false_positive_rate,
             size=config.size,
             scope=config.scope,

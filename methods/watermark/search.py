@@ -179,7 +179,8 @@ class _Hunt:
 
     def families(self) -> Iterator[tuple[Family, int]]:
         """All families with their tries, cheapest first; the later ones need the size of a latent cell."""
-        given = tuple(self.picture.shape[-2:])
+        height, width = self.picture.shape[-2:]
+        given = height, width
         signed = self.size or given
         builders = _builders(self.search, signed != given)
         mirrors = (False, True) if self.search.orientations else (False,)
@@ -192,7 +193,8 @@ class _Hunt:
         phases = _PHASES if math.prod(self.shape) < 4096 else _PHASES_OF_LARGE
         for mirrored in mirrors:
             for build, reach in builders:
-                edit = Edit(*(signed if build is turns else given), mirrored=mirrored)
+                rows, columns = signed if build is turns else given
+                edit = Edit(rows, columns, mirrored=mirrored)
                 family = build(edit, signed, reach, self.cell, phases)
                 if family is not None:
                     yield family, count * family.tries
@@ -211,8 +213,8 @@ class _Hunt:
         if out and tuple(out[0][0].shape) != self.shape:
             self.shape = tuple(out[0][0].shape)
             self.cell = frame[0] // self.shape[-2]
-            laid = first_field_bytes(fields_of(self.shape), self.keys, self.scope)
-            self.laid = tuple(torch.from_numpy(part) for part in laid)
+            positions, signs = first_field_bytes(fields_of(self.shape), self.keys, self.scope)
+            self.laid = torch.from_numpy(positions), torch.from_numpy(signs)
         return out
 
     def read(self, noises: Sequence[Tensor], edits: Sequence[Edit]) -> list[_Found]:
@@ -242,7 +244,8 @@ class _Hunt:
     def look(self, family: Family, tries: int) -> _Candidate | None:
         """The best places of a family's coarse grid; None where the budget allows no look."""
         multiple = self.inverter.multiple
-        frame = tuple(side - side % multiple for side in family.frame)
+        height, width = family.frame
+        frame = height - height % multiple, width - width % multiple
         noises, places = self.noises([edit for edit, _ in family.coarse], frame), []
         for index, ((noise, inside), (_, moves)) in enumerate(zip(noises, family.coarse, strict=False)):
             if len(family.coarse) * len(moves) <= _READ:
@@ -315,7 +318,7 @@ def run(
             f" (3, H, W) and sides of {inverter.multiple} pixels or more"
         )
     filled, valid = without_flats(picture.float().cpu())
-    size = tuple(size) if size else None
+    size = (size[0], size[1]) if size else None
     hunt = _Hunt(filled, valid, inverter, list(keys), search, scope, math.log10(false_positive_rate), size)
     best: _Candidate | None = None
     for candidate in hunt.refined():

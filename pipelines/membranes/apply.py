@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -104,7 +105,7 @@ def _check_keys(membrane: Membrane, available: dict[str, nn.Module], denoiser: n
         )
 
 
-def _check_shape(key: str, module: nn.Module, pair: tuple[Tensor, Tensor, Tensor]) -> None:
+def _check_shape(key: str, module: Any, pair: tuple[Tensor, Tensor, Tensor]) -> None:
     down, up, _ = pair
     weight = module.weight
     shape = (

@@ -12,6 +12,7 @@ from PIL.Image import Image
 from semiperm import (
     BoundImages,
     ClosedFormConfig,
+    DetectionConfig,
     DetectionResult,
     GateProbe,
     KernelError,
@@ -110,7 +111,8 @@ def watermark(picture: Image, image: Tensor) -> None:
     replaced: AbstractContextManager[None] = replace_noise(pipe, image)
     with replaced:
         pass
-    found = detect_watermark(pipe, [picture, image], ring, mask=picture, search=Search(rotation=0))
+    config = DetectionConfig(ladder=(1,), size=(64, 64))
+    found = detect_watermark(pipe, [picture, image], ring, config, mask=picture, search=Search(rotation=0))
     assert_type(found, list[DetectionResult])
     assert_type(found[0].payload, Payload | None)
     assert_type(found[0].p_value, float)
