@@ -199,8 +199,8 @@ def test_examples_run(name, canvas, membranes, tmp_path, monkeypatch):
     picture = Image.new("RGB", (128, 128), "teal")
     picture.save("picture.png")
     space = {public: getattr(semiperm, public) for public in NAMES}
-    space |= {"torch": torch, "pipe": canvas, "key": semiperm.WatermarkKey.new("studio", 3), "picture": picture}
-    space |= {"picture_path": "picture.png", "membranes": membranes}
+    space |= {"torch": torch, "pipe": canvas, "picture": picture, "picture_path": "picture.png"}
+    space |= {"membranes": membranes, "key": semiperm.WatermarkKey("studio", 3, "", bytes(range(32)), bytes(32))}
     (test,) = doctest.DocTestFinder(recurse=False).find(getattr(semiperm, name), name, globs=space)
     said = []
     doctest.DocTestRunner(verbose=False).run(test, out=said.append)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import cast
 
 import numpy as np
 import torch
@@ -102,7 +101,7 @@ class DetectionConfig:
     ladder: Sequence[int] = LADDER
     scope: str = ""
     batch_size: int = 16
-    search: Search | bool | None = None  # after validation no bool
+    search: Search | bool | None = None
     size: tuple[int, int] | None = None
     embedding: Embedding = perceptual_hash
 
@@ -195,8 +194,7 @@ def detect_in(
     config, keys = config or DetectionConfig(), list(keys)
     if not keys:
         raise WatermarkError("the keyring is empty; expected at least one key: make one with `semiperm keys new`")
-    search = cast("Search | None", config.search)
-    if search is not None and (mask is not None or any(picture.ndim != 3 for picture in pixels)):
+    if config.search is not None and (mask is not None or any(picture.ndim != 3 for picture in pixels)):
         raise WatermarkError("a search for edits was asked for with a mask or in videos; it works on whole pictures")
     detector = _Detector(inverter, keys, config, mask)
     cases = [_case(whole_cells(_sized(picture, config.size), inverter.multiple)) for picture in pixels]
@@ -205,8 +203,8 @@ def detect_in(
         if part := [case for case in part if case.filled and not case.settled(config.log10_rate)]:
             detector.climb(part, filled=True)
     for case, picture in zip(cases, pixels, strict=True):
-        if search is not None and case.log10_p > config.log10_rate:
-            detector.undo_edits(case, picture, search)
+        if isinstance(config.search, Search) and case.log10_p > config.log10_rate:
+            detector.undo_edits(case, picture, config.search)
     return [detector.result(case) for case in cases]
 
 
@@ -297,12 +295,11 @@ class _Detector:
 
     def _inside(self, cases: list[_Case], latents: Tensor, filled: bool) -> Tensor:
         """(B, h, w) bool: the latent cells that count."""
-        height, width = latents.shape[-2:]
-        cells = height, width
+        cells = latents.shape[-2], latents.shape[-1]
         inside = torch.ones(len(cases), *cells, dtype=torch.bool, device=latents.device)
         if filled:
-            valid = [case.filled[1] for case in cases if case.filled]
-            inside &= torch.stack([cells_inside(part, cells) for part in valid]).to(inside.device)
+            valid = [cells_inside(case.filled[1], cells) for case in cases if case.filled]
+            inside &= torch.stack(valid).to(inside.device)
         if self.mask is not None:
             inside &= latent_mask(whole_cells(self.mask, self.inverter.multiple), *cells).to(inside.device)
         return inside

@@ -179,8 +179,7 @@ class _Hunt:
 
     def families(self) -> Iterator[tuple[Family, int]]:
         """All families with their tries, cheapest first; the later ones need the size of a latent cell."""
-        height, width = self.picture.shape[-2:]
-        given = height, width
+        given = self.picture.shape[-2], self.picture.shape[-1]
         signed = self.size or given
         builders = _builders(self.search, signed != given)
         mirrors = (False, True) if self.search.orientations else (False,)
@@ -213,8 +212,8 @@ class _Hunt:
         if out and tuple(out[0][0].shape) != self.shape:
             self.shape = tuple(out[0][0].shape)
             self.cell = frame[0] // self.shape[-2]
-            positions, signs = first_field_bytes(fields_of(self.shape), self.keys, self.scope)
-            self.laid = torch.from_numpy(positions), torch.from_numpy(signs)
+            places, signs = first_field_bytes(fields_of(self.shape), self.keys, self.scope)
+            self.laid = torch.from_numpy(places), torch.from_numpy(signs)
         return out
 
     def read(self, noises: Sequence[Tensor], edits: Sequence[Edit]) -> list[_Found]:
@@ -243,9 +242,8 @@ class _Hunt:
 
     def look(self, family: Family, tries: int) -> _Candidate | None:
         """The best places of a family's coarse grid; None where the budget allows no look."""
-        multiple = self.inverter.multiple
-        height, width = family.frame
-        frame = height - height % multiple, width - width % multiple
+        height, width = (side - side % self.inverter.multiple for side in family.frame)
+        frame = height, width
         noises, places = self.noises([edit for edit, _ in family.coarse], frame), []
         for index, ((noise, inside), (_, moves)) in enumerate(zip(noises, family.coarse, strict=False)):
             if len(family.coarse) * len(moves) <= _READ:

@@ -58,8 +58,8 @@ def generate_bound(
 
     Args:
         pipe: as for `sign_noise`; Wan's videos are not supported.
-        prompt: one or several; a picture for each.
-        key, payload, generator, scope: as for `sign_noise`.
+        prompt: one, or one for each picture.
+        key, payload, generator, scope: as for `sign_noise`, one picture a prompt.
         rounds: redraws at most, at least 1.
         embedding: pictures (B, 3, H, W) in 0..1 -> (B, D); `detect_watermark` needs the same one.
         kwargs: of the pipeline's call: height, width, guidance_scale, num_inference_steps, ... Lists with an entry for

@@ -70,7 +70,9 @@ def detect_watermark(
         WatermarkError: no keys, no pictures, pictures too small to encode, or an argument out of range.
         SemipermError: other things than pictures or masks.
 
-    >>> image = pipe("a star", latents=sign_noise(pipe, key), num_inference_steps=2).images[0]
+    >>> latents = sign_noise(pipe, key, generator=torch.Generator().manual_seed(0))
+    >>> prompt, options = "a robot in sketch style on sky", {"guidance_scale": 4, "num_inference_steps": 4}
+    >>> image = pipe(prompt, latents=latents, **options).images[0]
     >>> result = detect_watermark(pipe, image, [key])[0]
     >>> result.verdict, result.p_value < 1e-6
     ('valid', True)

@@ -16,8 +16,8 @@ class WatermarkMixin:
     >>> class Marked(WatermarkMixin, StableDiffusionPipeline): ...
     >>> marked = Marked(**pipe.components, requires_safety_checker=False)
     >>> image = marked("a star", latents=marked.sign_noise(key), num_inference_steps=2).images[0]
-    >>> marked.detect_watermark(image, [key])[0].key_name
-    'studio'
+    >>> [result.model_evaluations for result in marked.detect_watermark(image, [key], ladder=(1,))]
+    [1]
     """
 
     sign_noise = sign.sign_noise

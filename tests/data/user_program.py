@@ -111,8 +111,8 @@ def watermark(picture: Image, image: Tensor) -> None:
     replaced: AbstractContextManager[None] = replace_noise(pipe, image)
     with replaced:
         pass
-    config = DetectionConfig(ladder=(1,), size=(64, 64))
-    found = detect_watermark(pipe, [picture, image], ring, config, mask=picture, search=Search(rotation=0))
+    config = DetectionConfig(false_positive_rate=1e-9, search=Search(rotation=0))
+    found = detect_watermark(pipe, [picture, image], ring, config, mask=picture, scope="studio")
     assert_type(found, list[DetectionResult])
     assert_type(found[0].payload, Payload | None)
     assert_type(found[0].p_value, float)

@@ -44,7 +44,8 @@ def untouched(shared):
     return shared[1]
 
 
-@pytest.mark.parametrize("options", [{}, {"reference_prompt": "a cat"}], ids=["own prompt", "reference prompt"])
+# words under which no two reference tokens match nearly alike: rounding may choose either of such a pair
+@pytest.mark.parametrize("options", [{}, {"reference_prompt": "a dog"}], ids=["own prompt", "reference prompt"])
 def test_reference_mode_repeats_and_judges_every_image_by_itself(pipe, options):
     with apply_negative_token_merging(pipe, config(**options)) as handle:
         together = run(pipe)
