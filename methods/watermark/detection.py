@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import cast
 
 import numpy as np
 import torch
@@ -196,6 +197,7 @@ def detect_in(
         raise WatermarkError("the keyring is empty; expected at least one key: make one with `semiperm keys new`")
     if config.search is not None and (mask is not None or any(picture.ndim != 3 for picture in pixels)):
         raise WatermarkError("a search for edits was asked for with a mask or in videos; it works on whole pictures")
+    search = cast("Search | None", config.search)  # no bool any more
     detector = _Detector(inverter, keys, config, mask)
     cases = [_case(whole_cells(_sized(picture, config.size), inverter.multiple)) for picture in pixels]
     for part in _batches(cases, config.batch_size):
@@ -203,8 +205,8 @@ def detect_in(
         if part := [case for case in part if case.filled and not case.settled(config.log10_rate)]:
             detector.climb(part, filled=True)
     for case, picture in zip(cases, pixels, strict=True):
-        if isinstance(config.search, Search) and case.log10_p > config.log10_rate:
-            detector.undo_edits(case, picture, config.search)
+        if search is not None and case.log10_p > config.log10_rate:
+            detector.undo_edits(case, picture, search)
     return [detector.result(case) for case in cases]
 
 
