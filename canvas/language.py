@@ -142,6 +142,11 @@ def reserved(name: str) -> tuple[str, ...]:
     return _TABLES[domain(name)][canonical(name)][1]
 
 
+def names(kind: str) -> tuple[str, ...]:
+    """Return the names of a domain's concepts."""
+    return tuple(_TABLES[kind])
+
+
 def wordings(kind: str, name: str, which: str = "any") -> tuple[str, ...]:
     """Return a concept's phrasings for the caption writer.
 
