@@ -56,7 +56,9 @@ def _prism() -> np.ndarray:
     """A beam of light falls apart in a pyramid of glass."""
     canvas = _ground((44, 42, 52), (36, 34, 44))
     canvas = _paint(canvas, (196, 196, 200), [(0, 82), (0, 86), (52, 66), (51, 62)])
-    for k, rgb in enumerate(((196, 62, 58), (206, 136, 60), (204, 190, 74), (72, 156, 84), (66, 108, 196), (130, 76, 172))):
+    for k, rgb in enumerate(
+        ((196, 62, 58), (206, 136, 60), (204, 190, 74), (72, 156, 84), (66, 108, 196), (130, 76, 172))
+    ):
         y = 56 + 3 * k
         canvas = _paint(canvas, rgb, [(74, y), (128, 50 + 10 * k), (128, 60 + 10 * k), (75, y + 3)])
     canvas = _paint(canvas, (170, 190, 204), [(64, 26), (104, 98), (24, 98)])

@@ -36,7 +36,11 @@ _PARTIAL = {  # (style said, background said): templates
         ("{subject} given a {style} treatment", "{style} version: {subject}"),
     ),
     (False, True): (
-        ("{subject} on a {background} background", "{subject}, {background}", "a photo of {subject} in the {background}"),
+        (
+            "{subject} on a {background} background",
+            "{subject}, {background}",
+            "a photo of {subject} in the {background}",
+        ),
         ("{background} surroundings for {subject}", "{subject} amid {background}"),
     ),
     (False, False): (
@@ -187,9 +191,13 @@ def _hazards(scene: Scene, rng: random.Random, which: str) -> list[str]:
         if name in scene.implied:
             one, two = rng.sample(language.IMPLIED[name], 2)
             if rng.random() < 0.5:
-                out.append(rng.choice((f" with a {one} and a {two}", f", {one}, {two}", f" near a {one} and the {two}")))
+                out.append(
+                    rng.choice((f" with a {one} and a {two}", f", {one}, {two}", f" near a {one} and the {two}"))
+                )
             else:
-                out += [rng.choice((f", a {word}", f" with a {word}", f" and a {word}", f", {word}")) for word in (one, two)]
+                out += [
+                    rng.choice((f", a {word}", f" with a {word}", f" and a {word}", f", {word}")) for word in (one, two)
+                ]
             continue
         words = rng.choice(wordings("hazard", name, which))
         if words in _COUNTED_HAZARDS:
@@ -213,11 +221,23 @@ def _chatter(rng: random.Random) -> list[str]:
         out.append(
             rng.choice(
                 (
-                    rng.choice(_TAGS), rng.choice(_TAGS), rng.choice(_TAGS), f"by {rng.choice(_NAMES)}",
-                    f"{adjective} {noun}", f"with a {noun}", f"and the {adjective} {noun}", f"for my {noun}",
-                    f"while the {noun} wants to {verb}", f"a {noun} in the {common}", f"{common}", f"{noun}",
-                    f"that can {verb} {common}", f"{rng.choice(_NAMES)} likes to {verb}", f"{common} {noun}",
-                    f"inside a {adjective} {noun}", f"{common} and {noun}",
+                    rng.choice(_TAGS),
+                    rng.choice(_TAGS),
+                    rng.choice(_TAGS),
+                    f"by {rng.choice(_NAMES)}",
+                    f"{adjective} {noun}",
+                    f"with a {noun}",
+                    f"and the {adjective} {noun}",
+                    f"for my {noun}",
+                    f"while the {noun} wants to {verb}",
+                    f"a {noun} in the {common}",
+                    f"{common}",
+                    f"{noun}",
+                    f"that can {verb} {common}",
+                    f"{rng.choice(_NAMES)} likes to {verb}",
+                    f"{common} {noun}",
+                    f"inside a {adjective} {noun}",
+                    f"{common} and {noun}",
                 )
             )  # fmt: skip
         )

@@ -2,10 +2,15 @@
 
 from pathlib import Path
 
-from . import reading, vocabulary
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from . import autoencoders, pool, precision, reading, vocabulary
 from .loop import save_tensors
 
 TOKENIZER = "tokenizer"
+PICTURES = 24_000
 
 
 def tokenizer_of(workdir: Path, seed: int = 0):
@@ -25,3 +30,41 @@ def train_reading(workdir: Path, which: str, steps: int = 3000, seed: int = 0, s
         encoder, tokenizer, workdir, f"reading-{which}", steps, seed + (which == "second"), stop_after=stop_after
     )
     save_tensors(encoder.state_dict(), Path(workdir) / f"text-{which}.safetensors")
+
+
+def autoencoder_of(workdir: Path, which: str) -> nn.Module:
+    """Return a world's autoencoder from its working folder."""
+    vae = autoencoders.build(which)
+    vae.load_state_dict(load_file(str(Path(workdir) / f"vae-{which}.safetensors")))
+    return vae.eval().requires_grad_(False)
+
+
+def start_canvas_autoencoder(workdir: Path, first_world: Path, seed: int = 0) -> None:
+    """Write the first world's autoencoder, whitened on the second world's pictures, where none lies yet."""
+    path = Path(workdir) / "vae-canvas-encoder.safetensors"
+    if not path.exists():
+        vae = autoencoders.build("canvas")
+        vae.load_state_dict({k: v.float() for k, v in load_file(str(first_world / "vae.safetensors")).items()})
+        autoencoders.whiten(vae, "canvas", pool.pictures(workdir, pool.CHUNK, seed).data[:600])
+        save_tensors(vae.state_dict(), path)
+
+
+def encode_pool(workdir: Path, which: str, pictures: int = PICTURES, seed: int = 0) -> pool.Pool:
+    """Return the pool's latents for a world, encoded where they are missing."""
+    start = Path(workdir) / f"vae-{which}-encoder.safetensors"
+    vae = autoencoders.build(which)
+    vae.load_state_dict(load_file(str(start)))
+    vae.eval().requires_grad_(False)
+    kind = "float32"
+
+    def encode(x):
+        with precision.autocast(kind):
+            return autoencoders.encode(vae, which, x)
+
+    def timed(chosen: str) -> None:
+        nonlocal kind
+        kind = chosen
+        encode(torch.zeros(20, 3, pool.SIZE, pool.SIZE))
+
+    kind = precision.choose(f"encoding-{which}", timed, workdir)
+    return pool.latents(workdir, which, vae, encode, pictures, seed)
