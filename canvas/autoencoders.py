@@ -18,9 +18,6 @@ from .pool import Pool, to_tensor
 
 # Stable Diffusion 1.5's and 3's: ComfyUI's latent formats then need no override.
 SCALING = {"canvas": autoencoder.SCALING_FACTOR, "canvas-flow": 1.5305}
-    "canvas": autoencoder.SCALING_FACTOR,
-    "canvas-flow": 1.5305,
-}  # SD1.5's and SD3's: ComfyUI's formats have them
 SHIFT = {"canvas": 0.0, "canvas-flow": 0.0609}
 CHANNELS = {"canvas": 4, "canvas-flow": 16}
 _CONFIGS = {
