@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from . import autoencoders, pool, precision, reading, vocabulary
+from . import autoencoders, judging, pool, precision, reading, unet, vocabulary
 from .loop import save_tensors
 
 TOKENIZER = "tokenizer"
@@ -68,3 +68,35 @@ def encode_pool(workdir: Path, which: str, pictures: int = PICTURES, seed: int =
 
     kind = precision.choose(f"encoding-{which}", timed, workdir)
     return pool.latents(workdir, which, vae, encode, pictures, seed)
+
+
+def encoder_of(workdir: Path, which: str, tokenizer) -> nn.Module:
+    """Return a text encoder that has learnt to read, frozen."""
+    encoder = vocabulary.build_encoder(which, len(tokenizer))
+    encoder.load_state_dict(load_file(str(Path(workdir) / f"text-{which}.safetensors")))
+    return encoder.eval().requires_grad_(False)
+
+
+def train_canvas(
+    workdir: Path,
+    steps: int = 12_000,
+    pictures: int = PICTURES,
+    seed: int = 0,
+    compile: bool = True,
+    stop_after: int | None = None,
+) -> None:
+    """Train the UNet and write its averaged weights, `unet.ema.safetensors`."""
+    tokenizer = tokenizer_of(workdir, seed)
+    data, encoder = encode_pool(workdir, "canvas", pictures, seed), encoder_of(workdir, "first", tokenizer)
+    model = unet.train_unet(
+        data, tokenizer, encoder, unet.build_unet(seed), workdir, steps, seed, compile=compile, stop_after=stop_after
+    )
+    save_tensors(model.state_dict(), Path(workdir) / "unet.ema.safetensors")
+
+
+def train_judge(
+    workdir: Path, which: str, steps: int = 4000, pictures: int = 12_000, seed: int = 0, stop_after: int | None = None
+) -> None:
+    """Train a judge and write `judge-<which>.ema.safetensors`."""
+    net = judging.train_judge(which, workdir, steps, pictures, seed, stop_after=stop_after)
+    save_tensors(net.state_dict(), Path(workdir) / f"judge-{which}.ema.safetensors")
