@@ -1,4 +1,4 @@
-"""The second world's scenes: one or two things with a relation, or up to three of a kind, and what else a picture shows.
+"""The second world's scenes: one or two things with a relation, or up to three of a kind, and what else there is.
 
 A scene is content and pose; `canvas.drawing.draw` makes the picture, `canvas.sentences.describe` the words.
 """

@@ -1,4 +1,4 @@
-"""The second edition's workshop: every part trains on its own, in the order of PARTS, and resumes from its checkpoint."""
+"""The second edition's workshop: every part trains on its own and resumes from its checkpoint."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from . import autoencoders, judging, pool, precision, reading, unet, vocabulary
+from . import autoencoders, flow, judging, pool, precision, reading, unet, vocabulary
 from .loop import save_tensors
 
 TOKENIZER = "tokenizer"
@@ -100,3 +100,36 @@ def train_judge(
     """Train a judge and write `judge-<which>.ema.safetensors`."""
     net = judging.train_judge(which, workdir, steps, pictures, seed, stop_after=stop_after)
     save_tensors(net.state_dict(), Path(workdir) / f"judge-{which}.ema.safetensors")
+
+
+def train_flow(
+    workdir: Path,
+    steps: int = 12_000,
+    pictures: int = PICTURES,
+    seed: int = 0,
+    compile: bool = True,
+    stop_after: int | None = None,
+) -> None:
+    """Train the flow model and write its averaged weights, `transformer.ema.safetensors`."""
+    tokenizer = tokenizer_of(workdir, seed)
+    encoders = encoder_of(workdir, "first", tokenizer), encoder_of(workdir, "second", tokenizer)
+    data = encode_pool(workdir, "canvas-flow", pictures, seed)
+    model = flow.train_flow(data, tokenizer, encoders, workdir, steps, seed, compile=compile, stop_after=stop_after)
+    save_tensors(model.state_dict(), Path(workdir) / "transformer.ema.safetensors")
+
+
+def train_autoencoder(workdir: Path, which: str, steps: int, seed: int = 0, stop_after: int | None = None) -> None:
+    """Train a world's autoencoder: the decoder of "canvas", all of "canvas-flow", which is then whitened.
+
+    Writes `vae-<which>-encoder.safetensors` (final where only the encoder matters) and `vae-<which>.final.safetensors`.
+    """
+    workdir = Path(workdir)
+    trunk = autoencoders.build("canvas")
+    trunk.load_state_dict(load_file(str(workdir / "vae-canvas-encoder.safetensors")))
+    vae = trunk if which == "canvas" else autoencoders.grow(trunk, seed)
+    drawn = pool.pictures(workdir, 6 * pool.CHUNK, seed)
+    vae = autoencoders.train_autoencoder(vae, which, drawn, workdir, steps, seed, stop_after=stop_after)
+    if which == "canvas-flow":
+        autoencoders.whiten(vae, which, drawn.data[:600])
+        save_tensors(vae.state_dict(), workdir / f"vae-{which}-encoder.safetensors")
+    save_tensors(vae.state_dict(), workdir / f"vae-{which}.final.safetensors")

@@ -1,0 +1,135 @@
+"""`canvas-flow`: an SD3Transformer2DModel trained by rectified flow on 16-channel latents, text encoders frozen.
+
+It trains with a narrow context embedder and is widened when written: Stable Diffusion 3 pads its text states with zeros
+to 4096, and the columns that read zeros need not be learnt.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from . import precision
+from .loop import train
+from .pool import Pool
+from .unet import texts_of
+from .vocabulary import WIDTH, tokenize
+
+SHIFT = 3.0  # of the schedule, as Stable Diffusion 3 has it
+JOINT_DIM = 4096
+DEPTH = 4  # hidden size 64 x depth: ComfyUI reads the depth off the width
+NAME = "flow"
+
+
+def build_transformer(joint_dim: int = JOINT_DIM, seed: int = 0, depth: int = DEPTH) -> nn.Module:
+    """Return the transformer with random weights; `joint_dim` is the width of the text states it reads."""
+    from diffusers import SD3Transformer2DModel
+
+    torch.manual_seed(seed)
+    return SD3Transformer2DModel(
+        sample_size=16,
+        patch_size=2,
+        in_channels=16,
+        out_channels=16,
+        num_layers=depth,
+        attention_head_dim=64,
+        num_attention_heads=depth,
+        joint_attention_dim=joint_dim,
+        caption_projection_dim=64 * depth,
+        pooled_projection_dim=2 * WIDTH,
+        pos_embed_max_size=32,
+        qk_norm="rms_norm",
+    )
+
+
+@torch.no_grad()
+def widen(narrow: nn.Module, depth: int = DEPTH) -> nn.Module:
+    """Return the same transformer for text states padded with zeros to 4096."""
+    wide = build_transformer(JOINT_DIM, depth=depth)
+    state = dict(narrow.state_dict())
+    weight = state["context_embedder.weight"]
+    state["context_embedder.weight"] = torch.cat(
+        [weight, weight.new_zeros(len(weight), JOINT_DIM - weight.shape[1])], 1
+    )
+    wide.load_state_dict(state)
+    return wide.eval()
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a pair of text encoders makes of captions: states (B, N, 2 x width) and pooled (B, 2 x width)."""
+
+    states: Tensor
+    pooled: Tensor
+
+
+@torch.no_grad()
+def read(encoders: tuple[nn.Module, nn.Module], ids: Tensor) -> Reading:
+    """Encode token ids (B, N) as Stable Diffusion 3 does: last but one hidden state, and the projected pooled one."""
+    outs = [encoder(input_ids=ids, output_hidden_states=True) for encoder in encoders]
+    return Reading(
+        torch.cat([out.hidden_states[-2] for out in outs], -1), torch.cat([out.text_embeds for out in outs], -1)
+    )
+
+
+def noise_levels(batch: int, g: torch.Generator) -> Tensor:
+    """Return sigmas (B,): logit-normal, one from each of `batch` equal strata, shifted to noise."""
+    share = (torch.arange(batch) + torch.rand(batch, generator=g)) / batch
+    u = torch.special.ndtri(share.clamp(1e-4, 1 - 1e-4)).sigmoid()
+    return SHIFT * u / (1 + (SHIFT - 1) * u)
+
+
+def train_flow(
+    pool: Pool,
+    tokenizer,
+    encoders: tuple[nn.Module, nn.Module],
+    workdir: Path,
+    steps: int = 12_000,
+    seed: int = 0,
+    batch: int = 64,
+    compile: bool = True,
+    depth: int = DEPTH,
+    stop_after: int | None = None,
+) -> nn.Module:
+    """Train on the velocity noise - latents; every caption is new, a tenth of them empty. Returns the wide model."""
+    model = build_transformer(2 * WIDTH, seed, depth)
+    scale_to_unit(model, read(encoders, tokenize(tokenizer, texts_of(pool, seed, 0, 32)[1])))
+    denoise = torch.compile(model) if compile else model
+    kind = "float32"
+
+    def loss_of(step: int) -> dict[str, Tensor]:
+        index, texts = texts_of(pool, seed, step, batch)
+        g = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        latents = pool.data[torch.from_numpy(index)]
+        noise = torch.randn(latents.shape, generator=g)
+        sigma = noise_levels(batch, g)
+        s = sigma[:, None, None, None]
+        with precision.autocast(kind), sdpa_kernel(SDPBackend.MATH):
+            text = read(encoders, tokenize(tokenizer, texts))
+            noisy = (1 - s) * latents + s * noise
+            out = denoise(noisy, text.states, text.pooled, 1000 * sigma, return_dict=False)[0]
+        error = (out.float() - (noise - latents)).pow(2).mean((1, 2, 3))
+        return {"loss": error.mean(), "noisy": error[sigma > 0.75].mean(), "clear": error[sigma < 0.5].mean()}
+
+    def timed(chosen: str) -> None:
+        nonlocal kind
+        kind = chosen
+        loss_of(0)["loss"].backward()
+        model.zero_grad(set_to_none=True)
+
+    kind = precision.choose(NAME, timed, workdir)
+    average = train(
+        NAME, model, loss_of, steps=steps, lr=1e-3, workdir=workdir, warmup=300, ema=0.999, stop_after=stop_after
+    )
+    model.load_state_dict(average, strict=False)
+    return widen(model, depth).requires_grad_(False)
+
+
+@torch.no_grad()
+def scale_to_unit(model: nn.Module, text: Reading) -> None:
+    """Scale the first layers that read the text, so that what they give starts with unit variance."""
+    embedder, first = model.context_embedder, model.time_text_embed.text_embedder.linear_1
+    for layer, states in ((embedder, text.states), (first, text.pooled)):
+        layer.weight /= layer(states).std()
