@@ -1,7 +1,7 @@
 """`canvas-flow`: an SD3Transformer2DModel trained by rectified flow on 16-channel latents, text encoders frozen.
 
-It trains with a narrow context embedder and is widened when written: Stable Diffusion 3 pads its text states with zeros
-to 4096, and the columns that read zeros need not be learnt.
+It trains and is stored with a narrow context embedder and is widened when loaded: Stable Diffusion 3 pads its text
+states with zeros to 4096, and the columns that read zeros need not be learnt.
 """
 
 from dataclasses import dataclass
@@ -93,7 +93,7 @@ def train_flow(
     depth: int = DEPTH,
     stop_after: int | None = None,
 ) -> nn.Module:
-    """Train on the velocity noise - latents; every caption is new, a tenth of them empty. Returns the wide model."""
+    """Train on the velocity noise - latents; every caption is new, a tenth of them empty. Returns the narrow model."""
     model = build_transformer(2 * WIDTH, seed, depth)
     scale_to_unit(model, read(encoders, tokenize(tokenizer, texts_of(pool, seed, 0, 32)[1])))
     denoise = torch.compile(model) if compile else model
@@ -124,7 +124,7 @@ def train_flow(
         NAME, model, loss_of, steps=steps, lr=1e-3, workdir=workdir, warmup=300, ema=0.999, stop_after=stop_after
     )
     model.load_state_dict(average, strict=False)
-    return widen(model, depth).requires_grad_(False)
+    return model.eval().requires_grad_(False)
 
 
 @torch.no_grad()

@@ -79,7 +79,7 @@ def losses_of(found: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, T
 
 
 def _augment(x: Tensor, g: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Shift, blur, noise, brightness, contrast, as an imperfect decoder has them; return the shift (x, y) in 0..1, too."""
+    """Shift, blur, noise, brightness, contrast, as of an imperfect decoder; return the shift (x, y) in 0..1 too."""
     b = len(x)
     sy, sx = torch.randint(-4, 5, (2,), generator=g).tolist()
     x = torch.roll(F.pad(x, (6, 6, 6, 6), mode="replicate"), (sy, sx), (2, 3))[:, :, 6:-6, 6:-6]

@@ -201,8 +201,8 @@ _NEAR = set(
     "round circular spherical sphere globe rectangle rectangular triangular starry hearted moonlit lunar cubic crossing"
     " floral flowers robotic ghostly haunted spectral monster smile smiling happy stripe stripes dot dots spot spots"
     " check checked tile tiles pixel pixels shade shadow glow glass pencil drawing colored color colour gray foggy"
-    " misty nightly nighttime evening day daytime sandy grassy grass sunny cloud cloudy fiery flaming burn burning hot cold"
-    " icy frozen snow snowy scratch scratched claw wound dangerous warn hazardous top bottom left right above below"
-    " behind front back between beside near next side pair couple couples single double triple twins none no not"
+    " misty nightly nighttime evening day daytime sandy grassy grass sunny cloud cloudy fiery flaming burn burning hot"
+    " cold icy frozen snow snowy scratch scratched claw wound dangerous warn hazardous top bottom left right above"
+    " below behind front back between beside near next side pair couple couples single double triple twins none no not"
     " without nothing never neither nor empty zero four five six several many multiple all".split()
 )

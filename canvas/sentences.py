@@ -57,9 +57,9 @@ _TAGS = (
     "beside a river", "in a busy street", "in front of an old stone wall", "near the sea at sunset", "in the park",
 )  # fmt: skip
 _NAMES = (
-    "alice", "ben", "carla", "david", "emma", "frank", "greta", "henry", "irene", "jack", "kate", "leo", "maria", 
-    "nina", "oscar", "paula", "quentin", "rita", "sam", "tina", "ursula", "victor", "wendy", "xavier", "yara", "zoe", "smith",
-    "jones", "miller", "garcia", "rossi", "tanaka", "novak", "silva", "khan", "olsen", "picasso", "monet", "van gogh",
+    "alice", "ben", "carla", "david", "emma", "frank", "greta", "henry", "irene", "jack", "kate", "leo", "maria",
+    "nina", "oscar", "paula", "quentin", "rita", "sam", "tina", "ursula", "victor", "wendy", "xavier", "yara", "zoe",
+    "smith", "jones", "miller", "garcia", "rossi", "tanaka", "novak", "silva", "khan", "olsen", "picasso", "monet", "van gogh",
 )  # fmt: skip
 _COUNTED_HAZARDS = {
     "hazard mark", "warning sign", "caution notice", "alert label", "inferno", "conflagration", "glacier",
