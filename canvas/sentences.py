@@ -59,7 +59,8 @@ _TAGS = (
 _NAMES = (
     "alice", "ben", "carla", "david", "emma", "frank", "greta", "henry", "irene", "jack", "kate", "leo", "maria",
     "nina", "oscar", "paula", "quentin", "rita", "sam", "tina", "ursula", "victor", "wendy", "xavier", "yara", "zoe",
-    "smith", "jones", "miller", "garcia", "rossi", "tanaka", "novak", "silva", "khan", "olsen", "picasso", "monet", "van gogh",
+    "smith", "jones", "miller", "garcia", "rossi", "tanaka", "novak", "silva", "khan", "olsen", "picasso", "monet",
+    "van gogh",
 )  # fmt: skip
 _COUNTED_HAZARDS = {
     "hazard mark", "warning sign", "caution notice", "alert label", "inferno", "conflagration", "glacier",
