@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from . import autoencoders, denoiser, flow, unet, vocabulary
+from . import autoencoders, denoiser, flow, turbo, unet, vocabulary
 from .loop import save_tensors
 
 
@@ -66,6 +66,7 @@ def load_pipeline(name: str, folder: Path, dtype: torch.dtype = torch.float32, d
             flow.widen(narrow),
             *(_filled(vocabulary.build_encoder(w, len(tokenizer)), state[f"text-{w}"]) for w in ("first", "second")),
             tokenizer,
+            name,
         )
     pipe.semiperm_canvas = name
     pipe.to(device=device, dtype=dtype)
@@ -95,7 +96,7 @@ def assemble_canvas(vae: nn.Module, model: nn.Module, encoder: nn.Module, tokeni
 
 
 @functools.cache
-def _flow_pipeline_class():
+def _flow_pipelines() -> dict[str, type]:
     from diffusers import StableDiffusion3Pipeline
 
     class CanvasFlowPipeline(StableDiffusion3Pipeline):
@@ -107,14 +108,30 @@ def _flow_pipeline_class():
                 kwargs["max_sequence_length"] = 0
             return super()._get_t5_prompt_embeds(*args, **kwargs)
 
-    return CanvasFlowPipeline
+    class CanvasTurboPipeline(CanvasFlowPipeline):
+        """Four steps without guidance, at the noise levels of ComfyUI's `simple` scheduler, where its windows lie."""
+
+        def __call__(self, *args, num_inference_steps=turbo.STEPS, guidance_scale=1.0, sigmas=None, **kwargs):
+            if sigmas is None:  # the scheduler shifts them
+                sigmas = [1 - k / num_inference_steps for k in range(num_inference_steps)]
+            return super().__call__(
+                *args,
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+                sigmas=sigmas,
+                **kwargs,
+            )
+
+    return {"canvas-flow": CanvasFlowPipeline, "canvas-turbo": CanvasTurboPipeline}
 
 
-def assemble_flow(vae: nn.Module, transformer: nn.Module, first: nn.Module, second: nn.Module, tokenizer):
-    """Return a StableDiffusion3Pipeline with two text encoders and no T5."""
+def assemble_flow(
+    vae: nn.Module, transformer: nn.Module, first: nn.Module, second: nn.Module, tokenizer, name: str = "canvas-flow"
+):
+    """Return a StableDiffusion3Pipeline ("canvas-flow" or "canvas-turbo") with two text encoders and no T5."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    return _flow_pipeline_class()(
+    return _flow_pipelines()[name](
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=flow.SHIFT),
         vae=vae,

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from . import autoencoders, flow, judging, pool, precision, reading, unet, vocabulary
+from . import autoencoders, flow, judging, pool, precision, reading, turbo, unet, vocabulary
 from .loop import save_tensors
 
 TOKENIZER = "tokenizer"
@@ -133,3 +133,23 @@ def train_autoencoder(workdir: Path, which: str, steps: int, seed: int = 0, stop
         autoencoders.whiten(vae, which, drawn.data[:600])
         save_tensors(vae.state_dict(), workdir / f"vae-{which}-encoder.safetensors")
     save_tensors(vae.state_dict(), workdir / f"vae-{which}.final.safetensors")
+
+
+def train_turbo(
+    workdir: Path,
+    steps: int = 2000,
+    pictures: int = PICTURES,
+    seed: int = 0,
+    compile: bool = True,
+    stop_after: int | None = None,
+) -> None:
+    """Distil the trained flow model to four steps and write the low-rank change, `turbo.ema.safetensors`."""
+    tokenizer = tokenizer_of(workdir, seed)
+    encoders = encoder_of(workdir, "first", tokenizer), encoder_of(workdir, "second", tokenizer)
+    teacher = flow.build_transformer(2 * vocabulary.WIDTH)
+    teacher.load_state_dict(load_file(str(Path(workdir) / "transformer.ema.safetensors")))
+    data = encode_pool(workdir, "canvas-flow", pictures, seed)
+    state = turbo.train_turbo(
+        data, tokenizer, encoders, teacher, workdir, steps, seed, compile=compile, stop_after=stop_after
+    )
+    save_tensors(state, Path(workdir) / "turbo.ema.safetensors")
