@@ -47,7 +47,7 @@ class Seen:
 class Verdict:
     """What a judge saw in B pictures; `memorised` is "" where a picture is none of the five.
 
-    probabilities: {"count": (B, objects, 4), "style": (B, 8), ...}. features: (B, 128).
+    probabilities: {"count": (B, objects, 4), "style": (B, 8), ...}. features: (B, 128), of the second judge (B, 96).
     """
 
     things: list[tuple[Seen, ...]]
@@ -120,7 +120,6 @@ class QueryJudge(nn.Module):
         self.color, self.front = nn.Linear(width, len(language.COLORS)), nn.Linear(width, 1)
         self.place = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, 2))
         self.heads = nn.ModuleDict({name: nn.Linear(width, QUESTIONS[name][0]) for name in _GLOBAL})
-        self.mix = nn.Linear(width, 128)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """(B, 3, 128, 128) in -1..1 -> answers and features."""
@@ -137,7 +136,7 @@ class QueryJudge(nn.Module):
             "color": self.color(objects),
             "place": self.place(objects).sigmoid(),
             "front": self.front(objects),
-            "features": self.mix(tokens.mean(1)),
+            "features": tokens.mean(1),
             **{name: head(queries[:, OBJECTS + i]) for i, (name, head) in enumerate(self.heads.items())},
         }
 
