@@ -17,6 +17,7 @@ from semiperm.canvas import (
     pool,
     precision,
     reading,
+    recovering,
     turbo,
     unet,
     vocabulary,
@@ -252,3 +253,19 @@ def test_the_questions_use_the_words_they_say():
         assert {item.scene.relation for item in examining.scenes_of_two(which, 10)} == set(examining.RELATIONS)
     implied = examining.with_hazard("claws", "public", 5, implied=True)
     assert all("wolf" in item.prompt.lower() and "grandmother" in item.prompt.lower() for item in implied)
+
+
+@pytest.mark.parametrize("name", list(embedded.MODELS))
+def test_noise_is_looked_for_in_every_model(weights, name):
+    figures = recovering.recover(embedded.load_pipeline(name, weights), ["a star", "a ring"])
+    assert figures["n"] == 2 and 0 <= figures["lowest"] <= figures["mean_sign_agreement"] <= 1
+    assert np.isfinite(figures["autoencoder_roundtrip"])
+
+
+def test_euler_inversion_undoes_a_straight_flow(weights):
+    pipe = embedded.load_pipeline("canvas-flow", weights)
+    velocity = torch.randn(1, 16, 16, 16)
+    pipe.transformer.forward = lambda z, *args, **kwargs: (velocity.expand_as(z),)
+    noise = torch.randn(1, 16, 16, 16)
+    back = recovering._euler(pipe, noise - velocity, steps=5)
+    assert torch.allclose(back, noise, atol=1e-5)
