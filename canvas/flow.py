@@ -96,8 +96,7 @@ def train_flow(
     """Train on the velocity noise - latents; every caption is new, a tenth of them empty. Returns the narrow model."""
     model = build_transformer(2 * WIDTH, seed, depth)
     scale_to_unit(model, read(encoders, tokenize(tokenizer, texts_of(pool, seed, 0, 32)[1])))
-    denoise = torch.compile(model) if compile else model
-    kind = "float32"
+    denoise, kind = model, "float32"  # compiled once the precision is chosen
 
     def loss_of(step: int) -> dict[str, Tensor]:
         index, texts = texts_of(pool, seed, step, batch)
@@ -120,6 +119,7 @@ def train_flow(
         model.zero_grad(set_to_none=True)
 
     kind = precision.choose(NAME, timed, workdir)
+    denoise = torch.compile(model) if compile else model
     average = train(
         NAME, model, loss_of, steps=steps, lr=1e-3, workdir=workdir, warmup=300, ema=0.999, stop_after=stop_after
     )

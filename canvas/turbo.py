@@ -85,8 +85,7 @@ def train_turbo(
     torch.manual_seed(seed)
     student = add_low_rank(copy.deepcopy(teacher))
     teacher.requires_grad_(False)
-    guide, denoise = (torch.compile(teacher), torch.compile(student)) if compile else (teacher, student)
-    levels, kind = sigmas(), "float32"
+    levels, guide, denoise, kind = sigmas(), teacher, student, "float32"
     empty = read(encoders, tokenize(tokenizer, [""]))
 
     @torch.no_grad()
@@ -128,6 +127,8 @@ def train_turbo(
         student.zero_grad(set_to_none=True)
 
     kind = precision.choose(NAME, timed, workdir)
+    if compile:
+        guide, denoise = torch.compile(teacher), torch.compile(student)
     average = train(
         NAME, student, loss_of, steps=steps, lr=5e-4, workdir=workdir, warmup=100, ema=0.995, weight_decay=0.0,
         stop_after=stop_after,

@@ -55,8 +55,7 @@ def train_unet(
     unet.set_attn_processor(AttnProcessor())  # several times quicker than SDPA in bfloat16 on the CPU
     scheduler = DDPMScheduler(**{k: v for k, v in SCHEDULER.items() if k not in ("set_alpha_to_one", "steps_offset")})
     snr = scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod)
-    denoise = torch.compile(unet) if compile else unet
-    kind = "float32"
+    denoise, kind = unet, "float32"  # compiled once the precision is chosen
 
     def loss_of(step: int) -> dict[str, Tensor]:
         index, texts = texts_of(pool, seed, step, batch)
@@ -81,6 +80,7 @@ def train_unet(
         unet.zero_grad(set_to_none=True)
 
     kind = precision.choose(NAME, timed, workdir)
+    denoise = torch.compile(unet) if compile else unet
     average = train(
         NAME, unet, loss_of, steps=steps, lr=1e-3, workdir=workdir, warmup=300, ema=0.999, stop_after=stop_after
     )
