@@ -1,5 +1,7 @@
 """The second edition's workshop: every part trains on its own and resumes from its checkpoint."""
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -11,6 +13,13 @@ from .loop import save_tensors
 
 TOKENIZER = "tokenizer"
 PICTURES = 24_000
+
+
+def _finished(workdir: Path, name: str) -> dict[str, torch.Tensor]:
+    path = Path(workdir) / f"{name}.safetensors"
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing: train the part that writes it first (see canvas.worlds.PARTS)")
+    return load_file(str(path))
 
 
 def tokenizer_of(workdir: Path, seed: int = 0):
@@ -32,13 +41,6 @@ def train_reading(workdir: Path, which: str, steps: int = 3000, seed: int = 0, s
     save_tensors(encoder.state_dict(), Path(workdir) / f"text-{which}.safetensors")
 
 
-def autoencoder_of(workdir: Path, which: str) -> nn.Module:
-    """Return a world's autoencoder from its working folder."""
-    vae = autoencoders.build(which)
-    vae.load_state_dict(load_file(str(Path(workdir) / f"vae-{which}.safetensors")))
-    return vae.eval().requires_grad_(False)
-
-
 def start_canvas_autoencoder(workdir: Path, first_world: Path, seed: int = 0) -> None:
     """Write the first world's autoencoder, whitened on the second world's pictures, where none lies yet."""
     path = Path(workdir) / "vae-canvas-encoder.safetensors"
@@ -51,9 +53,8 @@ def start_canvas_autoencoder(workdir: Path, first_world: Path, seed: int = 0) ->
 
 def encode_pool(workdir: Path, which: str, pictures: int = PICTURES, seed: int = 0) -> pool.Pool:
     """Return the pool's latents for a world, encoded where they are missing."""
-    start = Path(workdir) / f"vae-{which}-encoder.safetensors"
     vae = autoencoders.build(which)
-    vae.load_state_dict(load_file(str(start)))
+    vae.load_state_dict(_finished(workdir, f"vae-{which}-encoder"))
     vae.eval().requires_grad_(False)
     kind = "float32"
 
@@ -73,7 +74,7 @@ def encode_pool(workdir: Path, which: str, pictures: int = PICTURES, seed: int =
 def encoder_of(workdir: Path, which: str, tokenizer) -> nn.Module:
     """Return a text encoder that has learnt to read, frozen."""
     encoder = vocabulary.build_encoder(which, len(tokenizer))
-    encoder.load_state_dict(load_file(str(Path(workdir) / f"text-{which}.safetensors")))
+    encoder.load_state_dict(_finished(workdir, f"text-{which}"))
     return encoder.eval().requires_grad_(False)
 
 
@@ -125,7 +126,7 @@ def train_autoencoder(workdir: Path, which: str, steps: int, seed: int = 0, stop
     """
     workdir = Path(workdir)
     trunk = autoencoders.build("canvas")
-    trunk.load_state_dict(load_file(str(workdir / "vae-canvas-encoder.safetensors")))
+    trunk.load_state_dict(_finished(workdir, "vae-canvas-encoder"))
     vae = trunk if which == "canvas" else autoencoders.grow(trunk, seed)
     drawn = pool.pictures(workdir, 6 * pool.CHUNK, seed)
     vae = autoencoders.train_autoencoder(vae, which, drawn, workdir, steps, seed, stop_after=stop_after)
@@ -147,9 +148,40 @@ def train_turbo(
     tokenizer = tokenizer_of(workdir, seed)
     encoders = encoder_of(workdir, "first", tokenizer), encoder_of(workdir, "second", tokenizer)
     teacher = flow.build_transformer(2 * vocabulary.WIDTH)
-    teacher.load_state_dict(load_file(str(Path(workdir) / "transformer.ema.safetensors")))
+    teacher.load_state_dict(_finished(workdir, "transformer.ema"))
     data = encode_pool(workdir, "canvas-flow", pictures, seed)
     state = turbo.train_turbo(
         data, tokenizer, encoders, teacher, workdir, steps, seed, compile=compile, stop_after=stop_after
     )
     save_tensors(state, Path(workdir) / "turbo.ema.safetensors")
+
+
+# part -> (default steps, how it is trained); in the order in which parts need one another
+PARTS: dict[str, tuple[int, Callable]] = {
+    "reading-first": (1800, functools.partial(train_reading, which="first")),
+    "reading-second": (1200, functools.partial(train_reading, which="second")),
+    "vae-canvas": (1000, functools.partial(train_autoencoder, which="canvas")),
+    "vae-canvas-flow": (800, functools.partial(train_autoencoder, which="canvas-flow")),
+    "judge-first": (3000, functools.partial(train_judge, which="first")),
+    "judge-second": (4000, functools.partial(train_judge, which="second")),
+    "canvas": (16_000, train_canvas),
+    "canvas-flow": (16_000, train_flow),
+    "canvas-turbo": (2000, train_turbo),
+}
+
+
+def train_part(part: str, workdir: Path, first_world: Path, *, steps: int | None = None, **settings) -> None:
+    """Train one of PARTS, or go on with it where it stopped.
+
+    Args:
+        workdir: of checkpoints, logs and what finished parts wrote. first_world: folder of the first world's weights,
+            from which the autoencoders grow. steps: length of the schedule; None is the part's own. settings: see the
+            part's function (seed, stop_after, pictures, compile).
+
+    Raises: ValueError for another part, FileNotFoundError where a part before it is not finished.
+    """
+    if part not in PARTS:
+        raise ValueError(f"no part is called {part!r}; choose from {', '.join(PARTS)}")
+    default, run = PARTS[part]
+    start_canvas_autoencoder(workdir, first_world, settings.get("seed", 0))
+    run(Path(workdir), steps=default if steps is None else steps, **settings)

@@ -269,3 +269,15 @@ def test_euler_inversion_undoes_a_straight_flow(weights):
     noise = torch.randn(1, 16, 16, 16)
     back = recovering._euler(pipe, noise - velocity, steps=5)
     assert torch.allclose(back, noise, atol=1e-5)
+
+
+def test_a_part_says_what_it_lacks(tmp_path, monkeypatch):
+    monkeypatch.setattr(worlds, "start_canvas_autoencoder", lambda *args: None)
+    with pytest.raises(ValueError, match="no part is called 'unet'; choose from reading-first"):
+        worlds.train_part("unet", tmp_path, tmp_path)
+    with pytest.raises(FileNotFoundError, match="transformer.ema.safetensors is missing: train the part"):
+        worlds._finished(tmp_path, "transformer.ema")
+    seen = {}
+    monkeypatch.setitem(worlds.PARTS, "canvas", (7, lambda workdir, **settings: seen.update(settings)))
+    worlds.train_part("canvas", tmp_path, tmp_path, seed=3)
+    assert seen == {"steps": 7, "seed": 3}
