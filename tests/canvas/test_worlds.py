@@ -256,7 +256,10 @@ def test_the_questions_use_the_words_they_say():
 
 
 @pytest.mark.parametrize("name", list(embedded.MODELS))
-def test_noise_is_looked_for_in_every_model(weights, name):
+def test_noise_is_looked_for_in_every_model(weights, name, monkeypatch):
+    if name != "canvas-turbo":
+        monkeypatch.setitem(embedded.MODELS, name, embedded.Model(2, 2.0, embedded.MODELS[name].files))
+        monkeypatch.setitem(recovering.INVERSION_STEPS, name, 2)
     figures = recovering.recover(embedded.load_pipeline(name, weights), ["a star", "a ring"])
     assert figures["n"] == 2 and 0 <= figures["lowest"] <= figures["mean_sign_agreement"] <= 1
     assert np.isfinite(figures["autoencoder_roundtrip"])
