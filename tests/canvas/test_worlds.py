@@ -284,3 +284,10 @@ def test_a_part_says_what_it_lacks(tmp_path, monkeypatch):
     monkeypatch.setitem(worlds.PARTS, "canvas", (7, lambda workdir, **settings: seen.update(settings)))
     worlds.train_part("canvas", tmp_path, tmp_path, seed=3)
     assert seen == {"steps": 7, "seed": 3}
+
+
+def test_long_captions_end_where_they_are_cut(tokenizer):
+    ids = vocabulary.tokenize(tokenizer, ["a star", "a " * 60])
+    short = flow.cut(ids, True, tokenizer.eos_token_id)
+    assert short.shape == (2, flow.FIRST_TOKENS) and (short[:, -1] == tokenizer.eos_token_id).all()
+    assert torch.equal(short[:, :-1], ids[:, : flow.FIRST_TOKENS - 1]) and flow.cut(ids, False, 0) is ids
