@@ -85,16 +85,16 @@ def train_autoencoder(
     steps: int,
     seed: int = 0,
     batch: int = 4,
+    decoder: bool = False,
     stop_after: int | None = None,
 ) -> nn.Module:
-    """Train on whole pictures: all of "canvas-flow", the decoder of "canvas".
+    """Train on whole pictures: the whole autoencoder, or the `decoder` alone, whose latents are then final.
 
     Loss: L1 + L1 of the gradients + MSE of the 8x8 averages + round trip of noisy latents + a pull to unit latents.
     """
-    fixed = which == "canvas"
-    vae.requires_grad_(not fixed)
+    vae.requires_grad_(not decoder)
     vae.decoder.requires_grad_(True)
-    if not fixed:  # the log-variance stays constant
+    if not decoder:  # the log-variance stays constant
         vae.encoder.conv_out.weight.register_hook(_first_half)
         vae.encoder.conv_out.bias.register_hook(_first_half)
     kind = "float32"
@@ -105,7 +105,7 @@ def train_autoencoder(
         noise = torch.Generator().manual_seed(seed * 1_000_003 + step)
         half = len(x) // 2
         with precision.autocast(kind):
-            with torch.set_grad_enabled(not fixed):
+            with torch.set_grad_enabled(not decoder):
                 z = encode(vae, which, x)
             sigma = 0.25 * torch.rand(len(x), 1, 1, 1, generator=noise)
             sigma[:half] *= 0.2  # the other half keeps clean targets sharp
@@ -120,7 +120,7 @@ def train_autoencoder(
         trip = F.mse_loss(again, noisy[half:].detach()) / noisy[half:].detach().var()
         unit = z.mean((0, 2, 3)).pow(2).mean() + (z.std((0, 2, 3)) - 1).pow(2).mean()
         losses = {"l1": l1, "edge": edge, "pooled": pooled, "trip": trip.detach().sqrt(), "unit": unit}
-        return {"loss": l1 + 0.5 * edge + 2 * pooled + 0.5 * trip + (0 if fixed else 0.02) * unit, **losses}
+        return {"loss": l1 + 0.5 * edge + 2 * pooled + 0.5 * trip + (0 if decoder else 0.02) * unit, **losses}
 
     def timed(chosen: str) -> None:
         nonlocal kind
@@ -128,7 +128,7 @@ def train_autoencoder(
         loss_of(0)["loss"].backward()
         vae.zero_grad(set_to_none=True)
 
-    name = f"vae-{which}"
+    name = f"{'decoder' if decoder else 'vae'}-{which}"
     kind = precision.choose(name, timed, workdir)
     average = train(
         name, vae, loss_of, steps=steps, lr=3e-4, workdir=workdir, warmup=60, ema=0.998, stop_after=stop_after

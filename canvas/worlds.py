@@ -120,20 +120,28 @@ def train_flow(
 
 
 def train_autoencoder(workdir: Path, which: str, steps: int, seed: int = 0, stop_after: int | None = None) -> None:
-    """Train a world's autoencoder: the decoder of "canvas", all of "canvas-flow", which is then whitened.
+    """Train a world's autoencoder where the encoder is not final yet ("canvas-flow"), else its decoder alone.
 
-    Writes `vae-<which>-encoder.safetensors` (final where only the encoder matters) and `vae-<which>.final.safetensors`.
+    Writes `vae-<which>-encoder.safetensors`, whitened, from which latents are encoded; a second call then trains the
+    decoder for them and writes `vae-<which>.final.safetensors`.
     """
     workdir = Path(workdir)
+    encoded = workdir / f"vae-{which}-encoder.safetensors"
+    drawn = pool.pictures(workdir, 6 * pool.CHUNK, seed)
+    if encoded.exists():
+        vae = autoencoders.build(which)
+        vae.load_state_dict(load_file(str(encoded)))
+        vae = autoencoders.train_autoencoder(
+            vae, which, drawn, workdir, steps, seed, decoder=True, stop_after=stop_after
+        )
+        save_tensors(vae.state_dict(), workdir / f"vae-{which}.final.safetensors")
+        return
     trunk = autoencoders.build("canvas")
     trunk.load_state_dict(_finished(workdir, "vae-canvas-encoder"))
-    vae = trunk if which == "canvas" else autoencoders.grow(trunk, seed)
-    drawn = pool.pictures(workdir, 6 * pool.CHUNK, seed)
+    vae = autoencoders.grow(trunk, seed)
     vae = autoencoders.train_autoencoder(vae, which, drawn, workdir, steps, seed, stop_after=stop_after)
-    if which == "canvas-flow":
-        autoencoders.whiten(vae, which, drawn.data[:600])
-        save_tensors(vae.state_dict(), workdir / f"vae-{which}-encoder.safetensors")
-    save_tensors(vae.state_dict(), workdir / f"vae-{which}.final.safetensors")
+    autoencoders.whiten(vae, which, drawn.data[:600])
+    save_tensors(vae.state_dict(), encoded)
 
 
 def train_turbo(
@@ -160,8 +168,9 @@ def train_turbo(
 PARTS: dict[str, tuple[int, Callable]] = {
     "reading-first": (1800, functools.partial(train_reading, which="first")),
     "reading-second": (1200, functools.partial(train_reading, which="second")),
-    "vae-canvas": (1000, functools.partial(train_autoencoder, which="canvas")),
     "vae-canvas-flow": (800, functools.partial(train_autoencoder, which="canvas-flow")),
+    "decoder-canvas": (1000, functools.partial(train_autoencoder, which="canvas")),
+    "decoder-canvas-flow": (1500, functools.partial(train_autoencoder, which="canvas-flow")),
     "judge-first": (3000, functools.partial(train_judge, which="first")),
     "judge-second": (4000, functools.partial(train_judge, which="second")),
     "canvas": (16_000, train_canvas),

@@ -151,16 +151,29 @@ def test_whitening_gives_unit_latents_and_changes_no_picture():
     assert (before - after)[..., 16:-16, 16:-16].abs().max() < 0.02
 
 
-@pytest.mark.parametrize("which", ["canvas", "canvas-flow"])
-def test_autoencoders_in_miniature(tmp_path, which):
-    precision_of(tmp_path, f"vae-{which}")
-    vae = autoencoder.build_autoencoder()
-    vae = vae if which == "canvas" else autoencoders.grow(vae)
+@pytest.mark.parametrize("decoder", [True, False])
+def test_autoencoders_in_miniature(tmp_path, decoder):
+    precision_of(tmp_path, "vae-canvas-flow", "decoder-canvas-flow")
+    vae = autoencoders.grow(autoencoder.build_autoencoder())
     before = {k: v.clone() for k, v in vae.state_dict().items()}
-    autoencoders.train_autoencoder(vae, which, pool.pictures(None, 2, seed=1), tmp_path, steps=1, batch=2)
+    drawn = pool.pictures(None, 2, seed=1)
+    autoencoders.train_autoencoder(vae, "canvas-flow", drawn, tmp_path, steps=1, batch=2, decoder=decoder)
     changed = {k for k, v in vae.state_dict().items() if not torch.equal(v, before[k])}
     assert any(k.startswith("decoder") for k in changed)
-    assert any(k.startswith("encoder") for k in changed) == (which == "canvas-flow")
+    assert any(k.startswith("encoder") for k in changed) != decoder
+    assert (vae.encoder.conv_out.bias[16:] < -19).all()
+
+
+def test_an_encoder_is_final_before_its_decoder_learns(tmp_path, monkeypatch):
+    precision_of(tmp_path, "vae-canvas-flow", "decoder-canvas-flow")
+    monkeypatch.setattr(pool, "CHUNK", 3)
+    save_tensors(autoencoder.build_autoencoder().state_dict(), tmp_path / "vae-canvas-encoder.safetensors")
+    worlds.train_autoencoder(tmp_path, "canvas-flow", steps=1)
+    first = worlds._finished(tmp_path, "vae-canvas-flow-encoder")
+    worlds.train_autoencoder(tmp_path, "canvas-flow", steps=1)
+    final = worlds._finished(tmp_path, "vae-canvas-flow.final")
+    assert all(torch.equal(final[k], first[k]) for k in first if k.startswith("encoder"))
+    assert not all(torch.equal(final[k], first[k]) for k in first)
 
 
 def test_denoisers_in_miniature_resume(tmp_path, tokenizer, encoders, scenes):
