@@ -5,16 +5,14 @@ Both grow from the first world's trunk, which passes colour through the group no
 encoded while the decoder still learns; `canvas-flow` gets twelve channels more and trains whole.
 """
 
-from pathlib import Path
-
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import autoencoder, precision
-from .loop import train
 from .pool import Pool, to_tensor
+from .precision import Run
 
 # Stable Diffusion 1.5's and 3's: ComfyUI's latent formats then need no override.
 SCALING = {"canvas": autoencoder.SCALING_FACTOR, "canvas-flow": 1.5305}
@@ -81,12 +79,8 @@ def train_autoencoder(
     vae: nn.Module,
     which: str,
     pool: Pool,
-    workdir: Path,
-    steps: int,
-    seed: int = 0,
-    batch: int = 4,
+    run: Run,
     decoder: bool = False,
-    stop_after: int | None = None,
 ) -> nn.Module:
     """Train on whole pictures: the whole autoencoder, or the `decoder` alone, whose latents are then final.
 
@@ -97,12 +91,11 @@ def train_autoencoder(
     if not decoder:  # the log-variance stays constant
         vae.encoder.conv_out.weight.register_hook(_first_half)
         vae.encoder.conv_out.bias.register_hook(_first_half)
-    kind = "float32"
 
-    def loss_of(step: int) -> dict[str, Tensor]:
-        rng = np.random.default_rng((seed, step))
-        x = to_tensor(pool.data[pool.draw_batch(rng, batch)])
-        noise = torch.Generator().manual_seed(seed * 1_000_003 + step)
+    def loss_of(step: int, kind: str) -> dict[str, Tensor]:
+        rng = np.random.default_rng((run.seed, step))
+        x = to_tensor(pool.data[pool.draw_batch(rng, run.batch)])
+        noise = run.generator(step)
         half = len(x) // 2
         with precision.autocast(kind):
             with torch.set_grad_enabled(not decoder):
@@ -122,19 +115,9 @@ def train_autoencoder(
         losses = {"l1": l1, "edge": edge, "pooled": pooled, "trip": trip.detach().sqrt(), "unit": unit}
         return {"loss": l1 + 0.5 * edge + 2 * pooled + 0.5 * trip + (0 if decoder else 0.02) * unit, **losses}
 
-    def timed(chosen: str) -> None:
-        nonlocal kind
-        kind = chosen
-        loss_of(0)["loss"].backward()
-        vae.zero_grad(set_to_none=True)
-
     name = f"{'decoder' if decoder else 'vae'}-{which}"
-    kind = precision.choose(name, timed, workdir)
-    average = train(
-        name, vae, loss_of, steps=steps, lr=3e-4, workdir=workdir, warmup=60, ema=0.998, stop_after=stop_after
-    )
-    vae.load_state_dict(average, strict=False)
-    return vae.eval().requires_grad_(False)
+    kind = run.precision(name, vae, loss_of)
+    return run.train(name, vae, loss_of, kind, lr=3e-4, warmup=60, ema=0.998)
 
 
 def _first_half(gradient: Tensor) -> Tensor:

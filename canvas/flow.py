@@ -5,15 +5,14 @@ states with zeros to 4096, and the columns that read zeros need not be learnt.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import precision
-from .loop import train
 from .pool import Pool
+from .precision import Run
 from .unet import texts_of
 from .vocabulary import WIDTH, tokenize
 
@@ -96,50 +95,36 @@ def train_flow(
     pool: Pool,
     tokenizer,
     encoders: tuple[nn.Module, nn.Module],
-    workdir: Path,
-    steps: int = 12_000,
-    seed: int = 0,
-    batch: int = 64,
-    compile: bool = True,
+    run: Run,
     depth: int = DEPTH,
-    stop_after: int | None = None,
 ) -> nn.Module:
     """Train on the velocity noise - latents; every caption is new, a tenth of them empty. Returns the narrow model.
 
     Three quarters of the steps see the first 40 tokens alone, at half the cost; the rest see all 77, for the padding
     is read as well.
     """
-    model = build_transformer(2 * WIDTH, seed, depth)
-    scale_to_unit(model, read(encoders, tokenize(tokenizer, texts_of(pool, seed, 0, 32)[1])))
-    denoise, kind = model, "float32"  # compiled once the precision is chosen
+    model = build_transformer(2 * WIDTH, run.seed, depth)
+    scale_to_unit(model, read(encoders, tokenize(tokenizer, texts_of(pool, run.seed, 0, 32)[1])))
+    denoise = model  # compiled once the precision is chosen
 
-    def loss_of(step: int) -> dict[str, Tensor]:
-        index, texts = texts_of(pool, seed, step, batch)
-        g = torch.Generator().manual_seed(seed * 1_000_003 + step)
+    def loss_of(step: int, kind: str) -> dict[str, Tensor]:
+        index, texts = texts_of(pool, run.seed, step, run.batch)
+        g = run.generator(step)
         latents = pool.data[torch.from_numpy(index)]
         noise = torch.randn(latents.shape, generator=g)
-        sigma = noise_levels(batch, g)
+        sigma = noise_levels(run.batch, g)
         s = sigma[:, None, None, None]
         with precision.autocast(kind), sdpa_kernel(SDPBackend.MATH):
-            text = read(encoders, cut(tokenize(tokenizer, texts), step < FIRST_SHARE * steps, tokenizer.eos_token_id))
+            short = step < FIRST_SHARE * run.steps
+            text = read(encoders, cut(tokenize(tokenizer, texts), short, tokenizer.eos_token_id))
             noisy = (1 - s) * latents + s * noise
             out = denoise(noisy, text.states, text.pooled, 1000 * sigma, return_dict=False)[0]
         error = (out.float() - (noise - latents)).pow(2).mean((1, 2, 3))
         return {"loss": error.mean(), "noisy": error[sigma > 0.75].mean(), "clear": error[sigma < 0.5].mean()}
 
-    def timed(chosen: str) -> None:
-        nonlocal kind
-        kind = chosen
-        loss_of(0)["loss"].backward()
-        model.zero_grad(set_to_none=True)
-
-    kind = precision.choose(NAME, timed, workdir)
-    denoise = torch.compile(model, dynamic=False) if compile else model
-    average = train(
-        NAME, model, loss_of, steps=steps, lr=1e-3, workdir=workdir, warmup=300, ema=0.999, stop_after=stop_after
-    )
-    model.load_state_dict(average, strict=False)
-    return model.eval().requires_grad_(False)
+    kind = run.precision(NAME, model, loss_of)
+    denoise = torch.compile(model, dynamic=False) if run.compile else model
+    return run.train(NAME, model, loss_of, kind, lr=1e-3, warmup=300, ema=0.999)
 
 
 @torch.no_grad()

@@ -1,7 +1,6 @@
 """How the judges learn, from renders alone, and how far they can be trusted: accuracy, agreement, smudges."""
 
 import random
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,8 +11,8 @@ from torch import Tensor, nn
 from . import language, precision
 from .drawing import draw
 from .judges import JUDGES, OBJECTS, QUESTIONS, Judge
-from .loop import train
 from .pool import Pool, pictures, to_tensor
+from .precision import Run
 from .scenes import SIZE, Scene, random_scene
 
 SEEDS = {"first": 1000, "second": 2000}  # of their pools
@@ -93,25 +92,16 @@ def _augment(x: Tensor, g: torch.Generator) -> tuple[Tensor, Tensor]:
     return x, torch.tensor([sx, sy]) / SIZE
 
 
-def train_judge(
-    which: str,
-    workdir: Path,
-    steps: int,
-    n: int = 12_000,
-    seed: int = 0,
-    batch: int = 64,
-    stop_after: int | None = None,
-) -> nn.Module:
+def train_judge(which: str, run: Run, n: int = 12_000) -> nn.Module:
     """Train the "first" or the "second" judge on n renders of its own; a quarter has a thing painted out."""
-    pool = pictures(workdir, n, SEEDS[which] + seed, SMUDGED)
+    pool = pictures(run.workdir, n, SEEDS[which] + run.seed, SMUDGED)
     truth = truths(pool.scenes)
-    torch.manual_seed(SEEDS[which] + seed)
-    net, kind = JUDGES[which](), "float32"
+    torch.manual_seed(SEEDS[which] + run.seed)
+    net = JUDGES[which]()
 
-    def loss_of(step: int) -> dict[str, Tensor]:
-        index = pool.draw_batch(np.random.default_rng((seed, step)), batch)
-        g = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        x, shift = _augment(to_tensor(pool.data[index]), g)
+    def loss_of(step: int, kind: str) -> dict[str, Tensor]:
+        index = pool.draw_batch(np.random.default_rng((run.seed, step)), run.batch)
+        x, shift = _augment(to_tensor(pool.data[index]), run.generator(step))
         rows = {name: values[index] for name, values in truth.items()}
         rows["place"] = rows["place"] + shift
         with precision.autocast(kind):
@@ -119,20 +109,9 @@ def train_judge(
         losses = losses_of(found, rows)
         return {"loss": sum(losses.values()), **losses}
 
-    def timed(chosen: str) -> None:
-        nonlocal kind
-        kind = chosen
-        loss_of(0)["loss"].backward()
-        net.zero_grad(set_to_none=True)
-
-    name = f"judge-{which}"
-    kind = precision.choose(name, timed, workdir)
-    average = train(
-        name, net, loss_of, steps=steps, lr=2e-3 if which == "first" else 1e-3, workdir=workdir, warmup=200, ema=0.998,
-        stop_after=stop_after,
-    )  # fmt: skip
-    net.load_state_dict(average, strict=False)
-    return net.eval()
+    name, peak = f"judge-{which}", 2e-3 if which == "first" else 1e-3
+    kind = run.precision(name, net, loss_of)
+    return run.train(name, net, loss_of, kind, lr=peak, warmup=200, ema=0.998)
 
 
 @torch.no_grad()

@@ -6,14 +6,13 @@ then train with the encoders frozen.
 """
 
 import random
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import language, precision
-from .loop import train
+from .precision import Run
 from .scenes import Scene, random_scene
 from .sentences import Caption, caption
 from .vocabulary import MAX_LENGTH, WIDTH, tokenize
@@ -124,25 +123,15 @@ def losses_of(found: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, T
     return out
 
 
-def train_encoder(
-    encoder: nn.Module,
-    tokenizer,
-    workdir: Path,
-    name: str,
-    steps: int = 3000,
-    seed: int = 0,
-    batch: int = 128,
-    stop_after: int | None = None,
-) -> nn.Module:
+def train_encoder(encoder: nn.Module, tokenizer, name: str, run: Run) -> nn.Module:
     """Teach an encoder to read; returns it with its averaged weights, frozen."""
-    torch.manual_seed(seed)
+    torch.manual_seed(run.seed)
     reader = Reader(encoder)
-    kind = "float32"
 
-    def loss_of(step: int) -> dict[str, Tensor]:
-        rng = random.Random(f"reading-{name}-{seed}-{step}")
+    def loss_of(step: int, kind: str) -> dict[str, Tensor]:
+        rng = random.Random(f"reading-{name}-{run.seed}-{step}")
         full = step % 6 == 5  # the states behind a caption's end are seen by the denoisers, too
-        length, rows = (MAX_LENGTH, batch // 3) if full else (_SHORT, batch)
+        length, rows = (MAX_LENGTH, run.batch // 3) if full else (_SHORT, run.batch)
         pairs = [example(rng) for _ in range(rows)]
         ids = tokenize(tokenizer, [said.text for _, said in pairs])
         fits = (ids[:, length - 1] == tokenizer.eos_token_id).nonzero()[:, 0]
@@ -155,18 +144,9 @@ def train_encoder(
         mean = {key: sum(p[key] for p in parts) / len(parts) for key in QUESTIONS}
         return {"loss": sum(mean.values()), **mean}
 
-    def timed(which: str) -> None:
-        nonlocal kind
-        kind = which
-        loss_of(0)["loss"].backward()
-        reader.zero_grad(set_to_none=True)
-
-    kind = precision.choose(name, timed, workdir)
-    average = train(
-        name, reader, loss_of, steps=steps, lr=1.5e-3, workdir=workdir, warmup=200, ema=0.998, stop_after=stop_after
-    )
-    reader.load_state_dict(average, strict=False)
-    return encoder.eval().requires_grad_(False)
+    kind = run.precision(name, reader, loss_of)
+    run.train(name, reader, loss_of, kind, lr=1.5e-3, warmup=200, ema=0.998)
+    return encoder
 
 
 @torch.no_grad()

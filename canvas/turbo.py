@@ -6,7 +6,6 @@ straight line between the two, so that one of its steps is a whole window and th
 """
 
 import copy
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import precision
 from .flow import SHIFT, read
-from .loop import train
 from .pool import Pool
+from .precision import Run
 from .unet import texts_of
 from .vocabulary import tokenize
 
@@ -69,23 +68,18 @@ def train_turbo(
     tokenizer,
     encoders: tuple[nn.Module, nn.Module],
     teacher: nn.Module,
-    workdir: Path,
-    steps: int = 2000,
-    seed: int = 0,
-    batch: int = 32,
+    run: Run,
     walk: int = 3,
-    compile: bool = True,
-    stop_after: int | None = None,
 ) -> dict[str, Tensor]:
     """Distil the (narrow) teacher; returns the student's low-rank change.
 
     Args:
         walk: Euler steps of the guided teacher in a window.
     """
-    torch.manual_seed(seed)
+    torch.manual_seed(run.seed)
     student = add_low_rank(copy.deepcopy(teacher))
     teacher.requires_grad_(False)
-    levels, guide, denoise, kind = sigmas(), teacher, student, "float32"
+    levels, batch, guide, denoise = sigmas(), run.batch, teacher, student
     empty = read(encoders, tokenize(tokenizer, [""]))
 
     @torch.no_grad()
@@ -99,9 +93,9 @@ def train_turbo(
             x = x + (then - now)[:, None, None, None] * (uncond + GUIDANCE * (cond - uncond))
         return x
 
-    def loss_of(step: int) -> dict[str, Tensor]:
-        index, texts = texts_of(pool, seed + 1, step, batch)
-        g = torch.Generator().manual_seed(seed * 1_000_003 + step)
+    def loss_of(step: int, kind: str) -> dict[str, Tensor]:
+        index, texts = texts_of(pool, run.seed + 1, step, batch)
+        g = run.generator(step)
         latents = pool.data[torch.from_numpy(index)]
         noise = torch.randn(latents.shape, generator=g)
         window = torch.arange(batch) % STEPS
@@ -120,18 +114,8 @@ def train_turbo(
         error = (out.float() - velocity).pow(2).mean((1, 2, 3))
         return {"loss": error.mean(), **{f"window_{k}": error[window == k].mean() for k in range(STEPS)}}
 
-    def timed(chosen: str) -> None:
-        nonlocal kind
-        kind = chosen
-        loss_of(0)["loss"].backward()
-        student.zero_grad(set_to_none=True)
-
-    kind = precision.choose(NAME, timed, workdir)
-    if compile:
+    kind = run.precision(NAME, student, loss_of)
+    if run.compile:
         guide, denoise = torch.compile(teacher), torch.compile(student)
-    average = train(
-        NAME, student, loss_of, steps=steps, lr=5e-4, workdir=workdir, warmup=100, ema=0.995, weight_decay=0.0,
-        stop_after=stop_after,
-    )  # fmt: skip
-    student.load_state_dict(average, strict=False)
+    run.train(NAME, student, loss_of, kind, lr=5e-4, warmup=100, ema=0.995, weight_decay=0.0)
     return low_rank_state(student)

@@ -1,7 +1,6 @@
 """The second world's `canvas`: a UNet2DConditionModel of SD1.5's architecture, trained with its text encoder frozen."""
 
 import random
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -9,8 +8,8 @@ from torch import Tensor, nn
 
 from . import precision
 from .denoiser import CONFIG, SCHEDULER
-from .loop import train
 from .pool import Pool
+from .precision import Run
 from .vocabulary import tokenize
 
 EMPTY_SHARE = 0.1  # of captions dropped, for classifier-free guidance
@@ -32,18 +31,7 @@ def texts_of(pool: Pool, seed: int, step: int, batch: int) -> tuple[np.ndarray, 
     return index, ["" if rng.random() < EMPTY_SHARE else text for text in pool.captions(index, rng)]
 
 
-def train_unet(
-    pool: Pool,
-    tokenizer,
-    encoder: nn.Module,
-    unet: nn.Module,
-    workdir: Path,
-    steps: int = 12_000,
-    seed: int = 0,
-    batch: int = 48,
-    compile: bool = True,
-    stop_after: int | None = None,
-) -> nn.Module:
+def train_unet(pool: Pool, tokenizer, encoder: nn.Module, unet: nn.Module, run: Run) -> nn.Module:
     """Train on epsilon prediction; every caption is new.
 
     Loss: nine tenths weighted by min(SNR, 1.5) / SNR (min-SNR, arXiv 2303.09556), for at low noise there is mostly
@@ -55,11 +43,11 @@ def train_unet(
     unet.set_attn_processor(AttnProcessor())  # several times quicker than SDPA in bfloat16 on the CPU
     scheduler = DDPMScheduler(**{k: v for k, v in SCHEDULER.items() if k not in ("set_alpha_to_one", "steps_offset")})
     snr = scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod)
-    denoise, kind = unet, "float32"  # compiled once the precision is chosen
+    batch, denoise = run.batch, unet  # compiled once the precision is chosen
 
-    def loss_of(step: int) -> dict[str, Tensor]:
-        index, texts = texts_of(pool, seed, step, batch)
-        g = torch.Generator().manual_seed(seed * 1_000_003 + step)
+    def loss_of(step: int, kind: str) -> dict[str, Tensor]:
+        index, texts = texts_of(pool, run.seed, step, batch)
+        g = run.generator(step)
         latents = pool.data[torch.from_numpy(index)]
         noise = torch.randn(latents.shape, generator=g)
         # one timestep from each of `batch` equal strata
@@ -73,17 +61,8 @@ def train_unet(
         loss = 0.9 * (weight * error).sum() / weight.sum() + 0.1 * error.mean()
         return {"loss": loss, "epsilon_mse": error.mean()}
 
-    def timed(chosen: str) -> None:
-        nonlocal kind
-        kind = chosen
-        loss_of(0)["loss"].backward()
-        unet.zero_grad(set_to_none=True)
-
-    kind = precision.choose(NAME, timed, workdir)
-    denoise = torch.compile(unet) if compile else unet
-    average = train(
-        NAME, unet, loss_of, steps=steps, lr=1e-3, workdir=workdir, warmup=300, ema=0.999, stop_after=stop_after
-    )
-    unet.load_state_dict(average, strict=False)
+    kind = run.precision(NAME, unet, loss_of)
+    denoise = torch.compile(unet) if run.compile else unet
+    run.train(NAME, unet, loss_of, kind, lr=1e-3, warmup=300, ema=0.999)
     unet.set_attn_processor(AttnProcessor2_0())
-    return unet.eval().requires_grad_(False)
+    return unet

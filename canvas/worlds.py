@@ -10,6 +10,7 @@ from torch import nn
 
 from . import autoencoders, flow, judging, pool, precision, reading, turbo, unet, vocabulary
 from .loop import save_tensors
+from .precision import Run
 
 TOKENIZER = "tokenizer"
 PICTURES = 24_000
@@ -35,9 +36,8 @@ def train_reading(workdir: Path, which: str, steps: int = 3000, seed: int = 0, s
     """Train a text encoder ("first" or "second") and write `text-<which>.safetensors`."""
     tokenizer = tokenizer_of(workdir, seed)
     encoder = vocabulary.build_encoder(which, len(tokenizer), seed)
-    reading.train_encoder(
-        encoder, tokenizer, workdir, f"reading-{which}", steps, seed + (which == "second"), stop_after=stop_after
-    )
+    run = Run(Path(workdir), steps, 128, seed + (which == "second"), stop_after=stop_after)
+    reading.train_encoder(encoder, tokenizer, f"reading-{which}", run)
     save_tensors(encoder.state_dict(), Path(workdir) / f"text-{which}.safetensors")
 
 
@@ -89,9 +89,8 @@ def train_canvas(
     """Train the UNet and write its averaged weights, `unet.ema.safetensors`."""
     tokenizer = tokenizer_of(workdir, seed)
     data, encoder = encode_pool(workdir, "canvas", pictures, seed), encoder_of(workdir, "first", tokenizer)
-    model = unet.train_unet(
-        data, tokenizer, encoder, unet.build_unet(seed), workdir, steps, seed, compile=compile, stop_after=stop_after
-    )
+    run = Run(Path(workdir), steps, 48, seed, compile, stop_after)
+    model = unet.train_unet(data, tokenizer, encoder, unet.build_unet(seed), run)
     save_tensors(model.state_dict(), Path(workdir) / "unet.ema.safetensors")
 
 
@@ -99,7 +98,7 @@ def train_judge(
     workdir: Path, which: str, steps: int = 4000, pictures: int = 12_000, seed: int = 0, stop_after: int | None = None
 ) -> None:
     """Train a judge and write `judge-<which>.ema.safetensors`."""
-    net = judging.train_judge(which, workdir, steps, pictures, seed, stop_after=stop_after)
+    net = judging.train_judge(which, Run(Path(workdir), steps, 64, seed, stop_after=stop_after), pictures)
     save_tensors(net.state_dict(), Path(workdir) / f"judge-{which}.ema.safetensors")
 
 
@@ -115,7 +114,7 @@ def train_flow(
     tokenizer = tokenizer_of(workdir, seed)
     encoders = encoder_of(workdir, "first", tokenizer), encoder_of(workdir, "second", tokenizer)
     data = encode_pool(workdir, "canvas-flow", pictures, seed)
-    model = flow.train_flow(data, tokenizer, encoders, workdir, steps, seed, compile=compile, stop_after=stop_after)
+    model = flow.train_flow(data, tokenizer, encoders, Run(Path(workdir), steps, 64, seed, compile, stop_after))
     save_tensors(model.state_dict(), Path(workdir) / "transformer.ema.safetensors")
 
 
@@ -127,19 +126,18 @@ def train_autoencoder(workdir: Path, which: str, steps: int, seed: int = 0, stop
     """
     workdir = Path(workdir)
     encoded = workdir / f"vae-{which}-encoder.safetensors"
+    run = Run(workdir, steps, 4, seed, stop_after=stop_after)
     drawn = pool.pictures(workdir, 6 * pool.CHUNK, seed)
     if encoded.exists():
         vae = autoencoders.build(which)
         vae.load_state_dict(load_file(str(encoded)))
-        vae = autoencoders.train_autoencoder(
-            vae, which, drawn, workdir, steps, seed, decoder=True, stop_after=stop_after
-        )
+        vae = autoencoders.train_autoencoder(vae, which, drawn, run, decoder=True)
         save_tensors(vae.state_dict(), workdir / f"vae-{which}.final.safetensors")
         return
     trunk = autoencoders.build("canvas")
     trunk.load_state_dict(_finished(workdir, "vae-canvas-encoder"))
     vae = autoencoders.grow(trunk, seed)
-    vae = autoencoders.train_autoencoder(vae, which, drawn, workdir, steps, seed, stop_after=stop_after)
+    vae = autoencoders.train_autoencoder(vae, which, drawn, run)
     autoencoders.whiten(vae, which, drawn.data[:600])
     save_tensors(vae.state_dict(), encoded)
 
@@ -158,9 +156,8 @@ def train_turbo(
     teacher = flow.build_transformer(2 * vocabulary.WIDTH)
     teacher.load_state_dict(_finished(workdir, "transformer.ema"))
     data = encode_pool(workdir, "canvas-flow", pictures, seed)
-    state = turbo.train_turbo(
-        data, tokenizer, encoders, teacher, workdir, steps, seed, compile=compile, stop_after=stop_after
-    )
+    run = Run(Path(workdir), steps, 32, seed, compile, stop_after)
+    state = turbo.train_turbo(data, tokenizer, encoders, teacher, run)
     save_tensors(state, Path(workdir) / "turbo.ema.safetensors")
 
 

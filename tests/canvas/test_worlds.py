@@ -24,6 +24,7 @@ from semiperm.canvas import (
     worlds,
 )
 from semiperm.canvas.loop import save_tensors
+from semiperm.canvas.precision import Run
 from semiperm.canvas.scenes import Scene, Thing
 
 
@@ -50,7 +51,7 @@ def weights(tmp_path_factory, tokenizer, encoders, scenes):
     precision_of(work, "turbo")
     narrow = flow.build_transformer(2 * vocabulary.WIDTH)
     data = pool.Pool(scenes, torch.randn(17, 16, 16, 16))
-    change = turbo.train_turbo(data, tokenizer, encoders, narrow, work, steps=1, batch=4, walk=1, compile=False)
+    change = turbo.train_turbo(data, tokenizer, encoders, narrow, Run(work, 1, 4, compile=False), walk=1)
     for part, module in {
         "text-first": encoders[0],
         "text-second": encoders[1],
@@ -157,7 +158,7 @@ def test_autoencoders_in_miniature(tmp_path, decoder):
     vae = autoencoders.grow(autoencoder.build_autoencoder())
     before = {k: v.clone() for k, v in vae.state_dict().items()}
     drawn = pool.pictures(None, 2, seed=1)
-    autoencoders.train_autoencoder(vae, "canvas-flow", drawn, tmp_path, steps=1, batch=2, decoder=decoder)
+    autoencoders.train_autoencoder(vae, "canvas-flow", drawn, Run(tmp_path, 1, 2), decoder=decoder)
     changed = {k for k, v in vae.state_dict().items() if not torch.equal(v, before[k])}
     assert any(k.startswith("decoder") for k in changed)
     assert any(k.startswith("encoder") for k in changed) != decoder
@@ -179,13 +180,12 @@ def test_an_encoder_is_final_before_its_decoder_learns(tmp_path, monkeypatch):
 def test_denoisers_in_miniature_resume(tmp_path, tokenizer, encoders, scenes):
     precision_of(tmp_path, "unet", "flow")
     data = pool.Pool(scenes, torch.randn(17, 4, 16, 16))
-    for steps in ({"stop_after": 1}, {}):
-        unet.train_unet(
-            data, tokenizer, encoders[0], unet.build_unet(), tmp_path, steps=2, batch=4, compile=False, **steps
-        )
+    for stop in (1, None):
+        run = Run(tmp_path, 2, 4, compile=False, stop_after=stop)
+        unet.train_unet(data, tokenizer, encoders[0], unet.build_unet(), run)
     assert [row["step"] for row in rows_of(tmp_path, "unet")] == [1, 2]
     data = pool.Pool(scenes, torch.randn(17, 16, 16, 16))
-    model = flow.train_flow(data, tokenizer, encoders, tmp_path, steps=1, batch=4, compile=False)
+    model = flow.train_flow(data, tokenizer, encoders, Run(tmp_path, 1, 4, compile=False))
     assert np.isfinite(rows_of(tmp_path, "flow")[-1]["loss"])
     wide, x = flow.widen(model), torch.randn(1, 16, 16, 16)
     text = flow.read(encoders, vocabulary.tokenize(tokenizer, ["a star"]))
@@ -205,7 +205,7 @@ def test_noise_levels_are_shifted_to_noise():
 @pytest.mark.parametrize("which", list(judges.JUDGES))
 def test_judges_in_miniature(tmp_path, which):
     precision_of(tmp_path, f"judge-{which}")
-    net = judging.train_judge(which, tmp_path, steps=2, n=6, batch=4)
+    net = judging.train_judge(which, Run(tmp_path, 2, 4), n=6)
     judge, held_out = judges.Judge(net), pool.pictures(None, 4, seed=judging.HELD_OUT)
     assert set(judging.accuracy(judge, held_out)) == {*judges.QUESTIONS, "objects"}
     assert judging.agreement(judge, judge, held_out.data)["objects"] == 1.0
