@@ -1,4 +1,4 @@
-.PHONY: check format test bench demo
+.PHONY: check format test bench results demo
 
 check:
 	ruff check .
@@ -15,6 +15,9 @@ bench:
 	semiperm bench membranes --json benchmarks/results/membranes.json
 	semiperm bench sampling --json benchmarks/results/sampling.json
 	semiperm bench kernels --json benchmarks/results/kernels.json
+
+results:
+	semiperm bench results
 
 demo:
 	semiperm demo

@@ -17,8 +17,8 @@ def _list(asked: bool):
         return
     from rich.table import Table
 
-    from ..methods.image_attacks import ATTACKS, SUITE
-    from ..pipelines.image_attacks import model_attacks
+    from ..methods.attacks.pictures import ATTACKS, SUITE
+    from ..pipelines.attacks.pictures import model_attacks
 
     table, through = Table(), model_attacks(None)
     for heading in ("attack", "by default", "what it does, and what its strength counts"):
@@ -63,9 +63,9 @@ def run(
     What was done is kept in each PNG's text chunk `semiperm`. Pictures that cannot be read or attacked are named on
     standard error and left out; the exit code is then 1. The originals stay as they are.
     """
-    from ..methods.image_attacks import ATTACKS, SUITE, parse_attack
-    from ..methods.watermark_keys import WatermarkError
-    from ..pipelines.image_attacks import model_attacks
+    from ..methods.attacks.pictures import ATTACKS, SUITE, parse_attack
+    from ..methods.errors import SemipermError
+    from ..pipelines.attacks.pictures import model_attacks
 
     known = ATTACKS | model_attacks(None)
     chains = [parse_attack(text, known) for text in attacks or SUITE]
@@ -90,7 +90,7 @@ def run(
                     row.append(thumbnail(image))
                     written += 1
                     advance()
-            except (common.CliError, WatermarkError) as error:
+            except (common.CliError, SemipermError) as error:
                 failed += 1
                 typer.echo(f"error: {file}: {common.one_line(error)}", err=True)
                 continue
@@ -137,7 +137,7 @@ def attacked(pixels, label: str, seed: int, known):
     import torch
     from PIL import Image
 
-    from ..methods.image_attacks import attack
+    from ..methods.attacks.pictures import attack
 
     out = attack(pixels, label, torch.Generator().manual_seed(seed), known)[0]
     return Image.fromarray((out.permute(1, 2, 0) * 255).round().byte().numpy())

@@ -19,7 +19,7 @@ def membranes(
     """Time a denoising step with 1, 10 and 100 membranes against the bare pipeline, and PEFT beside it."""
     pipe = common.load_model(model, dtype="auto")
 
-    from ..benchmarks.membranes import run
+    from ..benchmarks.membranes.run import run
 
     console = common.console()
     with console.status("timing; keep the machine quiet"):
@@ -38,7 +38,7 @@ def sampling(
     """Time whole sampling runs with negative token merging against bare ones, and the released algorithm beside it."""
     pipe = common.load_model(model, dtype="auto")
 
-    from ..benchmarks.sampling import run
+    from ..benchmarks.token_merging.sampling import run
 
     console = common.console()
     with console.status("timing; keep the machine quiet"):
@@ -56,7 +56,7 @@ def token_merging(
     """Judge on the canvas whether negative token merging avoids a picture, and spreads a batch; and what it costs."""
     from rich.table import Table
 
-    from ..benchmarks.token_merging import batches, run
+    from ..benchmarks.token_merging.judged import batches, run
 
     with common.progress("pictures, four at a time", batches(seeds)) as advance:
         rows = run(advance, seeds)
@@ -92,12 +92,35 @@ def comfyui(
     console = common.console()
     try:
         with console.status("timing; keep the machine quiet"):
-            rows = run_in_comfyui(path, python, ROOT / "benchmarks" / "comfyui_membranes.py", rounds)
+            rows = run_in_comfyui(path, python, ROOT / "benchmarks" / "membranes" / "comfyui.py", rounds)
     except RuntimeError as error:
         raise common.CliError(f"ComfyUI's Python failed: {str(error).splitlines()[-1]}") from error
     if json_path is not None:
         common.write_json(json_path, rows)
     show(console, rows)
+
+
+@app.command("results", epilog="Example: semiperm bench results --check")
+def results(
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The page to write.")] = Path("docs/results.md"),
+    check: Annotated[
+        bool, typer.Option("--check", help="Write nothing; the exit code is 1 if the page is stale.")
+    ] = False,
+):
+    """Write docs/results.md from benchmarks/results/*.json; run it in a clone."""
+    from ..benchmarks.page.results import page, read
+
+    try:
+        text = page(read(Path("benchmarks/results")))
+    except FileNotFoundError as error:
+        raise common.CliError(f"there is no {error.filename} here; run this in the folder of a clone") from error
+    if check:
+        if not out.is_file() or out.read_text(encoding="utf-8") != text:
+            typer.echo(f"{out} is stale; run: semiperm bench results --out {out}", err=True)
+            raise typer.Exit(1)
+    else:
+        common.write_file(out, text)
+    common.console().print(str(out), markup=False, soft_wrap=True)
 
 
 def show(

@@ -27,8 +27,8 @@ def run(
 
 
 def timed(quick: bool, tell) -> list[dict]:
-    """The rows of benchmarks/kernels.py; CliError where a kernel is wrong."""
-    from ..benchmarks.kernels import KernelBenchmarkError, run
+    """The rows of benchmarks/kernels/run.py; CliError where a kernel is wrong."""
+    from ..benchmarks.kernels.run import KernelBenchmarkError, run
 
     try:
         return run(quick=quick, tell=tell)
@@ -37,7 +37,7 @@ def timed(quick: bool, tell) -> list[dict]:
 
 
 def compiled() -> list[dict]:
-    """The rows of benchmarks/kernel_resources.py, in a process of its own: Triton must not interpret there."""
+    """The rows of benchmarks/kernels/resources.py, in a process of its own: Triton must not interpret there."""
     import json
     import os
     import subprocess
@@ -47,7 +47,7 @@ def compiled() -> list[dict]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.json"
-        command = [sys.executable, "-m", "semiperm.benchmarks.kernel_resources", "--json", str(path)]
+        command = [sys.executable, "-m", "semiperm.benchmarks.kernels.resources", "--json", str(path)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]

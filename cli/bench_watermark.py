@@ -28,8 +28,8 @@ def run(
 
     Other marks stand beside it in the same tables.
     """
-    from ..benchmarks.watermark import PARTS, TimingError
-    from ..benchmarks.watermark import run as measure
+    from ..benchmarks.watermark.run import PARTS, TimingError
+    from ..benchmarks.watermark.run import run as measure
 
     parts = parts or list(PARTS)
     if unknown := set(parts) - set(PARTS):

@@ -2,8 +2,6 @@
 
 import io
 import json
-import os
-import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,9 +30,9 @@ class OneLineErrors(TyperGroup):
         except (CliError, OSError) as error:
             _fail(error)
         except ValueError as error:
-            from ..methods.membranes import MembraneError
+            from ..kernels.errors import SemipermError
 
-            if not isinstance(error, MembraneError):
+            if not isinstance(error, SemipermError):
                 raise
             _fail(error)
 
@@ -60,22 +58,10 @@ def existing_file(path: Path, what: str) -> Path:
 
 
 def write_file(path: str | Path, data: bytes | str) -> Path:
-    """Write a whole file or nothing: to a temporary file beside it, then renamed."""
-    path = Path(path)
-    if path.is_dir():
-        raise CliError(f"{str(path)!r} is a folder; give the name of a file to write")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    data = data.encode() if isinstance(data, str) else data
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    return path
+    """Write a whole file or nothing."""
+    from ..methods import files
+
+    return files.write_file(path, data)
 
 
 def write_json(path: str | Path, value: Any) -> Path:
@@ -127,12 +113,12 @@ def load_model(model: str, device: str = "auto", dtype: str = "auto"):
     if dtype not in ("float32", "float16", "bfloat16"):
         raise CliError(f"--dtype {dtype} is not supported; choose auto, float32, float16 or bfloat16")
     quiet()
-    from ..methods.membranes import MembraneError
+    from ..methods.errors import SemipermError
     from ..pipelines.loaders import load_pipeline
 
     try:
         pipe = load_pipeline(model, dtype=getattr(torch, dtype), device=device)
-    except MembraneError:
+    except SemipermError:
         raise
     except (OSError, ValueError) as error:
         raise CliError(f"cannot load the model {model!r}: {one_line(error)}") from error
@@ -186,8 +172,8 @@ def load_stack(pipe, texts: list[str]):
     """Read FILE[:strength] arguments as one stack; strength multiplies each pair's alpha, 0 leaves a file out."""
     from dataclasses import replace
 
-    from ..methods.membranes import Membranes
-    from ..pipelines.membranes import import_membranes
+    from ..methods.membranes.types import Membranes
+    from ..pipelines.membranes.adapters import import_membranes
 
     stack = Membranes()
     for path, strength in map(split_strength, texts):

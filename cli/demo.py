@@ -56,7 +56,8 @@ def run(
         pipe = common.load_model("canvas", "cpu", "float32")
 
         from ..canvas import Judge
-        from ..pipelines.membranes import apply_membranes, erase_concepts, remove_membranes
+        from ..pipelines.membranes.apply import apply_membranes, remove_membranes
+        from ..pipelines.membranes.erase import erase_concepts
 
         judge = Judge.load()
     algebra = perf_counter()

@@ -1,6 +1,5 @@
 """`semiperm detect`: which pictures carry a mark of the keyring's keys, and what it says."""
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Annotated
@@ -46,18 +45,19 @@ def run(
     files = picture_files(images)
     options = {"search": search, "size": parse_size(size)}
 
-    from ..methods.watermark_keys import load_keyring
+    from ..benchmarks.store import Store, digest
+    from ..methods.watermark.keyring import load_keyring
 
     ring = load_keyring(keyring)
-    finished = Finished(resume, settings(keyring, model, options))
+    finished = Store(resume, "detect", [digest(keyring), model, options])
     rows, failed, pipe = {}, 0, None
     with common.progress("pictures", len(files)) as advance:
         for start in range(0, len(files), BATCH):
-            part, pictures = files[start : start + BATCH], {}
-            found = {}
+            part, pictures, found, digests = files[start : start + BATCH], {}, {}, {}
             for file in part:
                 try:
-                    found[file] = finished.get(file)
+                    digests[file] = digest(file) if resume else str(file)
+                    found[file] = finished.get(digests[file])
                     if found[file] is None:
                         pictures[file] = read_picture(file)
                 except (common.CliError, OSError) as error:
@@ -71,7 +71,7 @@ def run(
                     typer.echo(f"error: {file}: {common.one_line(found[file])}", err=True)
                     continue
                 if file in pictures:
-                    finished.put(file, found[file])
+                    finished.put(digests[file], found[file])
                 rows[file] = {"file": str(file), **found[file]}
             advance(len(part))
     if as_json:
@@ -142,14 +142,14 @@ def read_picture(file: Path):
 
 def look(pipe, ring, pictures: dict, options: dict = {}) -> dict:  # noqa: B006 (never written to)
     """File -> what was found, or the error; where the pictures fail together, they are looked at one by one."""
-    from ..methods.watermark_keys import WatermarkError
-    from ..pipelines.watermark import detect
+    from ..methods.errors import SemipermError
+    from ..pipelines.watermark.detect import detect_watermark
 
     largest = max(picture.width * picture.height for picture in pictures.values())
     try:
-        results = detect([*pictures.values()], pipe, ring, batch_size=max(1, PIXELS // largest), **options)
-    except (WatermarkError, RuntimeError, MemoryError) as error:
-        if not isinstance(error, WatermarkError) and "memory" not in f"{error!r}".lower():
+        results = detect_watermark(pipe, [*pictures.values()], ring, batch_size=max(1, PIXELS // largest), **options)
+    except (SemipermError, RuntimeError, MemoryError) as error:
+        if not isinstance(error, SemipermError) and "memory" not in f"{error!r}".lower():
             raise  # torch says RuntimeError when memory runs out on the CPU, and of our own mistakes
         if len(pictures) == 1:
             return dict.fromkeys(pictures, error)
@@ -159,7 +159,7 @@ def look(pipe, ring, pictures: dict, options: dict = {}) -> dict:  # noqa: B006 
 
 def described(result) -> dict:
     """A detection as JSON keeps it; what was undone and the content's p-value only where there is something to say."""
-    from ..methods.watermark_detection import AS_GIVEN
+    from ..methods.watermark.detection import AS_GIVEN
 
     more = {} if result.transform == AS_GIVEN else {"transform": result.transform}
     if result.content_p_value is not None:
@@ -173,75 +173,6 @@ def described(result) -> dict:
         "model_evaluations": result.model_evaluations,
         **more,
     }
-
-
-def settings(keyring: Path, model: str, options: dict) -> str:
-    """A digest of all that changes a verdict: the keys, the model's name, the options, and the code of the mark."""
-    from .. import methods, pipelines
-
-    folders = [Path(package.__file__).parent for package in (methods, pipelines)]
-    files = (
-        file for folder in folders for part in ("watermark", "content") for file in sorted(folder.glob(f"{part}*.py"))
-    )
-    said = (keyring.read_bytes(), model.encode(), repr(options).encode(), *(file.read_bytes() for file in files))
-    return hashlib.sha256(b"\0".join(said)).hexdigest()[:16]
-
-
-class Finished:
-    """Finished pictures on disk, one JSON line each, known by their bytes.
-
-    Args:
-        path: the file, or None to keep nothing.
-        settings: pictures finished under other settings are not used.
-
-    Raises:
-        CliError: the file is something else; it is left as it is.
-    """
-
-    HEADER = json.dumps({"semiperm": "detect", "format": 1})
-
-    def __init__(self, path: Path | None, settings: str):
-        self._path, self._settings, self._digests = path, settings, {}
-        self._rows: dict[str, dict] = {}
-        if path is None:
-            return
-        text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-        header, *lines = text.splitlines() or [self.HEADER]
-        if header != self.HEADER:
-            raise common.CliError(f"--resume {path} was not written by semiperm detect; give another file")
-        for line in lines:
-            try:
-                entry = json.loads(line)
-                if entry["settings"] == settings:
-                    self._rows[entry["sha256"]] = entry["found"]
-            except (ValueError, KeyError, TypeError):
-                continue  # a line that a stopped run left half written: that picture is looked at again
-        if not text.endswith("\n"):
-            self._append("\n" if text else self.HEADER + "\n")
-
-    def get(self, file: Path) -> dict | None:
-        if self._path is None:
-            return None
-        self._digests[file] = _sha256(file)
-        return self._rows.get(self._digests[file])
-
-    def put(self, file: Path, found: dict) -> None:
-        if self._path is not None:
-            entry = {"settings": self._settings, "sha256": self._digests[file], "found": found}
-            self._append(json.dumps(entry) + "\n")
-
-    def _append(self, text: str) -> None:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("a", encoding="utf-8") as out:
-            out.write(text)
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as data:
-        while block := data.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def show(console, rows: list[dict], ring) -> None:

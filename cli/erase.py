@@ -35,8 +35,8 @@ def run(
 
     from time import perf_counter
 
-    from ..methods.membranes import save_membranes
-    from ..pipelines.membranes import erase_concepts
+    from ..methods.membranes.file import save_membranes
+    from ..pipelines.membranes.erase import erase_concepts
 
     start = perf_counter()
     membranes = erase_concepts(pipe, concept, surrogate=surrogate, preserve=preserve or None)

@@ -51,8 +51,10 @@ def run(
     if membrane and not any(strengths):
         raise common.CliError("every --membrane has the strength 0; that is the untouched model")
 
-    from ..benchmarks import erasure
-    from ..benchmarks.erasure_methods import METHODS, applied
+    from ..benchmarks.erasure import evaluate as erasure
+    from ..benchmarks.erasure.methods import METHODS, applied
+    from ..benchmarks.store import Store
+    from ..benchmarks.timing import machine, versions
 
     cases = erasure.read_cases(prompts) if prompts else erasure.built_in_cases(repeats)
     names = [name for name, _ in erasure.check_asked(cases, concept or ())]
@@ -69,40 +71,35 @@ def run(
 
     from ..canvas import Judge
 
-    finished = erasure.Finished(resume, settings(pipe, cases, membrane, gate, sampling)) if resume else None
+    finished = Store(resume, "evaluate", settings(pipe, cases, membrane, gate, sampling) if resume else None)
     runs = 1 + len(sets) * len(methods)
     with common.progress("pictures", runs * len(cases)) as advance:
         result = erasure.evaluate(
             pipe, Judge.load(), cases, sets,
             methods=methods, main=main, finished=finished, advance=advance, batch=batch, **sampling,
         )  # fmt: skip
-    result = {"model": model, **sampling, **result}
+    made = {"machine": machine(pipe.device, pipe.dtype), "versions": versions("torch", "diffusers")}
+    result = {"model": model, **sampling, **made, **result}
     if json_path is not None:
         common.write_json(json_path, result)
     show(common.console(), result)
 
 
 def settings(pipe, cases, membranes, gate: str, sampling: dict) -> dict:
-    """All that changes the pictures: prompts, weights, membrane files, sampling, and the code of the methods."""
-    import hashlib
+    """All beside the code that changes the pictures: prompts, weights, membrane files, sampling."""
+    from dataclasses import asdict
 
-    from .. import benchmarks, methods, pipelines
-    from ..benchmarks import erasure
-    from ..methods.membranes import base_model_hash
-    from ..pipelines.text import denoiser_of
+    from ..benchmarks.store import digest
+    from ..methods.membranes.base_model import base_model_hash
+    from ..pipelines.family import denoiser_of
 
-    def digest(data: bytes) -> str:
-        return hashlib.sha256(data).hexdigest()
-
-    folders = [Path(package.__file__).parent for package in (methods, pipelines, benchmarks)]
     weights = {k: v for k, v in denoiser_of(pipe)[0].state_dict().items() if v.ndim == 2}
     return {
-        "cases": erasure.case_settings(cases),
+        "cases": [asdict(case) for case in cases],
         "weights": base_model_hash(weights),
-        "membranes": [[text, digest(common.split_strength(text)[0].read_bytes())] for text in membranes or ()],
+        "membranes": [[text, digest(common.split_strength(text)[0])] for text in membranes or ()],
         "gate": gate,
         "sampling": sampling,
-        "code": digest(b"".join(file.read_bytes() for folder in folders for file in sorted(folder.glob("*.py")))),
     }
 
 
@@ -114,8 +111,6 @@ def show(console, result: dict) -> None:
     for heading in ("method", "concept", "UA", "IRA", "CRA"):
         table.add_column(heading)
     for line in result["rows"]:
-        if line["concept"] == "mean" and len(result["rows"]) <= 4:
-            continue
         table.add_row(line["method"], line["concept"], *(percent(line[key]) for key in ("ua", "ira", "cra")))
     console.print(table)
 

@@ -18,7 +18,7 @@ def run(
     """Show the concepts, method, rank, wrapped modules, base model and size of a membrane file."""
     common.existing_file(file, "file")
 
-    from ..methods.membranes import load_membranes
+    from ..methods.membranes.file import load_membranes
 
     described = {"file": str(file), "bytes": file.stat().st_size, "membranes": [*map(describe, load_membranes(file))]}
     if as_json:

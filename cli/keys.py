@@ -21,7 +21,7 @@ def new(name: Name, keyring: File):
 
     Keep a copy of the keyring: nobody can read the marks of a lost key. Whoever has the file can sign in your name.
     """
-    from ..methods.watermark_keys import Keyring, load_keyring, save_keyring
+    from ..methods.watermark.keyring import Keyring, load_keyring, save_keyring
 
     keyring.parent.mkdir(parents=True, exist_ok=True)
     ring = load_keyring(keyring) if keyring.exists() else Keyring()
@@ -36,7 +36,7 @@ def list_(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ):
     """Show names, ids, dates and what each key may do: sign, or only detect."""
-    from ..methods.watermark_keys import load_keyring
+    from ..methods.watermark.keyring import load_keyring
 
     rows = [
         {"name": key.name, "key_id": key.key_id, "created": key.created, "may_sign": key.mac_key is not None}
@@ -72,7 +72,7 @@ def export_detector(
     With it the verdict is at best `unverified`. Whoever has it can also fake a mark that looks like yours until you
     check the seal with the full keyring: hand it only to those you trust not to.
     """
-    from ..methods.watermark_keys import Keyring, load_keyring, save_keyring
+    from ..methods.watermark.keyring import Keyring, load_keyring, save_keyring
 
     key = load_keyring(keyring).get(name)
     if output.exists() or output.is_symlink():

@@ -34,8 +34,8 @@ def run(
     if file.stat().st_size > LARGEST:
         raise common.CliError(f"{file} takes {file.stat().st_size >> 20} MiB; pictures of up to 1,024 are read")
 
-    from ..methods.provenance import examine
-    from ..methods.watermark_keys import WatermarkError
+    from ..methods.errors import WatermarkError
+    from ..methods.provenance.examine import examine
 
     data = file.read_bytes()
     anchors = None if trust is None else common.existing_file(trust, "certificate file").read_bytes()
@@ -54,7 +54,7 @@ def run(
 
 def look(file: Path, keyring: Path, model: str, device: str, dtype: str) -> dict:
     """What the detector sees in the picture: verdict, p_value, key_id, unique_id."""
-    from ..methods.watermark_keys import load_keyring
+    from ..methods.watermark.keyring import load_keyring
     from . import detect
 
     ring, picture = load_keyring(keyring), detect.read_picture(file)

@@ -5,10 +5,13 @@
 
 from __future__ import annotations
 
+import functools
 import os
 
 import torch
 from torch import Tensor
+
+from .errors import KernelError
 
 try:
     import triton
@@ -26,11 +29,8 @@ __all__ = [
     "next_power_of_2",
     "tl",
     "triton",
+    "without_autocast",
 ]
-
-
-class KernelError(ValueError):
-    """A kernel was called with tensors it cannot take, or was forced onto a path that cannot run here."""
 
 
 def jit(function):
@@ -69,6 +69,19 @@ def interpreted() -> bool:
 @jit
 def _probe():
     pass
+
+
+def without_autocast(function):
+    """The function with autocast off: its matmuls run in the precision that it says, not in the caller's."""
+
+    @functools.wraps(function)
+    def exact(first: Tensor, *args, **kwargs):
+        if not torch.is_autocast_enabled(first.device.type):
+            return function(first, *args, **kwargs)
+        with torch.autocast(first.device.type, enabled=False):
+            return function(first, *args, **kwargs)
+
+    return exact
 
 
 def needs_grad(*tensors: Tensor) -> bool:

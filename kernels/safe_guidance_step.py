@@ -15,7 +15,8 @@ import math
 import torch
 from torch import Tensor
 
-from .dispatch import KernelError, check_tensors, jit, kernel_path, needs_grad, tl, triton
+from .dispatch import check_tensors, jit, kernel_path, needs_grad, tl, triton
+from .errors import KernelError
 
 __all__ = ["compile_cases", "safe_guidance_step", "safe_guidance_step_reference"]
 

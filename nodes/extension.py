@@ -2,10 +2,22 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import canvas, image_attacks, membranes, negative_token_merging, provenance, watermark
+from .attacks import node as image_attacks
+from .canvas import node as canvas
+from .membranes import node as membranes
+from .provenance import node as provenance
+from .token_merging import node as negative_token_merging
+from .watermark import node as watermark
 
 
 class SemipermExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        modules = canvas, membranes, negative_token_merging, watermark, image_attacks, provenance
+        modules = (
+            canvas,
+            membranes,
+            negative_token_merging,
+            watermark,
+            image_attacks,
+            provenance,
+        )
         return [node for module in modules for node in module.NODES]

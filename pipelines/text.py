@@ -6,61 +6,21 @@ import functools
 import inspect
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..methods.concept_fit import Segment, TextFeatures
-from ..methods.membrane_types import MembraneError
+from ..methods.errors import ModelError, SemipermError
+from ..methods.text_space import Segment, TextFeatures
+from .family import denoiser_of, device_of, family_of
 
-_CHUNK = 32  # prompts per text-encoder call
-_FAMILIES = {  # class of the denoiser -> family
-    "UNet2DConditionModel": "sd",
-    "SD3Transformer2DModel": "sd3",
-    "FluxTransformer2DModel": "flux",
-    "WanTransformer3DModel": "wan",
-}
+_CHUNK = 32  # prompts per text-encoder call: it bounds memory; chosen by hand
 _TEXT_TOKEN_MODULES = re.compile(r"(^|\.)(attn2\.to_[kv]|context_embedder)$")
 _TEXT_POOLED_MODULES = re.compile(r"(^|\.)time_text_embed\.text_embedder\.linear_1$")
 
 
-def unwrap(module: nn.Module) -> nn.Module:
-    """The module that `torch.compile` wrapped, or the module itself."""
-    return getattr(module, "_orig_mod", module)
-
-
-def denoiser_of(pipe) -> tuple[nn.Module, str]:
-    """Return the pipeline's denoiser (unwrapped from `torch.compile`) and its attribute: "unet" or "transformer".
-
-    Raises:
-        MembraneError: the pipeline has neither.
-    """
-    for name in ("unet", "transformer"):
-        module = getattr(pipe, name, None)
-        if isinstance(module, nn.Module):
-            return unwrap(module), name
-    raise MembraneError(
-        f"{type(pipe).__name__} has no unet and no transformer; expected a loaded diffusers text-to-image pipeline"
-    )
-
-
-def family_of(pipe, *, wan: bool = False, error: type[MembraneError] = MembraneError) -> str:
-    """Return "sd" (SD1.x, SD2), "sdxl", "sd3" or "flux"; or "wan", where the caller takes it.
-
-    Raises:
-        error: another architecture.
-    """
-    denoiser, _ = denoiser_of(pipe)
-    family = next((_FAMILIES[c.__name__] for c in type(denoiser).__mro__ if c.__name__ in _FAMILIES), None)
-    if family is None or (family == "wan" and not wan):
-        raise error(
-            f"{type(pipe).__name__} with a {type(denoiser).__name__} is not supported; expected a pipeline of the"
-            f" SD1.x, SD2, SDXL, {'SD3, Flux or Wan' if wan else 'SD3 or Flux'} family"
-        )
-    return "sdxl" if family == "sd" and getattr(pipe, "text_encoder_2", None) is not None else family
-
-
-def module_keys(denoiser: nn.Module, attribute: str) -> dict[str, tuple[str, nn.Module]]:
+def module_keys(denoiser: nn.Module, attribute: str) -> dict[str, tuple[str, Any]]:
     """Map kohya/SPM keys ("lora_unet_...", "lora_transformer_...") to (path, module) for every projection."""
     found = {}
     for path, module in denoiser.named_modules():
@@ -69,7 +29,7 @@ def module_keys(denoiser: nn.Module, attribute: str) -> dict[str, tuple[str, nn.
     return found
 
 
-def text_projections(pipe) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
+def text_projections(pipe) -> tuple[dict[str, Any], dict[str, Any]]:
     """The projections that read text only: (those of token embeddings, those of the pooled embedding).
 
     attn2.to_k / to_v (SD, SD2, SDXL), context_embedder and time_text_embed.text_embedder.linear_1 (SD3, Flux).
@@ -79,16 +39,11 @@ def text_projections(pipe) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
     tokens = {key: module for key, (path, module) in keys.items() if _TEXT_TOKEN_MODULES.search(path)}
     pooled = {key: module for key, (path, module) in keys.items() if _TEXT_POOLED_MODULES.search(path)}
     if not tokens:
-        raise MembraneError(
+        raise ModelError(
             f"{type(denoiser).__name__} has no text projections (attn2.to_k / to_v or context_embedder): 0 modules"
             " matched; is this a text-to-image model?"
         )
     return tokens, pooled
-
-
-def device_of(pipe) -> torch.device:
-    """The device on which the pipeline computes, offloading included."""
-    return getattr(pipe, "_execution_device", None) or denoiser_of(pipe)[0].device
 
 
 def token_ids(pipe, prompts: Sequence[str]) -> list[list[int]]:
@@ -108,17 +63,13 @@ def _length(tokenizer) -> int:
 
 def segments_of(pipe) -> list[Segment]:
     """Which tokenizer fills which stretch of `TextFeatures.hidden`, in order."""
-    family = family_of(pipe)
-    if family == "flux":
-        return [_segment(pipe.tokenizer_2, 0, causal=False)]
-    segments = [_segment(pipe.tokenizer, 0, causal=True)]
-    if family == "sd3" and getattr(pipe, "text_encoder_3", None) is not None:
-        segments.append(_segment(pipe.tokenizer_3, pipe.tokenizer_max_length, causal=False))
+    segments: list[Segment] = []
+    for row in family_of(pipe, video=False).segments:
+        if getattr(pipe, row.encoder, None) is None:
+            continue
+        start = pipe.tokenizer_max_length if segments else 0
+        segments.append(Segment(functools.partial(prefix_tokens, getattr(pipe, row.tokenizer)), start, row.causal))
     return segments
-
-
-def _segment(tokenizer, start: int, causal: bool) -> Segment:
-    return Segment(functools.partial(prefix_tokens, tokenizer), start, causal)
 
 
 def prefix_tokens(tokenizer, texts: Sequence[str]) -> list[int]:
@@ -143,12 +94,12 @@ def encode_text(
         hidden (B, N, d) and pooled (B, p) on the pipeline's device, in its dtype.
 
     Raises:
-        MembraneError: unsupported pipeline, or no prompts.
+        SemipermError: unsupported pipeline, or no prompts.
     """
-    family_of(pipe, wan=True)
+    family_of(pipe)
     prompts = list(prompts)
     if not prompts:
-        raise MembraneError("encode_text got no prompts; expected at least one string")
+        raise SemipermError("encode_text got no prompts; expected at least one string")
     encode = functools.partial(type(pipe).encode_prompt, pipe)
     accepted = inspect.signature(type(pipe).encode_prompt).parameters
     kwargs = {

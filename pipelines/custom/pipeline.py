@@ -1,7 +1,7 @@
 """Membranes through diffusers' own door for custom pipelines; needs `pip install semiperm`.
 
     pipe = DiffusionPipeline.from_pretrained(MODEL, custom_pipeline=PATH_OF_THIS_FOLDER, trust_remote_code=True)
-    pipe.erase_concepts(["robot"])
+    pipe.apply_membranes(pipe.erase_concepts(["robot"]))
 
 diffusers copies this file elsewhere and runs it there: imports must be absolute, and exactly one pipeline class may
 be in sight.
@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 
 
 def _ready_classes():
-    from semiperm.pipelines import membrane_pipelines as ready
+    from semiperm.pipelines.membranes import pipelines as ready
 
     return {
         "UNet2DConditionModel": ready.MembraneStableDiffusionPipeline,

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from semiperm.cli import app
 from semiperm.cli import attack as command
-from semiperm.methods.image_attacks import ATTACKS, SUITE, attack
+from semiperm.methods.attacks.pictures import ATTACKS, SUITE, attack
 from typer.testing import CliRunner
 
 

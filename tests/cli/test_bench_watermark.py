@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from semiperm.benchmarks import watermark as bench
+from semiperm.benchmarks.watermark import run as bench
 from semiperm.cli import app
 from typer.testing import CliRunner
 

@@ -45,11 +45,11 @@ def test_erase_then_evaluate(untrained_canvas, tmp_path):
     assert "UA" in result.output and "robot" in result.output
     got = json.loads(figures.read_text())
     assert got["n"] == 3 and got["method"] == "membrane" and len(got["ua"]) == 3
-    assert set(got["untouched"]) == {"ua", "ira", "cra"}
-    assert {row["concept"] for row in got["rows"]} == {"robot", "mean"}
+    assert set(got["untouched"]) == {"ua", "ira", "cra"} and got["machine"] and got["versions"]["torch"]
+    assert {row["concept"] for row in got["rows"]} == {"robot"}
     run(*arguments, "--concept", "circle", "--resume", tmp_path / "runs.jsonl")
     assert json.loads(figures.read_text())["rows"][0]["concept"] == "circle"
-    assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == 2
+    assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == 3  # a header, and two runs
 
 
 def test_suite(untrained_canvas, tmp_path):
@@ -71,8 +71,8 @@ def test_suite(untrained_canvas, tmp_path):
     got = json.loads(figures.read_text())
     methods = ["untouched", "closed_form/always", "closed_form/gated", "uce/textbook", "negative_prompt"]
     assert list(dict.fromkeys(row["method"] for row in got["rows"])) == methods
-    assert {row["concept"] for row in got["rows"]} == {"robot", "dotted", "mean"}
-    assert got["method"] == "closed_form/gated"
+    assert {row["concept"] for row in got["rows"]} == {"robot", "dotted"}
+    assert got["method"] == "closed_form/gated" and "ua" not in got  # an object and a style: no figure over both
 
 
 @pytest.mark.parametrize("source", ["render", "samples"])
@@ -86,7 +86,7 @@ def test_gallery(untrained_canvas, source, tmp_path, monkeypatch):
 
 
 def test_bench_membranes(untrained_canvas, tmp_path, monkeypatch):
-    from semiperm.benchmarks import membranes
+    from semiperm.benchmarks.membranes import run as membranes
 
     rows = [{"name": "membranes/cached", "k": 1, "ratio": 1.01, "spread": [0.99, 1.02], "model": "x", "machine": "m"}]
     monkeypatch.setattr(membranes, "run", lambda pipe, quick: rows if pipe is untrained_canvas and quick else None)

@@ -9,20 +9,6 @@ from semiperm.cli.demo import COLUMNS, PICTURES, entry
 from semiperm.cli.grid import demo_grid
 
 
-def test_write_file_leaves_the_old_file_when_it_fails(tmp_path, monkeypatch):
-    path = common.write_json(tmp_path / "sub" / "a.json", {"a": 1})
-    monkeypatch.setattr(common.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk")))
-    with pytest.raises(OSError, match="disk"):
-        common.write_json(path, {"a": 2})
-    assert json.loads(path.read_text()) == {"a": 1}
-    assert [p.name for p in path.parent.iterdir()] == ["a.json"]
-
-
-def test_write_file_refuses_a_folder(tmp_path):
-    with pytest.raises(common.CliError, match="folder"):
-        common.write_file(tmp_path, b"")
-
-
 def test_png_keeps_its_record(tmp_path):
     path = common.write_png(tmp_path / "a.png", Image.new("RGB", (2, 2)), {"seed": 3})
     assert json.loads(Image.open(path).text["semiperm"]) == {"seed": 3}
@@ -78,3 +64,41 @@ def test_demo_grid_holds_every_picture():
     cells = len(COLUMNS) * PICTURES * 160 * 160
     assert counts[(200, 10, 10)] == counts[(10, 10, 200)] == cells
     assert grid.width < 1400
+
+
+@pytest.mark.parametrize("name", ["KernelError", "MembraneError", "ModelError", "TokenMergingError", "WatermarkError"])
+def test_every_error_of_ours_is_one_line(name, monkeypatch):
+    from semiperm import cli
+    from semiperm.methods import errors
+    from typer.testing import CliRunner
+
+    def fail(*_, **__):
+        raise getattr(errors, name)("first line\nsecond line")
+
+    monkeypatch.setattr(common, "load_model", fail)
+    result = CliRunner().invoke(cli.app, ["bench", "membranes"])
+    assert result.exit_code == 2 and result.stderr == "error: first line\n"
+
+
+def test_errors_of_python_keep_their_traceback(monkeypatch):
+    from semiperm import cli
+    from typer.testing import CliRunner
+
+    monkeypatch.setattr(common, "load_model", lambda *_, **__: int("x"))
+    assert isinstance(CliRunner().invoke(cli.app, ["bench", "membranes"]).exception, ValueError)
+
+
+def test_a_forced_kernel_that_cannot_run_is_one_line(untrained_canvas, monkeypatch, tmp_path):
+    from semiperm import cli
+    from typer.testing import CliRunner
+
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv("SEMIPERM_KERNELS", "nonsense")
+    erased, out = tmp_path / "e.safetensors", tmp_path / "o.png"
+    runner = CliRunner()
+    assert not runner.invoke(cli.app, ["erase", "canvas", "--concept", "robot", "-o", str(erased)]).exit_code
+    generate = ["generate", "canvas", "a robot", "--membrane", str(erased), "--gate", "always", "-o", str(out)]
+    result = runner.invoke(cli.app, generate)
+    assert result.exit_code == 2 and result.stderr.strip().startswith("error: SEMIPERM_KERNELS='nonsense'")
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert not out.exists()

@@ -9,18 +9,16 @@ import pytest
 from PIL import Image
 from semiperm.cli import app, common
 from semiperm.cli import detect as detect_command
-from semiperm.methods.watermark import Payload
-from semiperm.methods.watermark_keys import Keyring, WatermarkError, load_keyring, save_keyring
-from semiperm.pipelines import watermark
+from semiperm.methods.errors import WatermarkError
+from semiperm.methods.watermark.keyring import Keyring, load_keyring, save_keyring
+from semiperm.methods.watermark.mark import Payload
+from semiperm.pipelines.watermark import detect as watermark
+from terminal import run
 from typer.testing import CliRunner
 
 KEYS = ["file", "verdict", "p_value", "log10_p", "payload", "key_id", "model_evaluations"]
 MARKED, PLAIN, BROKEN = (10, 200, 10), (10, 10, 200), (200, 10, 10)  # what the stand-in goes by
 TOO_LARGE = (192, 64)
-
-
-def run(*arguments):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 @pytest.fixture
@@ -37,7 +35,7 @@ def detector(monkeypatch):
     """The stand-in; `.groups` counts the pictures of each call, `.loads` the models loaded."""
     seen = SimpleNamespace(groups=[], loads=[])
 
-    def detect(images, pipe, ring, batch_size, **options):
+    def detect(pipe, images, ring, batch_size, **options):
         seen.options = options
         seen.groups.append(len(images))
         assert pipe == "the model" and batch_size * max(i.width * i.height for i in images) <= detect_command.PIXELS
@@ -56,7 +54,7 @@ def detector(monkeypatch):
             transform="as given", content_p_value=None,
         )  # fmt: skip
 
-    monkeypatch.setattr(watermark, "detect", detect)
+    monkeypatch.setattr(watermark, "detect_watermark", detect)
     monkeypatch.setattr(common, "load_model", lambda *a: seen.loads.append(a) or "the model")
     return seen
 
@@ -159,7 +157,7 @@ def test_our_own_bugs_keep_their_traceback(keyring, detector, tmp_path, monkeypa
     def fail(*_, **__):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
-    monkeypatch.setattr(watermark, "detect", fail)
+    monkeypatch.setattr(watermark, "detect_watermark", fail)
     result = run("detect", picture(tmp_path / "a.png", PLAIN), "--keyring", keyring)
     assert isinstance(result.exception, RuntimeError)
 

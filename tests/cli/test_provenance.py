@@ -9,33 +9,14 @@ import numpy as np
 import pytest
 from certificates import chain
 from PIL import Image
-from semiperm.cli import app, common
+from semiperm.cli import common
 from semiperm.cli import detect as detect_command
-from semiperm.methods.provenance import ALGORITHM, GENERATED, Provenance, embed, extract, write_provenance
-from semiperm.methods.provenance_files import parse
-from semiperm.methods.watermark_keys import Keyring, load_keyring, save_keyring
-from typer.testing import CliRunner
+from semiperm.methods.provenance.picture_file import parse
+from semiperm.methods.provenance.record import ALGORITHM, GENERATED, Provenance, embed, extract, write_provenance
+from semiperm.methods.watermark.keyring import Keyring, load_keyring, save_keyring
+from terminal import fails, runs
 
 RECORD = Provenance("canvas", generator_version="1", algorithm=ALGORITHM, key_id=3, unique_id="8000000000000001")
-
-
-def run(*arguments):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-def runs(*arguments, code=0) -> str:
-    result = run(*arguments)
-    assert result.exit_code == code, result.output + repr(result.exception)
-    assert isinstance(result.exception, (SystemExit, type(None))) and not result.stderr.strip()
-    return result.stdout
-
-
-def fails(*arguments) -> str:
-    result = run(*arguments)
-    assert result.exit_code == 2, result.output + repr(result.exception)
-    lines = result.stderr.strip().splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
-    return lines[0]
 
 
 @pytest.fixture
@@ -185,8 +166,8 @@ def test_credentials_are_checked_before_anything_is_drawn(keyring, certificate, 
 
 
 def test_a_manifest_that_fails_leaves_no_picture(untrained_canvas, keyring, certificate, tmp_path, monkeypatch):
-    from semiperm.methods import provenance_c2pa
-    from semiperm.methods.watermark_keys import WatermarkError
+    from semiperm.methods.errors import WatermarkError
+    from semiperm.methods.provenance import c2pa as provenance_c2pa
 
     def fail(*_):
         raise WatermarkError("the C2PA manifest could not be signed")

@@ -3,7 +3,8 @@
 import pytest
 import torch
 from semiperm.kernels import dispatch
-from semiperm.kernels.dispatch import KernelError, check_tensors, kernel_path, next_power_of_2
+from semiperm.kernels.dispatch import check_tensors, kernel_path, next_power_of_2
+from semiperm.kernels.errors import KernelError
 
 CPU = torch.zeros(1)
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from semiperm.kernels import gated_low_rank as module
-from semiperm.kernels.dispatch import KernelError
+from semiperm.kernels.errors import KernelError
 from semiperm.kernels.gated_low_rank import gated_low_rank, gated_low_rank_reference
 
 # relative to the largest output; half precisions round the inputs of the second product and the output

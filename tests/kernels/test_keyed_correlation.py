@@ -6,7 +6,7 @@ import torch
 from scipy.linalg import hadamard
 from semiperm.benchmarks.memory import peak_bytes
 from semiperm.kernels import keyed_correlation as module
-from semiperm.kernels.dispatch import KernelError
+from semiperm.kernels.errors import KernelError
 from semiperm.kernels.keyed_correlation import keyed_correlation, keyed_correlation_reference, walsh_scores
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from semiperm.kernels import normalized_attention_guidance as module
-from semiperm.kernels.dispatch import KernelError
+from semiperm.kernels.errors import KernelError
 from semiperm.kernels.normalized_attention_guidance import (
     normalized_attention_guidance,
     normalized_attention_guidance_reference,

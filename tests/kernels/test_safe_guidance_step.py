@@ -3,7 +3,7 @@
 import pytest
 import torch
 from semiperm.kernels import safe_guidance_step as module
-from semiperm.kernels.dispatch import KernelError
+from semiperm.kernels.errors import KernelError
 from semiperm.kernels.safe_guidance_step import safe_guidance_step, safe_guidance_step_reference
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}  # of the largest output: one rounding

@@ -9,7 +9,7 @@ import json
 import comfy.model_management
 import torch
 from safetensors import safe_open
-from semiperm.nodes.canvas_model import load_canvas
+from semiperm.nodes.canvas.model import load_canvas
 
 (file,) = ARGUMENTS  # noqa: F821
 with safe_open(file, "pt") as f:

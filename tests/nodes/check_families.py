@@ -14,9 +14,10 @@ import comfy.sample
 import comfy.samplers
 import comfy.utils
 import torch
-from semiperm.methods.membrane_types import LowRank, Membrane, Membranes
-from semiperm.nodes.concept_text import erase_in, text_space
-from semiperm.nodes.membrane_patch import apply_membranes_to, report_of
+from semiperm.methods.membranes.config import MembraneConfig
+from semiperm.methods.membranes.types import LowRank, Membrane, Membranes
+from semiperm.nodes.membranes.concept_text import erase_in, text_space
+from semiperm.nodes.membranes.patch import apply_membranes_to, report_of
 
 family = ARGUMENTS[0]  # noqa: F821
 models = SimpleNamespace(**runpy.run_path(Path(__file__).with_name("comfy_models.py")))
@@ -112,7 +113,7 @@ for module in membranes[0].modules:
     patches[target] = ("diff", ((pair.up @ pair.down * pair.scale).to(delta),))
 folded = model.clone()
 folded.add_patches(patches)
-always = apply_membranes_to(model, Membranes([*membranes, *adapter]), gate="always")
+always = apply_membranes_to(model, Membranes([*membranes, *adapter]), MembraneConfig(gate="always"))
 found["against folded weights"] = difference(sample(always, ROBOT), sample(folded, ROBOT))
 found["sliced"] = part is not None
 found["pooled"] = len(space.pooled)

@@ -11,10 +11,12 @@ import comfy.samplers
 import torch
 from comfy.ldm.modules.attention import optimized_attention
 from safetensors.torch import load_file
-from semiperm.methods.membrane_types import MembraneError, Membranes
-from semiperm.nodes.canvas_model import load_canvas
-from semiperm.nodes.concept_text import erase_in
-from semiperm.nodes.membrane_patch import apply_membranes_to, report_of
+from semiperm.methods.errors import SemipermError
+from semiperm.methods.membranes.config import MembraneConfig
+from semiperm.methods.membranes.types import Membranes
+from semiperm.nodes.canvas.model import load_canvas
+from semiperm.nodes.membranes.concept_text import erase_in
+from semiperm.nodes.membranes.patch import apply_membranes_to, report_of
 
 given = load_file(ARGUMENTS[0])  # noqa: F821
 noise, sigmas = given["noise"], given["sigmas"]
@@ -54,7 +56,9 @@ report = report_of(erased_model)
 found["report"] = report
 found["queued again"] = difference(sample(erased_model, conditioning(ROBOT)), erased)
 found["without the node"] = difference(sample(model, conditioning(ROBOT)), plain)
-found["strength 0"] = difference(sample(apply_membranes_to(model, membranes, strength=0.0), conditioning(ROBOT)), plain)
+found["strength 0"] = difference(
+    sample(apply_membranes_to(model, membranes, MembraneConfig(strength=0.0)), conditioning(ROBOT)), plain
+)
 found["closed gate"] = difference(
     sample(erased_model, conditioning(OTHER)), sample(model, conditioning(OTHER))
 )  # the gate never opens: not a bit changes
@@ -67,7 +71,7 @@ left, right = (
     conditioning(ROBOT, area=(16, 8, 0, 0), strength=1.0),
     conditioning(OTHER, area=(16, 8, 0, 8), strength=1.0),
 )
-always = apply_membranes_to(model, membranes, gate="always")
+always = apply_membranes_to(model, membranes, MembraneConfig(gate="always"))
 found["areas"] = difference(sample(erased_model, left + right), sample(model, left + right))
 found["areas, kinds"] = [row["kind"] for row in report_of(erased_model)["rows"]]
 
@@ -93,8 +97,8 @@ found["attention patched"] = [difference(one, plain), difference(both, erased), 
 
 # stacking: one node with two membranes is two nodes with one each
 sketch = erase_in(model, clip, ["sketch"])
-once = apply_membranes_to(model, Membranes([*membranes, *sketch]), gate="always")
-twice = apply_membranes_to(always, sketch, gate="always")
+once = apply_membranes_to(model, Membranes([*membranes, *sketch]), MembraneConfig(gate="always"))
+twice = apply_membranes_to(always, sketch, MembraneConfig(gate="always"))
 found["two nodes against one"] = difference(sample(once, conditioning(ROBOT)), sample(twice, conditioning(ROBOT)))
 
 # LoRA: weight patches still find the wrapped projections, and the two add up in either order
@@ -104,14 +108,14 @@ first, last = always.clone(), model.clone()
 first.add_patches(lora)
 last.add_patches(lora)
 with_lora = sample(last, conditioning(ROBOT))
-last = apply_membranes_to(last, membranes, gate="always")
+last = apply_membranes_to(last, membranes, MembraneConfig(gate="always"))
 found["lora effect"] = difference(with_lora, plain)
 found["lora before against after"] = difference(sample(first, conditioning(ROBOT)), sample(last, conditioning(ROBOT)))
 found["lora and membrane against membrane"] = difference(
     sample(first, conditioning(ROBOT)), sample(always, conditioning(ROBOT))
 )
 
-window = apply_membranes_to(model, membranes, gate="always", start_percent=0.3, end_percent=0.6)
+window = apply_membranes_to(model, membranes, MembraneConfig(gate="always", start=0.3, end=0.6))
 sample(window, conditioning(ROBOT))
 found["window"] = [step["active"] for step in report_of(window)["steps"]]
 
@@ -120,18 +124,18 @@ for name, call in {
     "empty": lambda: erase_in(model, clip, [" ", ""]),
     "itself": lambda: erase_in(model, clip, ["robot"], "robot"),
     "none": lambda: apply_membranes_to(model, Membranes()),
-    "window": lambda: apply_membranes_to(model, membranes, start_percent=0.5, end_percent=0.5),
-    "strength": lambda: apply_membranes_to(model, membranes, strength=float("nan")),
-    "gate": lambda: apply_membranes_to(model, membranes, gate="paper"),
+    "window": lambda: apply_membranes_to(model, membranes, MembraneConfig(start=0.5, end=0.5)),
+    "strength": lambda: apply_membranes_to(model, membranes, MembraneConfig(strength=float("nan"))),
+    "gate": lambda: apply_membranes_to(model, membranes, MembraneConfig(gate="paper")),
     "unsampled": lambda: report_of(apply_membranes_to(model, membranes)),
     "bare": lambda: report_of(model),
 }.items():
     try:
         call()
-    except MembraneError as error:
+    except SemipermError as error:
         errors[name] = str(error)
 found["errors"] = errors
-paper = apply_membranes_to(model, membranes, gate="paper", clip=clip)
+paper = apply_membranes_to(model, membranes, MembraneConfig(gate="paper"), clip)
 found["paper"] = difference(sample(paper, conditioning(ROBOT)), plain)
 model.unpatch_model()
 found["base weights"] = max(

@@ -11,19 +11,19 @@ import comfy.sample
 import comfy.samplers
 import torch
 from safetensors.torch import load_file
-from semiperm.methods.negative_token_merging import TokenMergingError
-from semiperm.nodes.canvas_model import load_canvas
-from semiperm.nodes.concept_text import erase_in
-from semiperm.nodes.membrane_patch import apply_membranes_to
-from semiperm.nodes.membrane_patch import report_of as membrane_report
-from semiperm.nodes.token_merging_patch import apply_token_merging_to, report_of
+from semiperm.methods.errors import SemipermError
+from semiperm.nodes.canvas.model import load_canvas
+from semiperm.nodes.membranes.concept_text import erase_in
+from semiperm.nodes.membranes.patch import apply_membranes_to
+from semiperm.nodes.membranes.patch import report_of as membrane_report
+from semiperm.nodes.token_merging.patch import apply_token_merging_to, from_inputs, report_of
 
 model, clip, vae = load_canvas()
 given = load_file(ARGUMENTS[0])  # noqa: F821
 noise = given["noise"]
 image = torch.rand(1, 150, 128, 3, generator=torch.Generator().manual_seed(4))
 PLUSH, OTHER = "a one eyed plush in striped style on sky", "a dotted picture of a robot on a sand background"
-WIDE = {"merging_threshold": -1.0, "end_percent": 0.4, "blocks": "all"}
+WIDE = {"threshold": -1.0, "end": 0.4, "blocks": "all"}
 PUSH = WIDE | {"strength": 2.0, "image": image, "vae": vae}
 APART = WIDE | {"strength": 1.0}
 shapes = []  # of every batch that the denoiser's layers see
@@ -53,7 +53,7 @@ def difference(a, b):
 
 
 def apply(model=model, **options):
-    return apply_token_merging_to(model, **options)
+    return apply_token_merging_to(model, *from_inputs(**options))
 
 
 found = {}
@@ -69,7 +69,7 @@ found["without the node"] = difference(sample(model), plain)
 found["strength 0"] = difference(sample(apply(**PUSH | {"strength": 0.0})), plain)
 found["itself"] = apply(**PUSH | {"strength": 0.0}) is model
 found["towards"] = difference(sample(apply(**PUSH | {"strength": -0.5})), plain)
-found["threshold 1"] = difference(sample(apply(**PUSH | {"merging_threshold": 1.0})), plain)
+found["threshold 1"] = difference(sample(apply(**PUSH | {"threshold": 1.0})), plain)
 
 # one image of the batch at a time; two prompts, each with a reference row of its own
 found["two batches of 1"] = difference(
@@ -134,25 +134,25 @@ for name, options in {
     "seed": {"reference_seed": 1},
     "matching": {"matching": "output"},
     "official": {"compat": "official", "blocks": ""},
-    "window": {"start_percent": 0.2, "end_percent": 0.3},
+    "window": {"start": 0.2, "end": 0.3},
 }.items():
     found[f"option {name}"] = difference(sample(apply(**PUSH | options)), pushed)
     found[f"{name}, batches"] = max(shape[0] for shape in shapes)
 narrow = [sample(apply(**PUSH | {"blocks": blocks})) for blocks in ("", "output_blocks")]
 found["the paper's blocks"] = difference(*narrow)
-window = apply(**PUSH | {"start_percent": 0.2, "end_percent": 0.5})
+window = apply(**PUSH | {"start": 0.2, "end": 0.5})
 sample(window)
 found["window"] = [step["active"] for step in report_of(window)["steps"]]
 found["window, batches"] = [shape[0] for shape in shapes]
-found["window, percents"] = [step["percent"] for step in report_of(window)["steps"]]
-sample(apply(**PUSH | {"end_percent": 1.0}), cfg=1.0)
+found["window, percents"] = [step["share"] for step in report_of(window)["steps"]]
+sample(apply(**PUSH | {"end": 1.0}), cfg=1.0)
 found["without guidance, batches"] = sorted({shape[0] for shape in shapes})
 halves = [conditioning(p, area=(16, 8, 0, x), strength=1.0)[0] for p, x in ((PLUSH, 0), (OTHER, 8))]
 found["areas"] = difference(sample(pushing, halves), sample(model, halves))
 
 # the diffusers face, from the same noise
 sigmas = given["sigmas"]
-alike = WIDE | {"strength": 1.0, "end_percent": 0.1, "reference_seed": 5, "vae": vae}
+alike = WIDE | {"strength": 1.0, "end": 0.1, "reference_seed": 5, "vae": vae}
 merged = comfy.sample.sample_custom(
     apply(image=given["reference"].movedim(1, -1), **alike), noise * (1 + sigmas[0] ** 2).sqrt() / sigmas[0], 4.0,
     comfy.samplers.sampler_object("euler"), sigmas, conditioning(PLUSH, OTHER), conditioning(""),
@@ -184,7 +184,7 @@ found["both, shares"] = [row["pushed"] for row in report_of(after)["rows"]]
 
 # two nodes: the second one's reference row is not pushed by the first, nor taken for an image
 other = image.flip(2)
-twice = apply(pushing, **PUSH | {"image": other, "strength": 1.0, "end_percent": 0.2})
+twice = apply(pushing, **PUSH | {"image": other, "strength": 1.0, "end": 0.2})
 found["two nodes"] = difference(sample(twice), pushed)
 found["two nodes, batches"] = [shape[0] for shape in shapes]
 found["two nodes, rows"] = len(report_of(twice)["rows"])
@@ -228,7 +228,7 @@ for name, call in {
     "vae": lambda: apply(strength=1.0, image=image),
     "mask": lambda: apply(strength=1.0, mask=mask),
     "text": lambda: apply(strength=1.0, reference=text),
-    "window": lambda: apply(**PUSH, start_percent=0.5),
+    "window": lambda: apply(**PUSH, start=0.5),
     "two texts": lambda: apply(**PUSH, reference=text + text),
     "long text": lambda: sample(apply(**PUSH, reference=[[text[0][0].repeat(1, 2, 1), {}]])),
     "alone": lambda: sample(apart, noise=noise[:1]),
@@ -241,7 +241,7 @@ for name, call in {
 }.items():
     try:
         call()
-    except TokenMergingError as error:
+    except SemipermError as error:
         errors[name] = str(error)
 found["errors"] = errors
 found["after the errors"] = difference(sample(pushing), pushed)

@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import comfy.ldm.flux.layers
 import comfy.sample
 import torch
-from semiperm.methods.negative_token_merging import TokenMergingError
-from semiperm.nodes.token_merging_patch import ATTACHMENT, apply_token_merging_to, report_of
+from semiperm.methods.errors import SemipermError
+from semiperm.nodes.token_merging.patch import ATTACHMENT, apply_token_merging_to, from_inputs, report_of
 
 family = ARGUMENTS[0]  # noqa: F821
 models = SimpleNamespace(**runpy.run_path(Path(__file__).with_name("comfy_models.py")))
@@ -56,12 +56,12 @@ def difference(a, b):
 
 def layers(patched):
     """How many layer outputs were pushed in the last run."""
-    return patched.get_attachment(ATTACHMENT).record.layers
+    return patched.get_attachment(ATTACHMENT).record.outcomes
 
 
-PUSH = {"strength": 1.0, "merging_threshold": -1.0, "image": image, "vae": VAE(), "end_percent": 0.6, "blocks": "all"}
+PUSH = {"strength": 1.0, "threshold": -1.0, "image": image, "vae": VAE(), "end": 0.6, "blocks": "all"}
 plain = sample(model)
-pushing = apply_token_merging_to(model, **PUSH)
+pushing = apply_token_merging_to(model, *from_inputs(**PUSH))
 found = {"effect": difference(sample(pushing), plain), "layers": layers(pushing)}
 pushed = sample(pushing)
 report = report_of(pushing)
@@ -76,14 +76,14 @@ found["split"] = difference(sample(pushing), pushed)
 model.model.memory_required = required
 found["without guidance"] = difference(sample(pushing, cfg=1.0), sample(model, cfg=1.0))
 found["diversity"] = difference(
-    sample(apply_token_merging_to(model, strength=1.0, merging_threshold=-1.0, end_percent=0.6)), plain
+    sample(apply_token_merging_to(model, *from_inputs(strength=1.0, threshold=-1.0, end=0.6))), plain
 )
 mask = torch.zeros(1, 90, 64)
 mask[:, 40:50, 20:40] = 1
-found["mask"] = difference(sample(apply_token_merging_to(model, **PUSH, mask=mask)), pushed)
+found["mask"] = difference(sample(apply_token_merging_to(model, *from_inputs(**PUSH, mask=mask))), pushed)
 
 # words for the reference: its row's text and, where the model reads it, pooled text
-named = apply_token_merging_to(model, **PUSH, reference=conditioning(3, tokens=TOKENS // 2))
+named = apply_token_merging_to(model, *from_inputs(**PUSH, reference=conditioning(3, tokens=TOKENS // 2)))
 found["reference text"] = difference(sample(named), pushed)
 watched, original = model.clone(), model.get_model_object("diffusion_model.forward")
 
@@ -94,7 +94,7 @@ def watch(x, *args, **kwargs):
 
 
 watched.add_object_patch("diffusion_model.forward", watch)
-sample(apply_token_merging_to(watched, **PUSH, reference=conditioning(3, tokens=TOKENS // 2)))
+sample(apply_token_merging_to(watched, *from_inputs(**PUSH, reference=conditioning(3, tokens=TOKENS // 2))))
 x, inputs = seen[0]
 text, pooled = conditioning(3, tokens=TOKENS // 2)[0]
 found["row's text"] = difference(inputs["context"][-1, : TOKENS // 2], text[0])
@@ -113,11 +113,11 @@ blocks = {
 }
 found["blocks"] = []
 for name in blocks.get(family, ["blocks.1"]):
-    part = apply_token_merging_to(model, **PUSH | {"blocks": name})
+    part = apply_token_merging_to(model, *from_inputs(**PUSH | {"blocks": name}))
     found["blocks"].append((difference(sample(part), pushed), layers(part)))
 try:
-    sample(apply_token_merging_to(model, **PUSH | {"blocks": "elsewhere"}))
-except TokenMergingError as error:
+    sample(apply_token_merging_to(model, *from_inputs(**PUSH | {"blocks": "elsewhere"})))
+except SemipermError as error:
     found["error"] = str(error)
 
 if family in ("sd3", "flux"):  # another pack's override is called through, whoever came first
@@ -130,13 +130,13 @@ if family in ("sd3", "flux"):  # another pack's override is called through, whoe
     before = model.clone()
     before.model_options["transformer_options"]["optimized_attention_override"] = override
     alone = sample(before)
-    both = sample(apply_token_merging_to(before, **PUSH))
+    both = sample(apply_token_merging_to(before, *from_inputs(**PUSH)))
     found["override"] = [len(calls) > 0, difference(both, alone), difference(both, pushed)]
     lost = pushing.clone()
     lost.model_options["transformer_options"]["optimized_attention_override"] = override
     try:
         sample(lost)
-    except TokenMergingError as error:
+    except SemipermError as error:
         found["override lost"] = str(error)
 if family == "flux":  # as newer ComfyUI calls the UNets' patch
     plain_attention = comfy.ldm.flux.layers.attention
@@ -154,7 +154,7 @@ if family == "sd3":  # a model that is none of ours
     stranger = model.clone()
     stranger.add_object_patch("diffusion_model", torch.nn.Identity())
     try:
-        apply_token_merging_to(stranger, **PUSH)
-    except TokenMergingError as error:
+        apply_token_merging_to(stranger, *from_inputs(**PUSH))
+    except SemipermError as error:
         found["stranger"] = str(error)
 print(json.dumps(found))

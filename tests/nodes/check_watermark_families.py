@@ -10,9 +10,10 @@ from types import SimpleNamespace
 
 import comfy.sample
 import torch
-from semiperm.methods.watermark_keys import WatermarkError, load_keyring
-from semiperm.nodes.watermark_inversion import ComfyInverter
-from semiperm.nodes.watermark_noise import sign_model, signed_like
+from semiperm.methods.errors import WatermarkError
+from semiperm.methods.watermark.keyring import load_keyring
+from semiperm.nodes.watermark.inversion import ComfyInverter
+from semiperm.nodes.watermark.noise import sign_model, signed_like
 
 family, key = ARGUMENTS[0], load_keyring(ARGUMENTS[1]).get("a")  # noqa: F821
 models = SimpleNamespace(**runpy.run_path(Path(__file__).with_name("comfy_models.py")))

@@ -8,10 +8,14 @@ import importlib.util
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
+import comfy_stub
 import pytest
 import torch
-from semiperm.methods.negative_token_merging import NegativeTokenMergingConfig
+from semiperm.methods.membranes.config import MembraneConfig
+from semiperm.methods.membranes.record import membrane_report
+from semiperm.methods.token_merging.config import NegativeTokenMergingConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 IDS = {
@@ -31,10 +35,12 @@ IDS = {
     "SemipermAttackSuite",
     "SemipermSaveWithProvenance",
 }
-CATEGORIES = ("semiperm/loaders", "semiperm/membranes", "semiperm/negative token merging", "semiperm/watermark")
-_spec = importlib.util.spec_from_file_location("comfy_stub", Path(__file__).with_name("comfy_stub.py"))
-comfy_stub = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(comfy_stub)
+CATEGORIES = (
+    "semiperm/loaders",
+    "semiperm/membranes",
+    "semiperm/negative token merging",
+    "semiperm/watermark",
+)
 
 
 @pytest.fixture(scope="module")
@@ -48,12 +54,12 @@ def nodes(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def files(nodes):
-    return importlib.import_module("semiperm.nodes.files")
+    return importlib.import_module("semiperm.nodes.membranes.files")
 
 
 @pytest.fixture(scope="module")
 def plot(nodes):
-    return importlib.import_module("semiperm.nodes.report_plot")
+    return importlib.import_module("semiperm.nodes.membranes.report_plot")
 
 
 # ---- definitions ----------------------------------------------------------------------------------------------------
@@ -80,7 +86,7 @@ def test_control_inputs(nodes, node_id):
     cls, schema = nodes[node_id]
     inputs = {socket.id: socket for socket in schema.inputs}
     assert inputs["strength"].options == {"default": 1.0, "min": -2.0, "max": 4.0, "step": 0.05}
-    for name, default in (("start_percent", 0.0), ("end_percent", 1.0)):
+    for name, default in (("start", 0.0), ("end", 1.0)):
         assert inputs[name].options == {"default": default, "min": 0.0, "max": 1.0, "step": 0.001}
     assert inputs["gate"].options["default"] == "auto"
     assert ("official" in inputs["gate"].options["options"]) == (node_id == "SemipermApplyMembranes")
@@ -89,20 +95,20 @@ def test_control_inputs(nodes, node_id):
 
 def test_token_merging_has_the_defaults_of_its_config(nodes):
     defaults = {field.name: field.default for field in dataclasses.fields(NegativeTokenMergingConfig)}
-    other = {"strength": "merging_alpha", "start_percent": "start", "end_percent": "end", "reference_seed": "seed"}
+    other = {"strength": "strength", "start": "start", "end": "end", "reference_seed": "seed"}
     for node_id in ("SemipermNegativeTokenMerging", "SemipermNegativeTokenMergingAdvanced"):
         given = {s.id: s.options["default"] for s in nodes[node_id][1].inputs if "default" in s.options}
         expected = {name: defaults[other.get(name, name)] for name in given}
         assert given == {name: {None: ""}.get(value, value) for name, value in expected.items()} | {
             name: "none" for name in given if name == "compat"
         }
-    taken = {other.get(name, name) for name in given} | {"reference", "mask", "reference_prompt", "unit"}
+    taken = {other.get(name, name) for name in given} | {"reference", "mask", "reference_prompt"}
     assert taken == set(defaults)
 
 
 def test_execute_is_thin():
     seen = 0
-    for path in sorted((ROOT / "nodes").glob("*.py")):
+    for path in sorted((ROOT / "nodes").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.FunctionDef) and node.name == "execute":
                 lines = node.body[-1].end_lineno - node.body[0].lineno + 1
@@ -238,21 +244,20 @@ def test_registering_keeps_what_others_registered(files, monkeypatch):
 # ---- the report -----------------------------------------------------------------------------------------------------
 
 
-def made_up(concepts: int, rows: int = 2, steps: int = 20) -> dict:
+def made_up(concepts: int, rows: int = 2, steps: int = 20, gamma=None) -> dict:
+    """A report by the function that makes real ones; `gamma`: row -> gates."""
     names = [f"concept {k}" for k in range(concepts)]
-    kinds = ["negative", "positive"]
-    return {
-        "concepts": names,
-        "gates": ["probe"] * concepts,
-        "strength": 1.0,
-        "window": [0.1, 0.6],
-        "modules": 32,
-        "rows": [
-            {"row": r, "kind": kinds[r % 2], "gamma": {c: 0.75 * (r % 2) * (k % 2 == 0) for k, c in enumerate(names)}}
+    gamma = gamma or (lambda r: {c: 0.75 * (r % 2) * (k % 2 == 0) for k, c in enumerate(names)})
+    return membrane_report(
+        SimpleNamespace(concepts=names, kinds=["probe"] * concepts),
+        MembraneConfig(start=0.1, end=0.6),
+        [
+            {"kind": ("negative", "positive")[r % 2], "prompt": None, "source": "embeds", "gamma": gamma(r)}
             for r in range(rows)
         ],
-        "steps": [{"sigma": 14.6 - i / 2, "active": 2 <= i < 12} for i in range(steps)],
-    }
+        [{"share": i / 20, "sigma": 14.6 - i / 2, "active": 2 <= i < 12} for i in range(steps)],
+        modules=32,
+    )
 
 
 def test_report_text(plot):
@@ -266,14 +271,12 @@ def test_report_text(plot):
 
 
 def test_report_text_says_when_the_window_was_missed(plot):
-    report = made_up(1)
-    report["steps"] = [{"sigma": 1.0, "active": False}]
+    report = made_up(1) | {"steps": [{"share": 0.9, "sigma": 1.0, "active": False}]}
     assert "nothing was erased" in plot.report_text(report)
 
 
 def test_a_membrane_that_pushes_towards_its_concept_has_fired(plot):
-    report = made_up(1)
-    report["rows"][1]["gamma"] = {"concept 0": -1.0}
+    report = made_up(1, gamma=lambda row: {"concept 0": -float(row)})
     assert plot.report_text(report).endswith("every membrane fired")
 
 
@@ -283,13 +286,11 @@ def test_report_plot(plot, concepts, rows, steps):
     assert image.dtype == torch.float32 and image.shape[0] == 1 and image.shape[3] == 3
     assert image.min() >= 0 and image.max() == 1
     assert image.shape[1] <= 1300 and image.shape[2] <= 2048, "fits a screen"
-    assert bool((image == torch.tensor(plot._ACTIVE) / 255).all(-1).any()) == (steps > 2)
+    assert bool((image == torch.tensor(plot.ACTIVE) / 255).all(-1).any()) == (steps > 2)
 
 
 def test_report_plot_shows_the_gates(plot):
-    shut, opened = made_up(2), made_up(2)
-    for row in shut["rows"]:
-        row["gamma"] = {}
-    full = torch.tensor(plot._mix(0.75)) / 255
+    shut, opened = made_up(2, gamma=lambda row: {"": 0.0}), made_up(2)
+    full = torch.tensor(plot.shade(0.75)) / 255
     count = [int((plot.report_plot(r) == full).all(-1).sum()) for r in (shut, opened)]
     assert count[0] == 0 and count[1] > 500

@@ -1,0 +1,60 @@
+"""The ways to erase that the erasure benchmark compares, each a context manager around a pipeline."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+
+
+def _closed_form(pipe, concepts: Sequence[str], gate: str) -> AbstractContextManager[dict]:
+    from ...pipelines.membranes.erase import erase_concepts
+
+    return applied(pipe, erase_concepts(pipe, list(concepts)), gate)
+
+
+@contextmanager
+def _textbook(pipe, concepts: Sequence[str]) -> Iterator[dict]:
+    """UCE as released: the last token of the bare name, towards the empty prompt's, preserving the other names."""
+    import torch
+
+    from ...canvas import captions
+    from ...methods.membranes.uce import uce_membranes
+    from ...pipelines.text import encode_text, text_projections
+
+    others = [name for domain in (captions.OBJECTS, captions.STYLES) for name in domain if name not in concepts]
+
+    def last_tokens(texts):
+        features = encode_text(pipe, texts)
+        # position 0 begins the text, so the last of n tokens stands at n
+        return torch.stack([features.hidden[i, len(ids)] for i, ids in enumerate(features.token_ids)])
+
+    weights = {key: module.weight.detach() for key, module in text_projections(pipe)[0].items()}
+    concept, target, preserve = (last_tokens(texts) for texts in (concepts, [""] * len(concepts), others))
+    with applied(pipe, uce_membranes(weights, concept, target, preserve, list(concepts)), "always") as extra:
+        yield extra
+
+
+@contextmanager
+def _negative_prompt(pipe, concepts: Sequence[str]) -> Iterator[dict]:
+    yield {"negative_prompt": ", ".join(concepts)}
+
+
+@contextmanager
+def applied(pipe, membranes, gate: str) -> Iterator[dict]:
+    """Apply ready membranes while the block runs."""
+    from ...methods.membranes.config import MembraneConfig
+    from ...pipelines.membranes.apply import apply_membranes, remove_membranes
+
+    apply_membranes(pipe, membranes, MembraneConfig(gate=gate))
+    try:
+        yield {}
+    finally:
+        remove_membranes(pipe)
+
+
+Method = Callable[[object, Sequence[str]], AbstractContextManager[dict]]
+METHODS: dict[str, Method] = {
+    "closed_form/always": partial(_closed_form, gate="always"),
+    "closed_form/gated": partial(_closed_form, gate="probe"),
+    "uce/textbook": _textbook,
+    "negative_prompt": _negative_prompt,
+}

@@ -1,0 +1,1 @@
+"""The kernels beside the algorithms they replace."""

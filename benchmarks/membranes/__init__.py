@@ -1,0 +1,1 @@
+"""Time of membranes beside their peers."""

@@ -1,0 +1,343 @@
+"""docs/results.md, written from benchmarks/results/*.json: `semiperm bench results`. Needs nothing but the files.
+
+Each section is a function of its file's content. A figure stands here only if it stands in a file; what a figure does
+not say is written beside it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from . import watermark as results_watermark
+from .tables import count, number, paragraphs, percent, source, table
+
+HEAD = """# Measured
+
+Written by `semiperm bench results` from [benchmarks/results](../benchmarks/results); do not edit it by hand. A test
+fails when this page and the files disagree.
+
+**What these figures are.** Pictures and their verdicts come from one small world, the
+[canvas](../canvas/weights/README.md): 13 objects and 8 styles on plain backgrounds, one object a picture, drawn by a
+model of Stable Diffusion's architecture with 4.9 million parameters, and judged by a classifier that knows this world.
+They compare methods on the same prompts and seeds; they do not say how good a method is on your checkpoint. Times were
+taken on two CPU cores; **no time has been measured on a GPU yet**. Values are percent unless it says otherwise, with
+Wilson's 95 % interval in brackets; ratios are medians, with the middle half in brackets.
+"""
+METHODS = {
+    "untouched": "untouched",
+    "closed_form/gated": "closed-form membranes, gated",
+    "closed_form/always": "closed-form membranes, always on",
+    "uce/textbook": "UCE as published, last token of the name",
+    "negative_prompt": "negative prompt",
+}
+KERNELS = ("token_match_merge", "gated_low_rank", "normalized_attention_guidance", "safe_guidance_step")
+
+
+def canvas(figures: dict) -> str:
+    """The embedded model: does it draw what is asked, does its noise survive, is the judge right."""
+    samples, held, inversion = figures["samples"], figures["judge_heldout"], figures["inversion"]
+    rows = [
+        ("judge right on held-out renders: object, style", f"{number(held['object'])}, {number(held['style'])}"),
+        (f"asked object found in {samples['n']} samples", number(samples["object"])),
+        (f"asked style found in {samples['n']} samples", number(samples["style"])),
+        ("hazard mark when asked, when not", f"{number(samples['hazard_when_asked'])}, "
+         f"{number(samples['hazard_when_not_asked'])}"),
+        (f"signs of the initial noise found again, mean of {inversion['n']} pictures",
+         number(inversion["mean_sign_agreement"])),
+        ("of these pictures, p < 1e-6", number(inversion["share_p_below_1e-6"])),
+        ("round trip through the autoencoder, relative error", number(figures["autoencoder_roundtrip"])),
+    ]  # fmt: skip
+    weak = [f"{name} {number(value)}" for name, value in samples["per_object"].items() if value < 0.95]
+    return paragraphs(
+        "## The canvas",
+        source("canvas.json", "semiperm canvas check --json benchmarks/results/canvas.json", figures),
+        table(("what", "%"), rows),
+        f"Limits: full captions that name every concept by its first word. Objects below 95: {', '.join(weak)}. Asked"
+        " for by synonyms it is a little worse (stars above all): see the untouched rows below.",
+    )
+
+
+def erasure(figures: dict) -> str:
+    """Objects and styles apart, never pooled; each concept; three at once."""
+    rows, n = figures["rows"], figures["n"]
+    asked = f"{figures['num_inference_steps']} steps, guidance {figures['guidance_scale']:g}"
+    parts = [
+        "## Erasure",
+        source(
+            "erasure.json",
+            "semiperm evaluate canvas --suite --repeats 1 --json benchmarks/results/erasure.json",
+            figures,
+        ),
+        f"Concepts are erased one at a time, and {n} prompts are drawn each time ({asked}), by name and by synonym in"
+        " full captions. **UA** is the share of pictures without the concept among those that ask for it, **IRA** the"
+        " accuracy of the other concepts of its domain, **CRA** that of the other domain (UnlearnCanvas, arXiv"
+        " 2402.11846).",
+    ]
+    for label in ("objects", "styles"):
+        concepts = _of(rows, label)["untouched"]["concepts"]
+        parts += [f"### {label.capitalize()}: {', '.join(concepts)}", _scores(rows, label)]
+    together = next(row["concept"] for row in rows if "+" in row["concept"])
+    parts += [
+        f"### At once, each by its own membrane: {together.replace('+', ', ')}",
+        _scores(rows, together),
+        "### Each concept: UA",
+        _each(rows),
+        _losses(rows),
+        "Limits, and they are large:",
+        "- **Every phrasing that is asked for was in the fit of the membranes.** On the canvas the eraser is handed the"
+        " world's own captions and synonyms. What happens with words kept from it is not measured here; figures with"
+        " withheld words come with the next edition of this world.\n"
+        "- **The rivals got less**: UCE and the negative prompt are given the bare name, as their authors do, and no"
+        " synonyms.\n"
+        f"- {_asked(rows, 'objects')} pictures ask for an erased object, {_asked(rows, 'styles')} for an erased style;"
+        " one seed each. The intervals count prompts, not other worlds. One object a picture: damage beside the object"
+        " cannot be seen.\n"
+        "- Objects are saturated: nothing here tells the closed-form edits apart on them.",
+        "Why UCE gives 0.0 on styles: it moves the text embedding of one position, the last token of the bare name,"
+        " towards that of the empty prompt (whose last token is the start token). This world's text encoder writes"
+        " nothing of a style there: the embedding at a style's own word differs from the start token's by 1 to 4 %,"
+        " against 130 to 180 % for objects. The style stands in the positions after the end of the text, and a little"
+        " in later words, which attention reads as well. So the edit has nothing to move; our fit covers every position"
+        " from the concept's first token on. It is a trait of this small encoder, not of styles, and no"
+        " figure for other models. A test holds this explanation ([tests/test_docs.py](../tests/test_docs.py)).",
+    ]
+    return paragraphs(*parts)
+
+
+def _of(rows: Iterable[dict], concept: str) -> dict[str, dict]:
+    found = {row["method"]: row for row in rows if row["concept"] == concept}
+    return {name: found[name] for name in METHODS if name in found}
+
+
+def _scores(rows: Sequence[dict], concept: str) -> str:
+    cells = [
+        (METHODS[name], *map(percent, (row["ua"], row["ira"], row["cra"]))) for name, row in _of(rows, concept).items()
+    ]
+    return table(("method", "UA", "IRA", "CRA"), cells)
+
+
+def _asked(rows: Sequence[dict], concept: str) -> int:
+    return _of(rows, concept)["untouched"]["n"]
+
+
+def _each(rows: Sequence[dict]) -> str:
+    concepts = [row["concept"] for row in rows if row["method"] == "untouched" and "concepts" not in row]
+    cells = [
+        (name.replace("+", ", "), _asked(rows, name), *(number(row["ua"][0]) for row in _of(rows, name).values()))
+        for name in concepts
+    ]
+    return table(("concept", "asked", *METHODS.values()), cells)
+
+
+def _losses(rows: Sequence[dict]) -> str:
+    said = []
+    for name, label in list(METHODS.items())[1:]:
+        worst = max(row[key] for row in rows if row["method"] == name for key in ("ira_drop", "cra_drop"))
+        said.append(f"{label} {100 * worst:.1f}")
+    return f"Largest loss of IRA or CRA against the untouched model in any row, in points: {'; '.join(said)}."
+
+
+def membranes(rows: list[dict]) -> str:
+    """Time of a denoising step with membranes, and PEFT beside it."""
+    names = {"membranes/cached": "cached (chosen for text projections)", "membranes/folded": "folded",
+             "membranes/fused": "fused", "peft/adapters": "PEFT, as many adapters active"}  # fmt: skip
+    return paragraphs(
+        "## What membranes cost",
+        source("membranes.json", "semiperm bench membranes --json benchmarks/results/membranes.json", rows),
+        "A denoising step of the canvas in times the bare pipeline's, always-on membranes:",
+        _by_count(rows, names),
+        f"Limits: a step of this small model takes {rows[0]['ms']:.0f} ms, so that fixed costs of Python weigh more"
+        " than in a large one. Ratios below 1 are noise.",
+    )
+
+
+def comfyui(rows: list[dict]) -> str:
+    """The same in ComfyUI, a whole sampling run."""
+    names = {"comfyui/always": "always on", "comfyui/probe": "gated, the gate open for the prompt"}
+    return paragraphs(
+        "## What membranes cost in ComfyUI",
+        source("comfyui.json", "semiperm bench comfyui --json benchmarks/results/comfyui.json", rows),
+        "A whole sampling run in times the bare graph's:",
+        _by_count(rows, names),
+        "Limits: as above; ComfyUI's Python has another torch than the other figures.",
+    )
+
+
+def _by_count(rows: Sequence[dict], names: dict[str, str]) -> str:
+    counts = sorted({row["k"] for row in rows})
+    found = {(row["name"], row["k"]): row for row in rows}
+    cells = [(label, *(_ratio(found[name, k]) for k in counts)) for name, label in names.items()]
+    return table(("membranes", *map(str, counts)), cells)
+
+
+def _ratio(row: dict) -> str:
+    low, high = row["spread"]
+    return f"{row['ratio']:.3f} ({low:.3f} to {high:.3f})"
+
+
+def token_merging(rows: list[dict]) -> str:
+    """Does it avoid a picture, does it spread a batch."""
+    names = {"negative prompt": 'negative prompt "a quibble"', "negative_token_merging": "negative token merging",
+             "negative_token_merging, reference named": "negative token merging, reference named",
+             "released": "released algorithm, same strength and window"}  # fmt: skip
+    away, apart = ([row for row in rows if row["mode"] == mode] for mode in ("reference", "diversity"))
+    return paragraphs(
+        "## Negative token merging",
+        source(
+            "negative_token_merging.json",
+            "semiperm bench token-merging --json benchmarks/results/negative_token_merging.json",
+            rows,
+        ),
+        f"Away from a picture: {away[0]['images']} pictures whose prompts mean the mascot (every style on every"
+        " background, by a synonym), with one plain picture of it as reference. Pictures that the judge calls the"
+        " mascot; similarity to the reference (cosine of the judge's features less their mean); pictures that keep what"
+        " was asked:",
+        table(
+            ("away from the mascot", "mascot", "similarity", "style kept", "background kept"),
+            [
+                (
+                    names.get(row["name"], row["name"]),
+                    percent(row["mascot"]),
+                    f"{row['similarity']:.3f}",
+                    percent(row["style_kept"]),
+                    percent(row["background_kept"]),
+                )
+                for row in away
+            ],
+        ),  # fmt: skip
+        f"A batch apart: mean pairwise distances within {apart[0]['images'] // 4} batches of four of one prompt each,"
+        " and pictures that show the asked object:",
+        table(
+            ("batches of four", "feature distance", "pixel distance", "object kept"),
+            [
+                (
+                    names.get(row["name"], row["name"]),
+                    f"{row['feature_distance']:.3f}",
+                    f"{row['pixel_distance']:.3f}",
+                    percent(row["object_kept"]),
+                )
+                for row in apart
+            ],
+        ),  # fmt: skip
+        f"Limits: settings ({_settings(away)} away from a picture, {_settings(apart)} apart) were chosen on these very"
+        " prompts, for one reference picture of one concept; colours get harsher. The negative prompt does about as"
+        " much as the push without words, and keeps everything else. The more plainly a prompt names the thing, the"
+        " less is changed. The released algorithm is re-implemented from its formula; it pushes harder and loses the"
+        " background.",
+    )
+
+
+def _settings(rows: Sequence[dict]) -> str:
+    config = next(row["config"] for row in rows if row["name"] == "negative_token_merging")
+    return ", ".join(f"{name} {value:g}" for name, value in config.items())
+
+
+def sampling(rows: list[dict]) -> str:
+    """What negative token merging costs."""
+    names = {"negative_token_merging/diversity": "batch apart",
+             "negative_token_merging/reference": "away from a picture",
+             "negtome/diversity": "released algorithm, batch apart",
+             "negtome/reference": "released algorithm, away from a picture"}  # fmt: skip
+    ends = sorted({row["window"][1] for row in rows})
+    found = {(row["name"], row["window"][1]): row for row in rows}
+    cells = [
+        (label, *(_ratio(found[name, end]) if (name, end) in found else "-" for end in ends))
+        for name, label in names.items()
+    ]
+    return paragraphs(
+        "## What negative token merging costs",
+        source("sampling.json", "semiperm bench sampling --json benchmarks/results/sampling.json", rows),
+        "A whole sampling run of the canvas (four images, 25 steps) in times the bare one's, by the end of the window:",
+        table(("", *(f"until {end:g}" for end in ends)), cells),
+        "Limits: the released algorithm is re-implemented from its formula; away from a picture it encodes the"
+        " reference at every step.",
+    )
+
+
+def kernels(rows: list[dict]) -> str:
+    """Each kernel's path on this machine beside the naive algorithm."""
+    eager = [row for row in rows if row["baseline"] == "naive" and row["ratio"] is not None]
+    compiled = {(row["name"], row["shape"]): row for row in rows if row["baseline"] != "naive"}
+    cells = [
+        (row["name"].rpartition("/")[2], row["shape"], f"{row['ratio']:.2f}",
+         f"{compiled[row['name'], row['shape']]['ratio']:.2f}", count(row["peak_bytes"]),
+         count(row["baseline_peak_bytes"]))
+        for row in eager
+    ]  # fmt: skip
+    slower = ", ".join(f"{cell[0]} {cell[1]} ({cell[3]})" for cell in cells if float(cell[3]) > 1) or "no shape"
+    large = [
+        f"{row['name'].rpartition('/')[2]} at {row['shape']} ({row['dtype']}) needs {count(row['peak_bytes'])}, where"
+        f" the naive algorithm would take {count(row['baseline_peak_bytes'])} (computed, not run)."
+        for row in rows
+        if row.get("computed")
+    ]
+    return paragraphs(
+        "## Kernels",
+        source("kernels.json", "semiperm bench kernels --json benchmarks/results/kernels.json", rows),
+        "Time in times the naive algorithm's, both in eager torch and both under `torch.compile`; memory beside inputs"
+        " and outputs:",
+        table(("kernel", "shape", "eager", "compiled", "memory", "naive's"), cells),
+        *large,
+        "Limits: these are the torch paths that CPUs take, not the Triton kernels, which have not been timed on a GPU"
+        f" yet. Under `torch.compile` the naive form is faster than ours at {slower}.",
+    )
+
+
+def kernel_resources(rows: list[dict]) -> str:
+    """What the compiler says of every kernel, for GPUs that are not here."""
+    cells = []
+    for kind in dict.fromkeys(next((k for k in KERNELS if row["name"].startswith(k)), row["name"]) for row in rows):
+        for target in dict.fromkeys(row["target"] for row in rows):
+            some = [row for row in rows if row["name"].startswith(kind) and row["target"] == target]
+            shared = count(max(row["shared_bytes"] for row in some))
+            cells.append(
+                (
+                    kind,
+                    target,
+                    len(some),
+                    max(row["registers"] for row in some),
+                    sum(row["spills"] for row in some),
+                    shared,
+                )
+            )
+    return paragraphs(
+        "## Kernels as compiled",
+        source(
+            "kernel_resources.json",
+            "semiperm bench kernels --resources --json benchmarks/results/kernel_resources.json",
+            rows,
+        ),
+        "Configurations that are launched, compiled without a GPU: most registers of a thread, spilled words in all,"
+        " most shared memory of a program:",
+        table(("kernel", "target", "configurations", "registers", "spills", "shared"), cells),
+        "Limits: what the compiler says, not what a device does.",
+    )
+
+
+SECTIONS: dict[str, Callable] = {
+    "canvas": canvas,
+    "erasure": erasure,
+    "membranes": membranes,
+    "comfyui": comfyui,
+    "negative_token_merging": token_merging,
+    "sampling": sampling,
+    "watermark": results_watermark.watermark,
+    "kernels": kernels,
+    "kernel_resources": kernel_resources,
+}
+
+
+def page(results: dict[str, object]) -> str:
+    """The whole page from the content of each file, by its stem."""
+    return paragraphs(HEAD.rstrip(), *(section(results[name]) for name, section in SECTIONS.items())) + "\n"
+
+
+def read(folder: Path) -> dict[str, object]:
+    """The content of the files that `page` needs.
+
+    Raises:
+        FileNotFoundError: one is missing.
+    """
+    return {name: json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in SECTIONS}

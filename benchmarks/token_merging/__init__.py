@@ -1,0 +1,1 @@
+"""Negative token merging, judged and timed."""

@@ -1,0 +1,1 @@
+"""The mark beside its peers."""

@@ -1,0 +1,1 @@
+"""What people and adversaries do to pictures and prompts."""

@@ -1,0 +1,269 @@
+"""Membrane files: safetensors in SPM's (kohya's) key pattern, with metadata that says what is inside.
+
+    <module key>.lora_down.weight  (R, in)     rank rows of consecutive membranes
+    <module key>.lora_up.weight    (out, R)    their columns
+    <module key>.alpha             ()          scale = alpha / R, so that plain LoRA loaders get the ungated sum
+
+The metadata entry "semiperm" (JSON) names each membrane and its share of the rows. Without it a file is one membrane:
+SPM's published files (metadata "prompts", "rank", "alpha", or none) and kohya LoRAs of any rank load as they are.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..errors import MembraneError
+from ..files import read_safetensors, save_safetensors
+from .types import GateProbe, LowRank, Membrane, Membranes
+
+FORMAT_VERSION = 1
+_PARTS = (".lora_down.weight", ".lora_up.weight", ".alpha")
+_Kind = tuple[int, float, str, str]  # of a low-rank pair: rank, alpha, dtype of down, dtype of up
+_OURS = ("format", "format_version", "semiperm", "prompts", "rank", "alpha")
+
+
+def load_membranes(paths: str | Path | Iterable[str | Path]) -> Membranes:
+    """Read membranes from one safetensors file, or from several in order; one file may hold several membranes.
+
+    Args:
+        paths: membrane files, SPM's published ones, or kohya LoRAs; `import_membranes` reads others, too.
+
+    Raises:
+        SemipermError: no such file, a pickle, or not safetensors.
+        MembraneError: unknown keys, incomplete or mismatched pairs, NaN or Inf, a newer format. Each message names the
+            file.
+    """
+    paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
+    return Membranes(membrane for path in paths for membrane in _load_file(Path(path)))
+
+
+def save_membranes(membranes: Membrane | Iterable[Membrane], path: str | Path) -> Path:
+    """Write membranes to one safetensors file, which `load_membranes` reads back bit for bit.
+
+    The file appears whole or not at all, and is a valid kohya LoRA.
+
+    Args:
+        membranes: one or more.
+        path: ends in .safetensors; missing folders are made.
+
+    Returns:
+        The path.
+
+    Raises:
+        MembraneError: no membranes, a name that does not end in .safetensors, or pairs that cannot share a file:
+            different shapes on one module, or scales alpha / rank whose folding would lose bits.
+        SemipermError: the path is a folder.
+        OSError: it cannot be written.
+
+    >>> pair = LowRank(down=torch.zeros(1, 8), up=torch.ones(4, 1), alpha=1.0)
+    >>> path = save_membranes(Membrane("robot", {"lora_unet_to_k": pair}), "robot.safetensors")
+    >>> load_membranes(path)
+    Membranes(robot [spm, 1 modules])
+    """
+    path, membranes = Path(path), Membranes(membranes)
+    if path.suffix != ".safetensors":
+        raise MembraneError(f"cannot save to {str(path)!r}; expected a name ending in .safetensors")
+    if not membranes:
+        raise MembraneError(f"no membranes to save to {str(path)!r}; expected at least one")
+    tensors: dict[str, Tensor] = {}
+    for key in membranes.module_keys:
+        tensors |= _stack(key, [m.modules[key] for m in membranes if key in m.modules])
+    return save_safetensors(tensors, path, _metadata(membranes))
+
+
+# ---- writing -------------------------------------------------------------------------------------------------------
+
+
+def _shared_scale(scales: list[float]) -> float | None:
+    """The scale that all pairs of a module have in common; None means that each is folded into its own columns."""
+    return scales[0] if all(math.isclose(scale, scales[0], rel_tol=1e-6) for scale in scales) else None
+
+
+def _stack(key: str, pairs: list[LowRank]) -> dict[str, Tensor]:
+    if len({(p.in_features, p.out_features, p.is_conv) for p in pairs}) > 1:
+        shapes = [(tuple(p.down.shape), tuple(p.up.shape)) for p in pairs]
+        raise MembraneError(f"{key}: pairs of shapes {shapes} cannot share a file; save one file each")
+    scale = _shared_scale([p.scale for p in pairs])
+    ups = [p.up for p in pairs]
+    if scale is None:
+        scale, ups = 1.0, [p.up * p.scale for p in pairs]
+        if not all(torch.equal(up / p.scale if p.scale else up, p.up) for up, p in zip(ups, pairs, strict=True)):
+            raise MembraneError(
+                f"{key}: scales {[p.scale for p in pairs]} cannot be folded into one file without"
+                " losing bits; save one file each"
+            )
+    downs, ups = _promoted([p.down for p in pairs]), _promoted(ups)
+    rank = sum(p.rank for p in pairs)
+    tensors = (torch.cat(downs), torch.cat(ups, dim=1), torch.tensor(scale * rank))
+    return {key + part: t for part, t in zip(_PARTS, tensors, strict=True)}
+
+
+def _promoted(tensors: list[Tensor]) -> list[Tensor]:
+    dtype = tensors[0].dtype
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return [tensor.to(dtype) for tensor in tensors]
+
+
+def _metadata(membranes: Membranes) -> dict[str, str]:
+    keys = {key: index for index, key in enumerate(membranes.module_keys)}
+    described = {"modules": list(keys), "membranes": [_describe(m, keys) for m in membranes]}
+    ranks = {pair.rank for m in membranes for pair in m.modules.values()}
+    return {
+        **(membranes[0].metadata if len(membranes) == 1 else {}),  # kept where other tools look for it
+        "format": "semiperm-membrane",
+        "format_version": str(FORMAT_VERSION),
+        "prompts": ",".join(membranes.concepts),  # SPM's own reader wants these three
+        "rank": str(max(ranks)),
+        "alpha": str(float(max(ranks))),
+        "semiperm": json.dumps(described, ensure_ascii=False),
+    }
+
+
+def _describe(membrane: Membrane, keys: dict[str, int]) -> dict:
+    groups: dict[tuple, list[int]] = {}
+    for key, pair in membrane.modules.items():
+        kind = (pair.rank, float(pair.alpha), _dtype_name(pair.down), _dtype_name(pair.up))
+        groups.setdefault(kind, []).append(keys[key])
+    described: dict[str, object] = {
+        "concept": membrane.concept,
+        "phrases": membrane.phrases,
+        "surrogate": membrane.surrogate,
+        "method": membrane.method,
+        "base_model": membrane.base_model,
+        "metadata": membrane.metadata,
+        "pairs": [[*kind, indexes if len(indexes) < len(keys) else None] for kind, indexes in groups.items()],
+    }
+    if (probe := membrane.probe) is not None:
+        weight = probe.weight.detach().cpu().contiguous()
+        described["probe"] = {
+            "low": probe.low,
+            "high": probe.high,
+            "separation": probe.separation,
+            "dtype": _dtype_name(weight),
+            "weight": base64.b64encode(bytes(weight.view(torch.uint8).tolist())).decode(),
+        }
+    return described
+
+
+def _dtype_name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _dtype(name: str) -> torch.dtype:
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise MembraneError(f"dtype {name!r} in the metadata; expected a floating-point torch dtype")
+    return dtype
+
+
+# ---- reading -------------------------------------------------------------------------------------------------------
+
+
+def _load_file(path: Path) -> list[Membrane]:
+    tensors, metadata = read_safetensors(path)
+    try:
+        modules = _pairs(tensors)
+        if "semiperm" in metadata:
+            return _unpack(modules, metadata)
+        return [_foreign(modules, metadata, path)]
+    except MembraneError as error:
+        raise MembraneError(f"{str(path)!r}: {error}") from None
+
+
+def _pairs(tensors: dict[str, Tensor]) -> dict[str, LowRank]:
+    unknown = [key for key in tensors if not key.endswith(_PARTS)]
+    if unknown or not tensors:
+        raise MembraneError(
+            f"{len(unknown)} of {len(tensors)} keys are not of the form <module>.lora_down.weight, .lora_up.weight,"
+            f" .alpha (for example {unknown[:3]}); expected an SPM or kohya LoRA file: LoHa, LoKr, DoRA and diffusers'"
+            " own key names must be converted first"
+        )
+    modules = {}
+    for key in dict.fromkeys(key.removesuffix(part) for key in tensors for part in _PARTS if key.endswith(part)):
+        down, up, alpha = (tensors.get(key + part) for part in _PARTS)
+        if down is None or up is None:
+            raise MembraneError(f"{key} has no lora_{'down' if down is None else 'up'}.weight; the file is incomplete")
+        if alpha is not None and alpha.numel() != 1:
+            raise MembraneError(f"{key}.alpha has shape {tuple(alpha.shape)}; expected a scalar")
+        try:
+            modules[key] = LowRank(down, up, float(down.shape[0] if alpha is None else alpha))
+        except MembraneError as error:
+            raise MembraneError(f"{key}: {error}") from None
+    return modules
+
+
+def _foreign(modules: dict[str, LowRank], metadata: dict[str, str], path: Path) -> Membrane:
+    """One membrane from a file of SPM's released code, or from any kohya LoRA."""
+    phrases = tuple(p.strip() for p in metadata.get("prompts", "").split(",") if p.strip())
+    kohya = any(key.startswith(("ss_", "modelspec.")) for key in metadata)
+    return Membrane(
+        concept=phrases[0] if phrases else path.stem.removesuffix("_last"),
+        modules=modules,
+        phrases=phrases,
+        method="lora" if kohya else "spm",
+        metadata={key: value for key, value in metadata.items() if key not in _OURS},
+    )
+
+
+def _unpack(modules: dict[str, LowRank], metadata: dict[str, str]) -> list[Membrane]:
+    try:
+        if int(metadata["format_version"]) > FORMAT_VERSION:
+            raise MembraneError(
+                f"format version {metadata['format_version']}, this semiperm reads up to"
+                f" {FORMAT_VERSION}; update semiperm"
+            )
+        described = json.loads(metadata["semiperm"])
+        keys, entries = described["modules"], described["membranes"]
+        plans = []  # one a membrane
+        for entry in entries:
+            plan: dict[str, _Kind] = {}
+            for rank, alpha, down, up, indexes in entry["pairs"]:
+                plan |= dict.fromkeys(keys if indexes is None else (keys[i] for i in indexes), (rank, alpha, down, up))
+            plans.append(plan)
+        shares: list[dict[str, LowRank]] = [{} for _ in entries]
+        for key, pair in modules.items():
+            owners = [index for index, plan in enumerate(plans) if key in plan]
+            kinds = [plans[index][key] for index in owners]
+            for index, share in zip(owners, _split(key, pair, kinds), strict=True):
+                shares[index][key] = share
+        missing = [key for share, plan in zip(shares, plans, strict=True) for key in plan if key not in share]
+        if missing:
+            raise MembraneError(f"the metadata names modules that the file lacks, such as {missing[:3]}")
+        return [_membrane(entry, share) for entry, share in zip(entries, shares, strict=True)]
+    except (KeyError, TypeError, IndexError, ValueError) as error:
+        if isinstance(error, MembraneError):
+            raise
+        raise MembraneError(f"the membrane metadata is damaged ({error!r}); load a fresh copy of the file") from None
+
+
+def _split(key: str, pair: LowRank, kinds: list[_Kind]) -> list[LowRank]:
+    """Undo `_stack`: the rank rows of each membrane, in its own dtypes and with its own alpha."""
+    ranks = [kind[0] for kind in kinds]
+    if sum(ranks) != pair.rank or min(ranks, default=0) < 1:
+        raise MembraneError(f"{key} has rank {pair.rank}, its metadata says {ranks}")
+    scales = [alpha / rank for rank, alpha, *_ in kinds]
+    folded = _shared_scale(scales) is None
+    shares = []
+    for down, up, scale, (_, alpha, *dtypes) in zip(
+        pair.down.split(ranks), pair.up.split(ranks, dim=1), scales, kinds, strict=True
+    ):
+        down, up = down.to(_dtype(dtypes[0])).contiguous(), up.to(_dtype(dtypes[1])).contiguous()
+        shares.append(LowRank(down, up / scale if folded and scale else up, alpha))
+    return shares
+
+
+def _membrane(entry: dict, modules: dict[str, LowRank]) -> Membrane:
+    probe = entry.get("probe")
+    if probe is not None:
+        weight = torch.frombuffer(bytearray(base64.b64decode(probe["weight"])), dtype=_dtype(probe["dtype"]))
+        probe = GateProbe(weight, probe["low"], probe["high"], probe["separation"])
+    fields = {name: entry[name] for name in ("concept", "surrogate", "method", "base_model", "metadata")}
+    return Membrane(modules=modules, phrases=tuple(entry["phrases"]), probe=probe, **fields)

@@ -1,0 +1,173 @@
+"""The nouns of the package: a membrane, its low-rank pairs, its gate probe, and an ordered stack of membranes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import overload
+
+import torch
+from torch import Tensor
+
+from ..errors import MembraneError
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """One wrapped projection: y = W x + gamma * scale * up (down x), with scale = alpha / rank.
+
+    Args:
+        down: (r, in), or (r, in, 1, 1) as files of 1x1 convolutions keep it.
+        up: (out, r), or (out, r, 1, 1).
+        alpha: finite; `alpha = rank` makes the scale 1, `alpha = 0` is neutral.
+
+    Raises:
+        MembraneError: shapes that do not fit together, kernels other than 1x1, NaN or Inf.
+    """
+
+    down: Tensor
+    up: Tensor
+    alpha: float
+
+    def __post_init__(self):
+        down, up = tuple(self.down.shape), tuple(self.up.shape)
+        ok = len(down) == len(up) and len(down) in (2, 4) and down[2:] == up[2:] == (1, 1)[: len(down) - 2]
+        if not ok or down[0] != up[1] or 0 in down + up:
+            raise MembraneError(
+                f"a low-rank pair has down {down} and up {up}; expected (r, in) and (out, r), or both with a trailing"
+                " (1, 1); larger convolution kernels are not supported: export the adapter without them"
+            )
+        if not (self.down.is_floating_point() and self.up.is_floating_point()):
+            raise MembraneError(f"a low-rank pair holds {self.down.dtype}/{self.up.dtype}; expected floating point")
+        finite = torch.isfinite(self.down).all() and torch.isfinite(self.up).all()
+        if not finite or not math.isfinite(self.alpha):
+            raise MembraneError("a low-rank pair holds NaN or Inf; the file or the fit that made it is broken")
+
+    @property
+    def rank(self) -> int:
+        return self.down.shape[0]
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+    @property
+    def in_features(self) -> int:
+        return self.down.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return self.up.shape[0]
+
+    @property
+    def is_conv(self) -> bool:
+        return self.down.ndim == 4
+
+
+@dataclass(frozen=True, eq=False)
+class GateProbe:
+    """A linear detector on the text encoder's per-token hidden states h_t.
+
+    gamma = clip((max_t <h_t, weight> - low) / (high - low), 0, 1), so gamma is exactly 0 below `low`, 1 above `high`.
+
+    Args:
+        weight: (d,).
+        low, high: response thresholds, low < high.
+        separation: lowest concept response minus highest other one in the fit set, as a share of the distance of
+            their means: 1 is ideal, <= 0 means that the fit set overlaps. None if unknown.
+
+    Raises:
+        MembraneError: a weight that is not finite floats (d,), or low >= high.
+    """
+
+    weight: Tensor
+    low: float
+    high: float
+    separation: float | None = None
+
+    def __post_init__(self):
+        if self.weight.ndim != 1 or not self.weight.is_floating_point() or not torch.isfinite(self.weight).all():
+            raise MembraneError(f"a probe weight of shape {tuple(self.weight.shape)}; expected finite floats (d,)")
+        if not self.low < self.high:
+            raise MembraneError(f"probe thresholds low={self.low}, high={self.high}; expected low < high")
+
+
+@dataclass(frozen=True, eq=False)
+class Membrane:
+    """One concept's adapter: the low-rank pairs, and what is needed to gate and to identify them.
+
+    Args:
+        concept: the concept's name.
+        modules: kohya/SPM prefix (`lora_unet_<diffusers path, "." as "_">`, `lora_transformer_...`) -> pair.
+        phrases: the concept and its synonyms, for the text gates; () means (concept,).
+        surrogate: what the concept turns into; "" is the empty prompt.
+        method: "spm", "lora", "closed_form/uce", "closed_form/null_space", "closed_form/rece", ...
+        base_model: `base_model_hash` of the wrapped weights it was made for, or None.
+        probe: the detector for gate "probe", or None.
+        metadata: whatever else its file said.
+
+    Raises:
+        MembraneError: no name, or no module.
+    """
+
+    concept: str
+    modules: dict[str, LowRank]
+    phrases: tuple[str, ...] = ()
+    surrogate: str = ""
+    method: str = "spm"
+    base_model: str | None = None
+    probe: GateProbe | None = None
+    metadata: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self):
+        if not self.concept:
+            raise MembraneError("a membrane without a concept name; give it one, e.g. concept='robot'")
+        if not self.modules:
+            raise MembraneError(
+                f"the membrane for {self.concept!r} wraps no module; expected at least one low-rank pair"
+            )
+        object.__setattr__(self, "phrases", tuple(self.phrases) or (self.concept,))
+
+
+class Membranes(Sequence[Membrane]):
+    """An ordered, immutable stack of membranes; `+` concatenates, and the order does not change the result.
+
+    Args:
+        membranes: one, or any number; () is the empty stack.
+
+    >>> pair = LowRank(down=torch.zeros(1, 8), up=torch.ones(4, 1), alpha=1.0)
+    >>> stack = Membranes(Membrane("robot", {"lora_unet_to_k": pair})) + Membrane("ghost", {"lora_unet_to_k": pair})
+    >>> stack.concepts, stack[1:].concepts
+    (('robot', 'ghost'), ('ghost',))
+    """
+
+    def __init__(self, membranes: Membrane | Iterable[Membrane] = ()):
+        self._items = (membranes,) if isinstance(membranes, Membrane) else tuple(membranes)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    @overload
+    def __getitem__(self, index: int) -> Membrane: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Membranes: ...
+
+    def __getitem__(self, index: int | slice) -> Membrane | Membranes:
+        return Membranes(self._items[index]) if isinstance(index, slice) else self._items[index]
+
+    def __add__(self, other: Membrane | Iterable[Membrane]) -> Membranes:
+        return Membranes((*self, *Membranes(other)))
+
+    def __repr__(self) -> str:
+        return f"Membranes({', '.join(f'{m.concept} [{m.method}, {len(m.modules)} modules]' for m in self)})"
+
+    @property
+    def concepts(self) -> tuple[str, ...]:
+        return tuple(m.concept for m in self)
+
+    @property
+    def module_keys(self) -> tuple[str, ...]:
+        """Every wrapped module's key once, in order of first appearance."""
+        return tuple(dict.fromkeys(key for m in self for key in m.modules))

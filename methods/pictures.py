@@ -1,0 +1,98 @@
+"""Pictures and masks as tensors: one reading of PIL images, arrays and tensors for every method and face."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, TypeAlias
+
+import numpy as np
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from .errors import SemipermError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = ["Mask", "Picture", "Pictures", "check_pixels", "from_pil", "mask_of", "picture_of"]
+
+# What decoders and resizers in float16 leave beyond 0..1; more is another range, such as -1..1 or 0..255.
+_ROUNDING = 1e-3
+
+Picture: TypeAlias = "Image | Tensor | np.ndarray"  # as `picture_of` takes it
+Pictures: TypeAlias = "Picture | Sequence[Picture | Sequence[Picture]]"  # one, several, or videos
+Mask: TypeAlias = "Image | Tensor"  # as `mask_of` takes it
+
+
+def from_pil(image) -> Tensor:
+    """A PIL image of 8-bit channels -> (C, H, W) float32 in 0..1; its mode stays."""
+    pixels = torch.from_numpy(np.array(image))
+    return rearrange(pixels if pixels.ndim == 3 else pixels[..., None], "h w c -> c h w").float() / 255
+
+
+def picture_of(picture) -> Tensor:
+    """One picture -> (3, H, W) float32 in 0..1.
+
+    Args:
+        picture: a PIL image of any mode, a float tensor (3, H, W) in 0..1, or an array (H, W, 3), float in 0..1 or
+            uint8.
+
+    Raises:
+        SemipermError: something else, NaN, or values outside 0..1.
+    """
+    if hasattr(picture, "convert"):
+        return from_pil(picture.convert("RGB"))
+    if isinstance(picture, np.ndarray):
+        picture = torch.from_numpy(picture)
+        picture = picture.float() / 255 if picture.dtype == torch.uint8 else picture
+        picture = rearrange(picture, "h w c -> c h w") if picture.ndim == 3 else picture
+    if not isinstance(picture, Tensor) or picture.ndim != 3 or picture.shape[0] != 3:
+        given = f"shape {tuple(picture.shape)}" if isinstance(picture, Tensor) else type(picture).__name__
+        raise SemipermError(f"a picture is {given}; expected a PIL image, a tensor (3, H, W) or an array (H, W, 3)")
+    return _checked(picture, "a picture's")
+
+
+def mask_of(mask) -> Tensor:
+    """One mask -> (H, W) float32 in 0..1, 1 (white) inside.
+
+    Args:
+        mask: a PIL image, or a tensor (H, W): bool, uint8, or float in 0..1.
+
+    Raises:
+        SemipermError: something else, NaN, or values outside 0..1.
+    """
+    if hasattr(mask, "convert"):
+        return from_pil(mask.convert("L"))[0]
+    if not isinstance(mask, Tensor) or mask.ndim != 2:
+        given = f"shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+        raise SemipermError(f"a mask is {given}; expected a PIL image or a tensor (H, W)")
+    if mask.dtype in (torch.bool, torch.uint8):
+        mask = mask.float() / (1 if mask.dtype == torch.bool else 255)
+    return _checked(mask, "a mask's")
+
+
+def check_pixels(pixels: Tensor) -> None:
+    """Refuse what is no batch of pictures, exactly within 0..1.
+
+    Raises:
+        SemipermError: anything but floats (B, 3, H, W) in 0..1.
+    """
+    if not isinstance(pixels, Tensor) or pixels.ndim != 4 or pixels.shape[1] != 3 or not pixels.is_floating_point():
+        given = f"{pixels.dtype} {tuple(pixels.shape)}" if isinstance(pixels, Tensor) else type(pixels).__name__
+        raise SemipermError(f"a batch of pictures is {given}; expected float tensors (B, 3, H, W) in 0..1")
+    if not pixels.numel() or not (pixels.amin() >= 0 and pixels.amax() <= 1):  # NaN fails both
+        raise SemipermError(
+            f"the pictures of shape {tuple(pixels.shape)} are empty, hold NaN or leave 0..1; expected values from"
+            " 0 (black) to 1: divide bytes by 255"
+        )
+
+
+def _checked(values: Tensor, whose: str) -> Tensor:
+    low, high = (float(v) for v in (values.min(), values.max())) if values.numel() else (float("nan"),) * 2
+    if not values.is_floating_point() or not -_ROUNDING <= low <= high <= 1 + _ROUNDING:  # NaN fails too
+        raise SemipermError(
+            f"{whose} values are {values.dtype} from {low:g} to {high:g} in shape {tuple(values.shape)}; expected"
+            " floating point values in 0..1, none NaN: divide bytes by 255"
+        )
+    return values.detach().float().clamp(0, 1)

@@ -1,0 +1,1 @@
+"""What a picture file says of its origin, and whether it fits together."""

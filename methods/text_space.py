@@ -1,0 +1,55 @@
+"""What a text-to-image model contributes to a fit: its text encoder, and the weights that read text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+__all__ = ["Segment", "TextFeatures", "TextSpace"]
+
+
+@dataclass(frozen=True)
+class TextFeatures:
+    """Prompts as the denoiser sees them.
+
+    Args:
+        hidden: (B, N, d) token embeddings, exactly what the denoiser is given.
+        pooled: (B, p) pooled embedding (SDXL, SD3, Flux), or None.
+        token_ids: per prompt, the first tokenizer's ids without special tokens.
+    """
+
+    hidden: Tensor
+    pooled: Tensor | None
+    token_ids: list[list[int]]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A stretch of the token axis that one tokenizer fills, from position `start` on.
+
+    Args:
+        prefix_tokens: texts -> how many positions each fills at the start, the begin-of-text token included.
+        causal: later positions see earlier ones only (CLIP), or all see all (T5).
+    """
+
+    prefix_tokens: Callable[[Sequence[str]], list[int]]
+    start: int
+    causal: bool
+
+
+@dataclass(frozen=True, eq=False)
+class TextSpace:
+    """What a model contributes: its text encoder, and the weights that read text.
+
+    Args:
+        encode: prompts -> features; "" is the unconditional prompt.
+        segments: who fills the token axis, in order.
+        tokens, pooled: module key -> weight of the projections of token embeddings, of the pooled embedding.
+    """
+
+    encode: Callable[[Sequence[str]], TextFeatures]
+    segments: Sequence[Segment]
+    tokens: dict[str, Tensor]
+    pooled: dict[str, Tensor]

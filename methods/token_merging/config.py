@@ -1,0 +1,133 @@
+"""What negative token merging pushes away from, how far, and when; in every face."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..errors import TokenMergingError
+from ..pictures import Mask, Picture, mask_of, picture_of
+from ..schedule import Window
+
+_CHOICES = {
+    "rows": ("conditional", "all"),
+    "matching": ("reference", "output"),
+    "diversity": ("symmetric", "first"),
+    "compat": (None, "official"),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class NegativeTokenMergingConfig:
+    """What to push away from, how far, and when.
+
+    Args:
+        reference: image(s) to push away from: PIL images or float tensors (3, H, W) in 0..1, one or several; any
+            size. None is diversity mode: the images of a batch push each other away.
+        mask: where in the reference to look, for each image or one for all: PIL image or float tensor (H, W), white
+            is what to avoid. None is everywhere.
+        strength: how far, 0 is exactly the untouched model, below 0 pulls towards the reference. In the paper
+            0.9; strong prompts want 2 to 3.
+        threshold: least cosine, -1 to 1, at which a token is pushed; -1 pushes every token.
+        start, end: the `Window` of the noise schedule in which it pushes, 0 pure noise, 1 the image. The default is the
+            paper's.
+        rows: "conditional" (guidance then amplifies the push) or "all" rows of the batch, as released.
+        reference_prompt: words for what the reference shows, with which its row is denoised, so that the features
+            that belong to these words stand out. None takes each image's own prompt.
+        blocks: only attention layers whose path starts with one of these; None is the paper's choice: ("up_blocks",) of
+            a UNet, all of a transformer. ("",) is all.
+        cross_attention: push the outputs of cross-attention, too (UNets).
+        max_downscale: layers at a resolution coarser than latent / max_downscale are left alone.
+        noise_reference: bring the reference to each step's noise level; False feeds it clean, as released.
+        seed: of the reference's noise, which is the same at every step.
+        matching: "reference" finds for each output token the best reference token; "output" is the released code's
+            axis: for each reference position the best output token, whose index then picks from the reference.
+        diversity: "symmetric" pushes each image from its best matches in all others, "first" only from image 0.
+        compat: "official" sets matching, diversity, rows, cross_attention and noise_reference as released.
+
+    Raises:
+        TokenMergingError: a value outside its range, or a mask without reference.
+        SemipermError: a window out of order, or an image or mask of the wrong shape or range.
+    """
+
+    reference: Picture | Sequence[Picture] | None = None
+    mask: Mask | Sequence[Mask] | None = None
+    strength: float = 0.9
+    threshold: float = 0.65
+    start: float = 0.0
+    end: float = 0.2
+    rows: str = "conditional"
+    reference_prompt: str | None = None
+    blocks: Sequence[str] | None = None
+    cross_attention: bool = False
+    max_downscale: int = 4
+    noise_reference: bool = True
+    seed: int = 0
+    matching: str = "reference"
+    diversity: str = "symmetric"
+    compat: str | None = None
+
+    def __post_init__(self):
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise TokenMergingError(f"{name}={getattr(self, name)!r}; expected one of {choices}")
+        if self.compat == "official":
+            released = {"matching": "output", "diversity": "first", "rows": "all"}
+            self._set(**released, cross_attention=True, noise_reference=False)
+        if not math.isfinite(self.strength):
+            raise TokenMergingError(f"strength={self.strength}; expected a finite number, 0 to do nothing")
+        if not -1.0 <= self.threshold <= 1.0:
+            raise TokenMergingError(f"threshold={self.threshold}; expected a cosine from -1 to 1")
+        if self.max_downscale < 1:
+            raise TokenMergingError(f"max_downscale={self.max_downscale}; expected 1 (full resolution only) or more")
+        Window(self.start, self.end)
+        images, masks = as_images(self.reference), as_masks(self.mask)
+        if masks and not images:
+            raise TokenMergingError("a mask without a reference; it says where in the reference to look")
+        if masks and len(masks) not in (1, len(images)):
+            raise TokenMergingError(f"{len(masks)} masks for {len(images)} references; expected one each, or one")
+        if self.reference_prompt is not None and not images:
+            raise TokenMergingError("a reference_prompt without a reference; diversity mode has no reference row")
+        if isinstance(self.blocks, str):
+            raise TokenMergingError(
+                f"blocks={self.blocks!r}; expected a sequence of path prefixes, e.g. ('up_blocks',)"
+            )
+        self._set(reference=images or None, mask=masks * (len(images) if len(masks) == 1 else 1) or None)
+        self._set(blocks=None if self.blocks is None else tuple(self.blocks))
+
+    def _set(self, **values) -> None:
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def mode(self) -> str:
+        """ "reference" or "diversity"."""
+        return "diversity" if self.reference is None else "reference"
+
+    @property
+    def window(self) -> Window:
+        return Window(self.start, self.end)
+
+
+def as_images(value) -> tuple[Tensor, ...]:
+    """PIL images or tensors (3, H, W), (R, 3, H, W), one or a sequence -> float tensors (3, H, W) in 0..1."""
+    return tuple(map(picture_of, _items(value, 4)))
+
+
+def as_masks(value) -> tuple[Tensor, ...]:
+    """PIL images or tensors (H, W), (R, H, W), one or a sequence -> float tensors (H, W) in 0..1."""
+    masks = tuple(map(mask_of, _items(value, 3)))
+    if any(not bool((mask > 0.5).any()) for mask in masks):
+        raise TokenMergingError("a mask is black everywhere, so nothing would be avoided; white marks what to avoid")
+    return masks
+
+
+def _items(value, batched: int) -> list:
+    if value is None:
+        return []
+    if isinstance(value, (list, tuple)):
+        return [item for part in value for item in _items(part, batched)]
+    return list(value) if isinstance(value, Tensor) and value.ndim == batched else [value]

@@ -1,0 +1,1 @@
+"""The keyed mark: keys, fields, code, exact statistics, detection."""

@@ -1,0 +1,1 @@
+"""The marks of others, as baselines with exact p-values."""

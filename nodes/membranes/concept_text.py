@@ -1,0 +1,142 @@
+"""A ComfyUI MODEL and CLIP as the text space that closed-form membranes are fitted in."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+
+import comfy.lora
+import comfy.model_base
+import comfy.utils
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from ...methods.errors import MembraneError
+from ...methods.membranes.concept_fit import T5_POSITIONS, fit_concepts
+from ...methods.membranes.types import Membranes
+from ...methods.text_space import Segment, TextFeatures, TextSpace
+
+# diffusers' names only, as membrane files have them: ComfyUI knows each UNet projection by its own name, too
+_TOKENS = re.compile(r"^lora_(unet_(down|mid|up)_block.*_attn2_to_[kv]|transformer_context_embedder)$")
+_POOLED = re.compile(r"^lora_transformer_time_text_embed_text_embedder_linear_1$")
+_CHUNK = 32  # captions per text-encoder call, as on diffusers
+
+
+def erase_in(model, clip, concepts: Sequence[str], surrogate: str = "") -> Membranes:
+    """Compute one membrane per concept for this MODEL and CLIP, in closed form; nothing is applied.
+
+    Args:
+        concepts: names; "robot|android" names a synonym too.
+        surrogate: what they turn into; "" leaves the phrase out of the caption.
+
+    Raises:
+        MembraneError: no concept, a surrogate equal to the concept, or an unsupported model.
+    """
+    concepts = [concept.strip() for concept in concepts if concept.strip(" |")]
+    if not concepts:
+        raise MembraneError("the concept is empty; write what to erase, one concept a line, e.g. robot|android")
+    world = None
+    if model.get_attachment("semiperm_canvas"):
+        from ...canvas import captions as world
+    return fit_concepts(text_space(model, clip), concepts, surrogate.strip(), world=world)
+
+
+def text_space(model, clip) -> TextSpace:
+    """The text encoder and the projections that read it.
+
+    Raises:
+        MembraneError: an architecture without known text projections, or a CLIP that does not belong to it.
+    """
+    tokens, pooled = {}, {}
+    for key, target in comfy.lora.model_lora_keys_unet(model.model, {}).items():
+        group = tokens if _TOKENS.match(key) else pooled if _POOLED.match(key) else None
+        if group is not None:
+            group[key] = comfy.utils.get_attr(model.model, target).detach()
+    if not tokens:
+        raise MembraneError(
+            f"a {type(model.model).__name__} model has no known text projections; expected SD1.x, SD2, SDXL, SD3 or"
+            " Flux"
+        )
+    if len({weight.shape[1] for weight in tokens.values()}) > 1:
+        raise MembraneError("the text projections of this model read different widths; it is not supported")
+    encode, segments = _encoder(model, clip)
+    width, expected = encode([""]).hidden.shape[-1], next(iter(tokens.values())).shape[1]
+    if width != expected:
+        raise MembraneError(
+            f"this CLIP gives embeddings of width {width}, the model reads {expected}; connect the CLIP that belongs to"
+            " the model"
+        )
+    return TextSpace(encode, segments, tokens, pooled)
+
+
+def _encoder(model, clip) -> tuple[Callable, list[Segment]]:
+    names = list(clip.tokenize(""))  # "l", "g", "h", "t5xxl", ...
+    t5 = [name for name in names if name.startswith("t5")]
+    first = next(name for name in names if name not in t5) if len(names) > len(t5) else names[0]
+    segments = [] if isinstance(model.model, comfy.model_base.Flux) else [_segment(clip, first, 0, causal=True)]
+    if t5:
+        segments.append(_segment(clip, t5[0], 77 if segments else 0, causal=False))
+    limit = segments[-1].start + T5_POSITIONS if t5 else None
+
+    def encode(prompts: Sequence[str]) -> TextFeatures:
+        texts = [_escaped(prompt) for prompt in prompts]
+        bar = comfy.utils.ProgressBar(len(texts)) if len(texts) > _CHUNK else None
+        hidden, pooled, ids = [], [], []
+        # Several captions go as the chunks of one prompt. With T5 they could not be told apart in what comes back: its
+        # stretch follows CLIP's, and it is as long as its text.
+        size = 1 if t5 else _CHUNK
+        for start in range(0, len(texts), size):
+            part = [clip.tokenize(text) for text in texts[start : start + size]]
+            for states, vector in _encoded(clip, part):
+                hidden.append(states[:, :limit])
+                pooled.append(vector)
+            ids += [_ids(clip, first, tokens) for tokens in part]
+            if bar is not None:
+                bar.update(len(part))
+        vectors = torch.cat(pooled) if t5 and pooled[0] is not None else None
+        length = min(h.shape[1] for h in hidden)  # T5 pads to a minimum and lets longer texts grow
+        return TextFeatures(torch.cat([h[:, :length] for h in hidden]), vectors, ids)
+
+    return encode, segments
+
+
+def _encoded(clip, tokens: list[dict]) -> list[tuple[Tensor, Tensor | None]]:
+    """(hidden (1 or B, N, d), pooled) of tokenised prompts. CLIP takes several at once, as the chunks of one prompt."""
+    if len(tokens) > 1 and all(len(chunks) == 1 for prompt in tokens for chunks in prompt.values()):
+        together = {name: [prompt[name][0] for prompt in tokens] for name in tokens[0]}
+        states = clip.encode_from_tokens(together).float().cpu()
+        return [(rearrange(states, "1 (caption n) d -> caption n d", caption=len(tokens)), None)]
+    out = []
+    for prompt in tokens:
+        states, vector = clip.encode_from_tokens(prompt, return_pooled=True)
+        out.append((states.float().cpu(), None if vector is None else vector.float().cpu()))
+    return out
+
+
+def _escaped(text: str) -> str:
+    return text.replace("(", "\\(").replace(")", "\\)")  # ComfyUI reads brackets as weights
+
+
+def _tokenizer(clip, name: str):
+    return getattr(clip.tokenizer, f"clip_{name}", None) or getattr(clip.tokenizer, name)
+
+
+def _segment(clip, name: str, start: int, causal: bool) -> Segment:
+    def prefix_tokens(texts: Sequence[str]) -> list[int]:
+        return [len(_before_end(clip, name, clip.tokenize(_escaped(text)))) for text in texts]
+
+    return Segment(prefix_tokens, start, causal)
+
+
+def _before_end(clip, name: str, tokens: dict) -> list[int]:
+    """Token ids of a tokenised prompt up to the end-of-text token, the begin-of-text token included."""
+    ids = [pair[0] for pair in tokens[name][0]]
+    end = _tokenizer(clip, name).end_token
+    return ids[: ids.index(end)] if end in ids else ids
+
+
+def _ids(clip, name: str, tokens: dict) -> list[int]:
+    tokenizer = _tokenizer(clip, name)
+    special = {tokenizer.start_token, tokenizer.end_token}
+    return [i for i in _before_end(clip, name, tokens) if i not in special]

@@ -1,0 +1,279 @@
+"""Membranes in ComfyUI: load, erase from text, apply, save, report. The work is done elsewhere; these are the sockets.
+
+The modules that need `comfy` itself are imported when a node runs, so that the definitions can be read without it.
+"""
+
+from comfy_api.latest import io, ui
+
+from ...methods.errors import SemipermError
+from ...methods.membranes.config import MembraneConfig
+from ...methods.membranes.file import save_membranes
+from ...methods.membranes.types import Membranes
+from ..sockets import MembranesIO
+from .files import membrane_names, membrane_path, new_membrane_file, read_membranes
+from .report_plot import report_plot, report_text
+
+# A saved name may be wired into a text input and, in the same graph, into Load Membrane's list.
+FileNameIO = io.Custom("STRING,COMBO")
+CATEGORY = "semiperm/membranes"
+
+_GATES = (
+    "When a membrane opens, judged for each prompt of the batch by itself. auto: its probe where it has one, else"
+    " paper. probe: a detector fitted with the membrane. paper: similarity of the prompt to the concept's words."
+)
+
+
+def _control(gates: list[str], about_gates: str) -> list[io.Input]:
+    """The inputs that Erase Concept and Apply Membranes have in common."""
+    return [
+        io.Float.Input(
+            "strength",
+            default=1.0,
+            min=-2.0,
+            max=4.0,
+            step=0.05,
+            tooltip="How far an open membrane moves the model. 1 is as made, 0 is exactly the untouched model, below 0"
+            " pushes towards the concept.",
+        ),
+        io.Combo.Input("gate", options=gates, default="auto", tooltip=about_gates),
+        io.Float.Input(
+            "start",
+            default=0.0,
+            min=0.0,
+            max=1.0,
+            step=0.001,
+            tooltip="Where in sampling the membranes begin to act: 0 is the first step, 0.5 the middle of the noise"
+            " schedule.",
+        ),
+        io.Float.Input(
+            "end",
+            default=1.0,
+            min=0.0,
+            max=1.0,
+            step=0.001,
+            tooltip="Where in sampling they stop acting: 1 is the last step. Must lie behind start.",
+        ),
+    ]
+
+
+class SemipermLoadMembrane(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="SemipermLoadMembrane",
+            display_name="Load Membrane",
+            category=CATEGORY,
+            description="Reads membranes from a .safetensors file in models/semiperm or models/loras: files of Save"
+            " Membrane, published SPM files and kohya LoRAs. Chain several of these nodes to stack files.",
+            inputs=[
+                io.Combo.Input(
+                    "membrane_name",
+                    options=membrane_names(),
+                    display_name="file",
+                    tooltip="A .safetensors file below models/semiperm or models/loras. Press R after adding one.",
+                ),
+                MembranesIO.Input(
+                    "membranes",
+                    optional=True,
+                    tooltip="Membranes to put before the ones of this file, from another Load Membrane or from Erase"
+                    " Concept. The order does not change the picture.",
+                ),
+            ],
+            outputs=[
+                MembranesIO.Output(
+                    "stack",
+                    display_name="membranes",
+                    tooltip="All membranes of the file, behind those that came in. For Apply Membranes.",
+                )
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, membrane_name):
+        try:
+            return membrane_name is None or bool(membrane_path(membrane_name))  # None: wired, known only when it runs
+        except SemipermError as error:
+            return str(error)
+
+    @classmethod
+    def fingerprint_inputs(cls, membrane_name, membranes=None):
+        if membrane_name is None:
+            return ""
+        stat = membrane_path(membrane_name).stat()
+        return f"{stat.st_mtime_ns} {stat.st_size}"  # an overwritten file is read again
+
+    @classmethod
+    def execute(cls, membrane_name, membranes=None):
+        return io.NodeOutput(Membranes(membranes or ()) + read_membranes(membrane_name))
+
+
+class SemipermEraseConcept(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="SemipermEraseConcept",
+            display_name="Erase Concept",
+            category=CATEGORY,
+            description="Makes the model blind to concepts named in words. Solved in closed form, in seconds, without"
+            " training or a file. The checkpoint's weights are not touched: without this node the old picture is back.",
+            inputs=[
+                io.Model.Input("model", tooltip="The model to erase from: SD1.5, SD2, SDXL, SD3 or Flux."),
+                io.Clip.Input("clip", tooltip="The text encoder that also encodes your prompts."),
+                io.String.Input(
+                    "concept",
+                    multiline=True,
+                    default="",
+                    placeholder="one concept per line; other words for it behind |",
+                    tooltip="What to erase, one concept per line. Write other words for the same thing behind a bar:"
+                    " robot|android",
+                ),
+                io.String.Input(
+                    "surrogate",
+                    default="",
+                    tooltip="What the model should see instead, for all lines, such as 'a person'. Empty: nothing in"
+                    " particular.",
+                ),
+                *_control(["auto", "probe", "paper", "always"], f"{_GATES} always: never closes."),
+            ],
+            outputs=[
+                io.Model.Output(
+                    "erased_model",
+                    display_name="MODEL",
+                    tooltip="A clone of the model with the membranes in it. For a sampler, a LoRA loader or another"
+                    " Erase Concept.",
+                ),
+                MembranesIO.Output(
+                    "made",
+                    display_name="membranes",
+                    tooltip="The membranes that were made, for Save Membrane or for another model of the same kind.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model, clip, concept, surrogate, **control):
+        from .concept_text import erase_in
+        from .patch import apply_membranes_to
+
+        made = erase_in(model, clip, concept.splitlines(), surrogate)
+        return io.NodeOutput(apply_membranes_to(model, made, MembraneConfig(**control), clip), made)
+
+
+class SemipermApplyMembranes(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="SemipermApplyMembranes",
+            display_name="Apply Membranes",
+            category=CATEGORY,
+            description="Puts a stack of membranes into a clone of the model, each with its own gate. Works together"
+            " with LoRAs, ControlNets and further Apply Membranes, in any order.",
+            inputs=[
+                io.Model.Input("model", tooltip="The model, of the kind that the membranes were made for."),
+                MembranesIO.Input("membranes", tooltip="From Load Membrane or Erase Concept."),
+                *_control(
+                    ["auto", "probe", "paper", "official", "always"],
+                    f"{_GATES} official: as SPM's released code computes it, to reproduce its images. always: never"
+                    " closes. paper and official need clip.",
+                ),
+                io.Clip.Input(
+                    "clip",
+                    optional=True,
+                    tooltip="The text encoder of your prompts. Needed by the gates paper and official, and by auto for"
+                    " membranes without a probe, such as SPM files.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(
+                    "patched_model",
+                    display_name="MODEL",
+                    tooltip="A clone of the model with the membranes in it; at strength 0 the model itself.",
+                )
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model, membranes, clip=None, **control):
+        from .patch import apply_membranes_to
+
+        return io.NodeOutput(apply_membranes_to(model, membranes, MembraneConfig(**control), clip))
+
+
+class SemipermSaveMembrane(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="SemipermSaveMembrane",
+            display_name="Save Membrane",
+            category=CATEGORY,
+            description="Writes membranes to one numbered .safetensors file in models/semiperm, where Load Membrane"
+            " finds it. Nothing is ever overwritten.",
+            inputs=[
+                MembranesIO.Input("membranes", tooltip="What to save, from Erase Concept or Load Membrane."),
+                io.String.Input(
+                    "filename_prefix",
+                    default="semiperm/erased",
+                    tooltip="Start of the file name inside models/semiperm; a number is added. Subfolders are allowed:"
+                    " semiperm/people/erased",
+                ),
+            ],
+            outputs=[
+                FileNameIO.Output(
+                    "saved_name",
+                    display_name="name",
+                    tooltip="The name under which Load Membrane lists the file, such as"
+                    " semiperm/erased_00001.safetensors. May be wired into its file input.",
+                )
+            ],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, membranes, filename_prefix):
+        path, name = new_membrane_file(filename_prefix)
+        save_membranes(membranes, path)
+        return io.NodeOutput(name, ui=ui.PreviewText(name))
+
+
+class SemipermMembraneReport(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="SemipermMembraneReport",
+            display_name="Membrane Report",
+            category=CATEGORY,
+            description="Shows what fired in the last sampling run: how far each membrane opened for each prompt, and"
+            " in which steps.",
+            inputs=[
+                io.Model.Input(
+                    "model", tooltip="The model that the sampler used: from Apply Membranes or Erase Concept."
+                ),
+                io.Latent.Input("samples", tooltip="The sampler's latent, so that this node runs after it."),
+            ],
+            outputs=[
+                io.Latent.Output("latent", display_name="LATENT", tooltip="The latent that came in, unchanged."),
+                io.String.Output("text", display_name="text", tooltip="The report as a table in plain text."),
+                io.Image.Output(
+                    "plot", display_name="plot", tooltip="The report as a picture: gates, and steps below."
+                ),
+            ],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, model, samples):
+        from .patch import report_of
+
+        report = report_of(model)
+        text, plot = report_text(report), report_plot(report)
+        shown = ui.PreviewText(text).as_dict() | ui.PreviewImage(plot, cls=cls).as_dict()
+        return io.NodeOutput(samples, text, plot, ui=shown)
+
+
+NODES = [
+    SemipermLoadMembrane,
+    SemipermEraseConcept,
+    SemipermApplyMembranes,
+    SemipermSaveMembrane,
+    SemipermMembraneReport,
+]

@@ -1,0 +1,28 @@
+"""The sockets that several of our nodes share, and what they carry."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..methods.watermark.detection import DetectionResult
+
+KeyringIO = io.Custom("SEMIPERM_KEYRING")
+DetectionIO = io.Custom("SEMIPERM_DETECTION")
+MembranesIO = io.Custom("SEMIPERM_MEMBRANES")
+
+
+@dataclass(frozen=True)
+class Detection:
+    """What a DETECTION socket carries: the results, and the digest of the pictures that they are of."""
+
+    results: list[DetectionResult]
+    digest: str
+
+
+def digest(images: Tensor) -> str:
+    """Of a batch of pictures, to tell it from others."""
+    return hashlib.sha256(repr(tuple(images.shape)).encode() + images.cpu().contiguous().numpy().tobytes()).hexdigest()

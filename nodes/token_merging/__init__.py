@@ -1,0 +1,1 @@
+"""Negative token merging in ComfyUI."""

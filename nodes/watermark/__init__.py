@@ -1,0 +1,1 @@
+"""The keyed mark in ComfyUI."""

@@ -1,0 +1,1 @@
+"""Membranes on diffusers pipelines."""

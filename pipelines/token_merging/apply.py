@@ -1,0 +1,135 @@
+"""Negative token merging on diffusers pipelines of the SD1.x, SD2, SDXL, SD3, Flux and Wan families.
+
+handle = apply_negative_token_merging(pipe, NegativeTokenMergingConfig(reference=image, reference_prompt="a quibble"))
+picture = pipe("an eared mascot in striped style on sky").images[0]
+handle.report()
+remove_negative_token_merging(pipe)
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ...methods.errors import TokenMergingError
+from ...methods.token_merging.config import NegativeTokenMergingConfig
+from ..family import Family, Pipeline, family_of
+from ..handle import Handle
+from ..latents import pixels_per_latent
+from ..rows import RowsHook
+from .hooks import BeforeOutputHook, LayerHook, MergeState, told_context
+
+__all__ = ["TokenMergingHandle", "apply_negative_token_merging", "remove_negative_token_merging"]
+
+
+def apply_negative_token_merging(
+    pipe: Pipeline, config: NegativeTokenMergingConfig | None = None
+) -> TokenMergingHandle:
+    """Push attention outputs away from reference images, or the images of a batch away from one another.
+
+    In place of what was applied before; nothing changes if anything is wrong. Inside the window, one more row a
+    reference image is denoised beside the batch (for each distinct prompt in it, unless `reference_prompt` is given);
+    outside, none. That row never comes back as an image. Under torch.compile the row is carried at every step and
+    takes the first image's prompt, since a compiled graph looks neither at the timestep's value nor at prompts.
+
+    Args:
+        pipe: SD1.x, SD2, SDXL, SD3, Flux or Wan pipeline, compiled or not.
+        config: see `NegativeTokenMergingConfig`; None is diversity mode.
+
+    Returns:
+        A handle: `.report()` tells what was pushed in the last call, `.remove()` undoes; also a context manager.
+
+    Raises:
+        ModelError: an unsupported pipeline.
+        TokenMergingError: no attention layer that `blocks` lets in.
+
+    Source: NegToMe (arXiv 2412.01339), section 3; see methods/token_merging/merging.py for where we differ.
+
+    >>> with apply_negative_token_merging(pipe, NegativeTokenMergingConfig(reference=picture)) as handle:
+    ...     image = pipe("a star", num_inference_steps=2).images[0]
+    >>> handle.report()["mode"]
+    'reference'
+    """
+    handle = TokenMergingHandle(pipe, family_of(pipe), config or NegativeTokenMergingConfig())
+    remove_negative_token_merging(pipe)
+    handle.install()
+    return handle
+
+
+def remove_negative_token_merging(pipe: Pipeline) -> None:
+    """Undo `apply_negative_token_merging`: the untouched model's bits again. Where nothing was applied: nothing."""
+    handle = TokenMergingHandle.on(pipe)
+    if handle is not None:
+        handle.remove()
+
+
+class TokenMergingHandle(Handle):
+    """Negative token merging at work on one pipeline."""
+
+    NAME = "_semiperm_negative_token_merging"
+    ERROR = TokenMergingError
+
+    def __init__(self, pipe, family: Family, config: NegativeTokenMergingConfig):
+        super().__init__(pipe, config)
+        layers = _layers(self.denoiser, family, config)
+        self.state = MergeState(pipe, family, config, [path for path, _, _ in layers])
+        self.hooks = [
+            (module, (BeforeOutputHook if before else LayerHook)(self.state, path)) for path, module, before in layers
+        ]
+        self.hooks.append((self.denoiser, RowsHook(self.denoiser, self.state.begin, self.state.end)))
+
+    def install(self) -> None:
+        super().install()
+        if hasattr(self.denoiser, "cache_context"):
+            self.denoiser.cache_context = told_context(self.state, self.denoiser.cache_context)
+
+    def remove(self) -> None:
+        if self.on(self.pipe) is self:
+            self.denoiser.__dict__.pop("cache_context", None)
+        super().remove()
+
+    def prepare(self, height: int, width: int) -> None:
+        """Encode the reference for images of this size now; needed before a compiled model's first call only."""
+        if self.config.mode == "reference":
+            scale = pixels_per_latent(self.pipe)
+            self.state.reference.prepare(height // scale, width // scale)
+
+    def steps(self) -> list[dict]:
+        return list(self.state.record.steps)
+
+    def begin_run(self, encoded, arguments: dict) -> None:
+        self.state.begin_run()
+
+    def report(self) -> dict:
+        """What was pushed in the last call of the pipeline: see `MergeRecord.report`.
+
+        Raises:
+            TokenMergingError: the pipeline has not run since (or only compiled, which keeps no record).
+        """
+        record = self.state.record
+        if not record.steps:
+            raise TokenMergingError(
+                "no report yet: the pipeline has not been called since apply_negative_token_merging (a compiled"
+                " denoiser keeps no record)"
+            )
+        return record.report(self.config, len(self.hooks) - 1)
+
+
+def _layers(
+    denoiser: nn.Module, family: Family, config: NegativeTokenMergingConfig
+) -> list[tuple[str, nn.Module, bool]]:
+    """(path, module to hook, whether its input is meant) of every attention layer that the config lets in."""
+    names = family.self_attention | (family.cross_attention if config.cross_attention else frozenset())
+    paths = {path: module for path, module in denoiser.named_modules() if path.rpartition(".")[2] in names}
+    blocks = config.blocks or family.token_merging
+    found = {path: module for path, module in paths.items() if path.startswith(blocks)}
+    if not found:
+        raise TokenMergingError(
+            f"blocks={blocks} let in 0 of {len(paths)} attention layers of this {type(denoiser).__name__};"
+            f" they are called e.g. {next(iter(paths), 'none')!r}"
+        )
+    layers = []
+    for path, module in found.items():
+        # the released Flux code matches before the output projection where there is one
+        before = config.compat == "official" and family.packed and getattr(module, "to_out", None) is not None
+        layers.append((path, module.to_out[0] if before else module, before))
+    return layers

@@ -1,0 +1,112 @@
+"""The reference rows of negative token merging: images to noisy latents, masks and words, for every family."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from ...methods.errors import TokenMergingError
+from ...methods.token_merging.config import NegativeTokenMergingConfig
+from ...methods.token_merging.merging import grid_of, token_mask
+from ..family import Family
+from ..latents import encode_pixels, pixels_per_latent
+from ..scheduler import alphas_of, noise_levels
+from ..text import encode_text
+
+
+class Reference:
+    """What is known of the reference images once the size of the latents is: encoded once per size, on demand."""
+
+    def __init__(self, pipe, family: Family, config: NegativeTokenMergingConfig):
+        self.pipe, self.family, self.config = pipe, family, config
+        self.images, self.masks = config.reference or (), config.mask or ()
+        self.alphas = None if family.flow else alphas_of(pipe)
+        self._latents: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self._masks: dict[tuple[int, int, int], Tensor] = {}
+        self._texts: dict[tuple, tuple[Tensor, Tensor | None]] = {}
+
+    def levels(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
+        """(share of the image, share of the noise) in what the denoiser is given at this timestep, (1,) each."""
+        if self.alphas is not None:
+            self.alphas = self.alphas.to(timestep.device)
+        return noise_levels(self.family, timestep, self.alphas)
+
+    def prepare(self, height: int, width: int, device=None) -> tuple[Tensor, Tensor]:
+        """Latents (R, C, height, width) of the reference images, scaled as the denoiser expects, and noise; cached."""
+        key = (height, width)
+        if key not in self._latents:
+            if torch.compiler.is_compiling():
+                raise TokenMergingError(
+                    f"the reference was not encoded for latents of {height} x {width} before the model was compiled;"
+                    " call handle.prepare(image_height, image_width) first"
+                )
+            scale = pixels_per_latent(self.pipe)
+            pixels = torch.stack([cover(image, height * scale, width * scale) for image in self.images])
+            pixels = pixels * 2 - 1
+            if self.family.video:  # of one frame
+                latents = encode_pixels(self.pipe, [rearrange(pixels, "r c h w -> r c 1 h w")])
+                latents = rearrange(latents, "r c 1 h w -> r c h w")
+            else:
+                latents = encode_pixels(self.pipe, [pixels])
+            draws = [
+                torch.randn(latents.shape[1:], generator=torch.Generator().manual_seed(self.config.seed + r))
+                for r in range(len(latents))
+            ]
+            self._latents[key] = latents, torch.stack(draws).to(latents.device)
+        latents, noise = self._latents[key]
+        if device is not None and latents.device != device:
+            self._latents[key] = latents, noise = latents.to(device), noise.to(device)
+        return latents, noise
+
+    def rows(self, height: int, width: int, timestep: Tensor) -> Tensor:
+        """The reference rows (R, C, height, width) at a step's noise level; the noise is the same at every step."""
+        latents, noise = self.prepare(height, width, timestep.device)
+        if not self.config.noise_reference:
+            return latents
+        of_image, of_noise = self.levels(timestep)
+        return of_image * latents + of_noise * noise
+
+    def mask(self, tokens: int, height: int, width: int, device) -> Tensor | None:
+        """(R, tokens) bool on a layer's grid, or None."""
+        if not self.masks:
+            return None
+        key = (tokens, height, width)
+        if key not in self._masks:
+            _, rows, columns = grid_of(tokens, height, width)
+            size = max(rows, 64), max(columns, 64)
+            self._masks[key] = token_mask([cover(m[None], *size)[0] for m in self.masks], tokens, height, width)
+        self._masks[key] = self._masks[key].to(device)
+        return self._masks[key]
+
+    def text(self, length: int) -> tuple[Tensor, Tensor | None]:
+        """The reference prompt's embeddings (1, length, d) and pooled embedding (1, p) or None; cached."""
+        if length not in self._texts:
+            clip = self.pipe.tokenizer_max_length if len(self.family.segments) > 1 else 0
+            features = encode_text(self.pipe, [self.config.reference_prompt], length - clip or None)
+            self._texts[length] = features.hidden, features.pooled
+        hidden, pooled = self._texts[length]
+        if hidden.shape[1] != length:
+            raise TokenMergingError(
+                f"the prompts have {length} text positions, the reference prompt {hidden.shape[1]}; expected the same:"
+                " call the pipeline with prompts rather than with embeddings of another length"
+            )
+        return hidden, pooled
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """The sizes of latents for which the images are encoded."""
+        return list(self._latents)
+
+
+def cover(image: Tensor, height: int, width: int) -> Tensor:
+    """Resize (C, H, W) until it covers height x width, and cut the middle out: nothing is stretched."""
+    scale = max(height / image.shape[-2], width / image.shape[-1])
+    size = [max(height, math.ceil(image.shape[-2] * scale)), max(width, math.ceil(image.shape[-1] * scale))]
+    if size != list(image.shape[-2:]):
+        image = F.interpolate(image[None], size, mode="bicubic", antialias=True)[0].clamp(0, 1)
+    top, left = (size[0] - height) // 2, (size[1] - width) // 2
+    return image[:, top : top + height, left : left + width]

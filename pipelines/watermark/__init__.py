@@ -1,0 +1,1 @@
+"""The keyed mark on diffusers pipelines."""
