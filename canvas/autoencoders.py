@@ -111,7 +111,9 @@ def train_autoencoder(
         edge = sum((clean.diff(dim=d) - target.diff(dim=d)).abs().mean() for d in (2, 3))
         pooled = F.mse_loss(F.avg_pool2d(clean, 8), F.avg_pool2d(target, 8))
         trip = F.mse_loss(again, noisy[half:].detach()) / noisy[half:].detach().var()
-        unit = z.mean((0, 2, 3)).pow(2).mean() + (z.std((0, 2, 3)) - 1).pow(2).mean()
+        flat = z.permute(1, 0, 2, 3).flatten(1)
+        mean, excess = flat.mean(1), torch.cov(flat) - torch.eye(len(flat))
+        unit = mean.pow(2).mean() + excess.pow(2).sum() / len(flat)  # whitening then hardly amplifies anything
         losses = {"l1": l1, "edge": edge, "pooled": pooled, "trip": trip.detach().sqrt(), "unit": unit}
         return {"loss": l1 + 0.5 * edge + 2 * pooled + 0.5 * trip + (0 if decoder else 0.02) * unit, **losses}
 
