@@ -6,7 +6,7 @@ import diffusers
 import torch
 from contracts.entry import ALL, Entry, RoundTrip
 from marks import key_of, seeded
-from semiperm.methods.errors import WatermarkError
+from semiperm.methods.errors import ModelError
 from semiperm.methods.watermark.keyring import Keyring, load_keyring, save_keyring
 from semiperm.methods.watermark.mark import Payload
 from semiperm.pipelines.family import family_of
@@ -48,6 +48,6 @@ ENTRIES = [
         size=32,
         files=files,
         refuses=refuses,
-        error=WatermarkError,
+        error=ModelError,
     )
 ]
