@@ -18,6 +18,7 @@ from .errors import SemipermError
 
 __all__ = ["read_safetensors", "save_safetensors", "whole_file", "write_file"]
 
+# Names that pickles usually have; what begins as a pickle is refused under any name.
 _PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
 
 
@@ -61,7 +62,9 @@ def write_file(path: str | os.PathLike, data: bytes | str, mode: int | None = No
     return Path(path)
 
 
-def save_safetensors(tensors: Mapping[str, Tensor], path: str | os.PathLike, metadata: dict[str, str]) -> Path:
+def save_safetensors(
+    tensors: Mapping[str, Tensor], path: str | os.PathLike, metadata: dict[str, str] | None = None
+) -> Path:
     """Write tensors as `whole_file` does; they may be views and may lie on a GPU."""
     from safetensors.torch import save_file
 

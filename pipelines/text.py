@@ -14,7 +14,7 @@ from ..methods.errors import ModelError, SemipermError
 from ..methods.text_space import Segment, TextFeatures
 from .family import denoiser_of, device_of, family_of
 
-_CHUNK = 32  # prompts per text-encoder call: bounds memory, and costs nothing on a GPU
+_CHUNK = 32  # prompts per text-encoder call: it bounds memory; chosen by hand
 _TEXT_TOKEN_MODULES = re.compile(r"(^|\.)(attn2\.to_[kv]|context_embedder)$")
 _TEXT_POOLED_MODULES = re.compile(r"(^|\.)time_text_embed\.text_embedder\.linear_1$")
 

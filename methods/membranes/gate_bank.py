@@ -18,7 +18,7 @@ from ..text_space import TextFeatures
 from .gates import facilitated_transport, official_gamma, probe_gate
 from .types import GateProbe, Membrane
 
-_REMEMBERED = 32  # recorded rows; a run needs two per image
+_REMEMBERED = 32  # recorded rows: a run needs two for each image of a batch, and 16 are a large batch
 
 
 @dataclass(eq=False)

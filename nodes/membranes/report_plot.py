@@ -9,7 +9,8 @@ from PIL import Image, ImageDraw, ImageFont
 from ...methods.membranes.record import FIRED
 from ...methods.pictures import from_pil
 
-_PANEL = 34  # concepts below each other before the next panel begins
+# Colours and sizes were chosen by eye.
+_PANEL = 34  # concepts below each other before the next panel begins: about 1,000 pixels
 _INK, _FAINT, _PAPER, _RULE = (30, 34, 40), (140, 147, 156), (255, 255, 255), (214, 219, 225)
 _SHUT, _OPEN, ACTIVE, _IDLE = (241, 244, 247), (13, 83, 122), (32, 134, 98), (226, 230, 235)
 _CELL, _LINE, _GAP, _LABEL = 68, 28, 28, 260  # pixels

@@ -8,10 +8,13 @@ import importlib.util
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import comfy_stub
 import pytest
 import torch
+from semiperm.methods.membranes.config import MembraneConfig
+from semiperm.methods.membranes.record import membrane_report
 from semiperm.methods.token_merging.config import NegativeTokenMergingConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -99,7 +102,7 @@ def test_token_merging_has_the_defaults_of_its_config(nodes):
         assert given == {name: {None: ""}.get(value, value) for name, value in expected.items()} | {
             name: "none" for name in given if name == "compat"
         }
-    taken = {other.get(name, name) for name in given} | {"reference", "mask", "reference_prompt", "unit"}
+    taken = {other.get(name, name) for name in given} | {"reference", "mask", "reference_prompt"}
     assert taken == set(defaults)
 
 
@@ -241,21 +244,20 @@ def test_registering_keeps_what_others_registered(files, monkeypatch):
 # ---- the report -----------------------------------------------------------------------------------------------------
 
 
-def made_up(concepts: int, rows: int = 2, steps: int = 20) -> dict:
+def made_up(concepts: int, rows: int = 2, steps: int = 20, gamma=None) -> dict:
+    """A report by the function that makes real ones; `gamma`: row -> gates."""
     names = [f"concept {k}" for k in range(concepts)]
-    kinds = ["negative", "positive"]
-    return {
-        "concepts": names,
-        "gates": ["probe"] * concepts,
-        "strength": 1.0,
-        "window": [0.1, 0.6],
-        "modules": 32,
-        "rows": [
-            {"row": r, "kind": kinds[r % 2], "gamma": {c: 0.75 * (r % 2) * (k % 2 == 0) for k, c in enumerate(names)}}
+    gamma = gamma or (lambda r: {c: 0.75 * (r % 2) * (k % 2 == 0) for k, c in enumerate(names)})
+    return membrane_report(
+        SimpleNamespace(concepts=names, kinds=["probe"] * concepts),
+        MembraneConfig(start=0.1, end=0.6),
+        [
+            {"kind": ("negative", "positive")[r % 2], "prompt": None, "source": "embeds", "gamma": gamma(r)}
             for r in range(rows)
         ],
-        "steps": [{"sigma": 14.6 - i / 2, "active": 2 <= i < 12} for i in range(steps)],
-    }
+        [{"share": i / 20, "sigma": 14.6 - i / 2, "active": 2 <= i < 12} for i in range(steps)],
+        modules=32,
+    )
 
 
 def test_report_text(plot):
@@ -269,14 +271,12 @@ def test_report_text(plot):
 
 
 def test_report_text_says_when_the_window_was_missed(plot):
-    report = made_up(1)
-    report["steps"] = [{"sigma": 1.0, "active": False}]
+    report = made_up(1) | {"steps": [{"share": 0.9, "sigma": 1.0, "active": False}]}
     assert "nothing was erased" in plot.report_text(report)
 
 
 def test_a_membrane_that_pushes_towards_its_concept_has_fired(plot):
-    report = made_up(1)
-    report["rows"][1]["gamma"] = {"concept 0": -1.0}
+    report = made_up(1, gamma=lambda row: {"concept 0": -float(row)})
     assert plot.report_text(report).endswith("every membrane fired")
 
 
@@ -290,9 +290,7 @@ def test_report_plot(plot, concepts, rows, steps):
 
 
 def test_report_plot_shows_the_gates(plot):
-    shut, opened = made_up(2), made_up(2)
-    for row in shut["rows"]:
-        row["gamma"] = {}
+    shut, opened = made_up(2, gamma=lambda row: {"": 0.0}), made_up(2)
     full = torch.tensor(plot.shade(0.75)) / 255
     count = [int((plot.report_plot(r) == full).all(-1).sum()) for r in (shut, opened)]
     assert count[0] == 0 and count[1] > 500

@@ -12,6 +12,7 @@ import torch
 from semiperm.methods.errors import MembraneError, SemipermError
 from semiperm.methods.membranes.config import MembraneConfig
 from semiperm.methods.membranes.file import load_membranes, save_membranes
+from semiperm.methods.membranes.record import membrane_report
 from semiperm.methods.membranes.types import LowRank, Membrane, Membranes
 
 
@@ -135,10 +136,10 @@ def calls(nodes, monkeypatch):
         return f"patched {model}"
 
     def report_of(model):
-        gamma = [{"row": 0, "kind": "positive", "gamma": {"robot": 1.0}}]
-        steps = [{"sigma": 1.0, "active": True}]
-        found = {"concepts": ["robot"], "gates": ["probe"], "rows": gamma, "steps": steps}
-        return found | {"strength": 1.0, "window": [0, 1], "modules": 2}
+        rows = [{"kind": "positive", "prompt": None, "source": "embeds", "gamma": {"robot": 1.0}}]
+        bank = SimpleNamespace(concepts=["robot"], kinds=["probe"])
+        steps = [{"share": 0.0, "sigma": 1.0, "active": True}]
+        return membrane_report(bank, MembraneConfig(), rows, steps, modules=2)
 
     surgery = SimpleNamespace(apply_membranes_to=apply_membranes_to, report_of=report_of)
     monkeypatch.setitem(sys.modules, "semiperm.nodes.membranes.patch", surgery)

@@ -28,8 +28,13 @@ def run(pipe, prompts=PROMPTS, **kwargs):
 
 
 @pytest.fixture(scope="module", params=[*FAMILIES, "wan"])
-def shared(request):
-    pipe = build_wan() if request.param == "wan" else build(request.param)
+def family(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def shared(family):
+    pipe = build_wan() if family == "wan" else build(family)
     return pipe, run(pipe)
 
 

@@ -18,7 +18,8 @@ SMALL, MEDIUM, FULL = (4, 16, 16), (4, 32, 32), (4, 64, 64)
 )
 def test_rings_hold_two_levels(shape, rings):
     mark = RingID(key_of(1))
-    image, plane, members, _ = mark.layout((1, *shape))
+    layout = mark.layout((1, *shape))
+    image, plane, members = layout.image, layout.rings, layout.members
     assert len(members) == rings and (members.sum(axis=0) == 1).all() and (members.sum(axis=1) >= 4).all()
     latents, plain = mark.sample((2, *shape), seeded(0)), torch.randn((2, *shape), generator=seeded(0))
     assert latents.shape == (2, *shape) and latents.dtype == torch.float32
