@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, TypeAlias
+
 import numpy as np
 import torch
 from einops import rearrange
@@ -9,10 +12,17 @@ from torch import Tensor
 
 from .errors import SemipermError
 
-__all__ = ["check_pixels", "from_pil", "mask_of", "picture_of"]
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = ["Mask", "Picture", "Pictures", "check_pixels", "from_pil", "mask_of", "picture_of"]
 
 # What decoders and resizers in float16 leave beyond 0..1; more is another range, such as -1..1 or 0..255.
 _ROUNDING = 1e-3
+
+Picture: TypeAlias = "Image | Tensor | np.ndarray"  # as `picture_of` takes it
+Pictures: TypeAlias = "Picture | Sequence[Picture | Sequence[Picture]]"  # one, several, or videos
+Mask: TypeAlias = "Image | Tensor"  # as `mask_of` takes it
 
 
 def from_pil(image) -> Tensor:

@@ -33,6 +33,9 @@ class Window:
 
     Raises:
         SemipermError: values out of order or out of range.
+
+    >>> [share for share in (0.0, 0.2, 0.4, 0.6, 0.8) if Window(0.2, 0.6).contains(share)]
+    [0.2, 0.4]
     """
 
     start: float = 0.0

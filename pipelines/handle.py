@@ -5,17 +5,20 @@ from __future__ import annotations
 import abc
 import logging
 from collections.abc import Sequence
+from typing import TypeVar
 
 from diffusers.hooks import ModelHook
 from torch import nn
 
 from ..methods.errors import SemipermError
-from .family import denoiser_of
+from .family import Pipeline, denoiser_of
 from .hooks import install, listen, uninstall, unlisten
 
 __all__ = ["Handle"]
 
 logger = logging.getLogger(__name__)
+
+AnyHandle = TypeVar("AnyHandle", bound="Handle")
 
 
 class Handle(abc.ABC):
@@ -32,21 +35,21 @@ class Handle(abc.ABC):
     NAME: str  # of our hooks in diffusers' registries, and of the handle's attribute on the denoiser
     ERROR: type[SemipermError]  # the family's
 
-    def __init__(self, pipe, config, hooks: Sequence[tuple[nn.Module, ModelHook]] = ()):
+    def __init__(self, pipe: Pipeline, config, hooks: Sequence[tuple[nn.Module, ModelHook]] = ()):
         self.pipe, self.config, self.hooks = pipe, config, list(hooks)
         self.denoiser, self.attribute = denoiser_of(pipe)
         self._running = False  # from a pipeline's encode_prompt to its end
         self._timesteps = None  # the schedule that was there when it began: a run makes a new one
 
     @classmethod
-    def on(cls, pipe):
+    def on(cls: type[AnyHandle], pipe: Pipeline) -> AnyHandle | None:
         """The handle of this method at work on a pipeline, or None."""
         return getattr(denoiser_of(pipe)[0], cls.NAME, None)
 
-    def __enter__(self):
+    def __enter__(self: AnyHandle) -> AnyHandle:
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.remove()
 
     def install(self) -> None:

@@ -61,6 +61,9 @@ class ClosedFormConfig:
             this share of the average over all directions; > 0.
         rece_epochs: "rece" derives embeddings this many times, >= 1.
         rece_ridge: how close derived embeddings stay to 0, as a share of the mean squared weight; > 0.
+
+    Raises:
+        MembraneError: a value outside its range.
     """
 
     method: str = "uce"
@@ -126,12 +129,12 @@ def closed_form_edits(
         MembraneError: no rows, shapes that disagree, NaN or Inf.
     """
     config = config or ClosedFormConfig()
-    rows, targets, preserve = _checked(concepts, targets, preserve)
+    rows, aims, preserve = _checked(concepts, targets, preserve)
     moved = preserve.T @ preserve / max(len(preserve), 1)
     basis = _null_basis(moved, config.null_threshold) if config.method == "null_space" else None
     if config.method == "rece":
-        rows, targets = _with_derived(rows, targets, moved, config, gram)
-    return _regress(rows, targets, moved, basis, config)
+        rows, aims = _with_derived(rows, aims, moved, config, gram)
+    return _regress(rows, aims, moved, basis, config)
 
 
 def _with_derived(rows, targets, moved, config, gram):

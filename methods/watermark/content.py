@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -133,7 +134,7 @@ class BoundPicture:
         draws: how often it was drawn.
     """
 
-    picture: object
+    picture: Any
     noise: Tensor
     content_agreement: float
     draws: int

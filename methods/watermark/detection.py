@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import cast
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from .content import Embedding, content_p_value, perceptual_hash
 from .edits import cells_inside, without_flats
 from .keys import WatermarkKey
 from .mark import Payload, Reading, read
-from .search import Search
+from .search import Inverter, Search
 from .search import run as search_edits
 from .statistics import levelled
 
@@ -36,21 +36,6 @@ CONTENT = 3e-3  # of pictures that show something unrelated, this many are taken
 AS_GIVEN = "as given"
 
 
-class Inverter(Protocol):
-    """How to get from pictures to their initial noise.
-
-    multiple: sides of pictures are cut to multiples of it, in pixels.
-    """
-
-    multiple: int
-
-    def encode(self, pixels: list[Tensor]) -> Tensor:
-        """Pictures (3, H, W) in 0..1 of one size (videos (F, 3, H, W)) -> latents (B, C, h, w) or (B, C, f, h, w)."""
-
-    def invert(self, latents: Tensor, steps: int) -> Tensor:
-        """Estimate the noise with `steps` evaluations of the denoiser for each latent; 0 gives the latents back."""
-
-
 def inversion_times(steps: int) -> list[float]:
     """steps + 1 shares of the noise schedule, from 0 (the picture) towards the noise, closer together at first.
 
@@ -63,17 +48,23 @@ def inversion_times(steps: int) -> list[float]:
 class DetectionResult:
     """What one picture says.
 
-    verdict: "valid" (mark present, payload authenticated, and the content is what was signed where it is bound),
-    "content differs" (an authentic mark in a picture that shows something else: a transplant), "unverified" (mark
-    present, but the payload did not decode, or its MAC is wrong, or the keyring has no MAC key: treat the payload as
-    a claim) or "absent".
-    p_value, log10_p: the chance that a picture made without the keys looks so marked; all keys, nonces, rungs of the
-    ladder and edits undone are accounted for. payload: None if absent or not decoded. key_id, key_name: None if
-    absent. bit_confidence: share of the payload field's weight that agrees with the decoded payload, about .5 without
-    a mark. model_evaluations: of the denoiser, over all rungs and edits.
-    content_p_value: the chance that a picture of unrelated content fits the bound one so well; None where no content
-    is bound or the payload was not decoded. transform: the edit that was undone, "as given" without one.
-    evidence: float32 in the latent's shape (C, h, w), positive where the mark agrees; None where nothing was decoded.
+    Args:
+        verdict: "valid" (mark present, payload authenticated, and the content is what was signed where it is bound),
+            "content differs" (an authentic mark in a picture that shows something else: a transplant), "unverified"
+            (mark present, but the payload did not decode, or its MAC is wrong, or the keyring has no MAC key: treat the
+            payload as a claim) or "absent".
+        p_value, log10_p: the chance that a picture made without the keys looks so marked; all keys, nonces, rungs of
+            the ladder and edits undone are accounted for.
+        payload: None if absent or not decoded.
+        bit_confidence: share of the payload field's weight that agrees with the decoded payload, about .5 without a
+            mark.
+        key_id, key_name: None if absent.
+        model_evaluations: of the denoiser, over all rungs and edits.
+        content_p_value: the chance that a picture of unrelated content fits the bound one so well; None where no
+            content is bound or the payload was not decoded.
+        transform: the edit that was undone, "as given" without one.
+        evidence: float32 in the latent's shape (C, h, w), positive where the mark agrees; None where nothing was
+            decoded.
     """
 
     verdict: str
@@ -206,6 +197,7 @@ def detect_in(
         raise WatermarkError("the keyring is empty; expected at least one key: make one with `semiperm keys new`")
     if config.search is not None and (mask is not None or any(picture.ndim != 3 for picture in pixels)):
         raise WatermarkError("a search for edits was asked for with a mask or in videos; it works on whole pictures")
+    search = cast("Search | None", config.search)  # no bool any more
     detector = _Detector(inverter, keys, config, mask)
     cases = [_case(whole_cells(_sized(picture, config.size), inverter.multiple)) for picture in pixels]
     for part in _batches(cases, config.batch_size):
@@ -213,8 +205,8 @@ def detect_in(
         if part := [case for case in part if case.filled and not case.settled(config.log10_rate)]:
             detector.climb(part, filled=True)
     for case, picture in zip(cases, pixels, strict=True):
-        if config.search is not None and case.log10_p > config.log10_rate:
-            detector.undo_edits(case, picture)
+        if search is not None and case.log10_p > config.log10_rate:
+            detector.undo_edits(case, picture, search)
     return [detector.result(case) for case in cases]
 
 
@@ -287,7 +279,7 @@ class _Detector:
     def climb(self, cases: list[_Case], *, filled: bool = False) -> None:
         """Up the ladder, with areas of one colour as they are or filled."""
         config, inverter = self.config, self.inverter
-        pictures = [case.filled[0] if filled else case.pixels for case in cases]
+        pictures = [case.filled[0] if filled and case.filled else case.pixels for case in cases]
         latents, pending = inverter.encode(pictures), list(range(len(cases)))
         inside = self._inside(cases, latents, filled)
         share = len(config.ladder) * (1 if config.search is None else 2)
@@ -305,22 +297,23 @@ class _Detector:
 
     def _inside(self, cases: list[_Case], latents: Tensor, filled: bool) -> Tensor:
         """(B, h, w) bool: the latent cells that count."""
-        cells = latents.shape[-2:]
+        cells = latents.shape[-2], latents.shape[-1]
         inside = torch.ones(len(cases), *cells, dtype=torch.bool, device=latents.device)
         if filled:
-            inside &= torch.stack([cells_inside(case.filled[1], cells) for case in cases]).to(inside.device)
+            valid = [cells_inside(case.filled[1], cells) for case in cases if case.filled]
+            inside &= torch.stack(valid).to(inside.device)
         if self.mask is not None:
             inside &= latent_mask(whole_cells(self.mask, self.inverter.multiple), *cells).to(inside.device)
         return inside
 
-    def undo_edits(self, case: _Case, picture: Tensor) -> None:
+    def undo_edits(self, case: _Case, picture: Tensor, search: Search) -> None:
         """Look at the picture as it was given, turned back from what may have been done to it."""
         config = self.config
         undone = search_edits(
             picture,
             self.inverter,
             self.keys,
-            config.search,
+            search,
             config.false_positive_rate,
             size=config.size,
             scope=config.scope,

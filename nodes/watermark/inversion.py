@@ -28,7 +28,7 @@ from .noise import unsigned
 
 
 class ComfyInverter:
-    """An `Inverter` (methods.watermark.detection) over a ComfyUI model.
+    """An `Inverter` (methods.watermark.search) over a ComfyUI model.
 
     Args:
         model: ModelPatcher of an SD1.x, SD2, SDXL, SD3 or Flux model, or of another picture model that predicts noise,

@@ -47,7 +47,7 @@ class _Run:
         self.encodes = 0  # calls of encode_prompt: a run may need several before it denoises
         self.began = False  # whether the denoiser has been called
         self.plans: list[Plan] = []  # in the order of their first use
-        self.calls: list[_Call] = []
+        self.calls: list[_Call] = []  # none where the whole denoiser is compiled
 
 
 class MembraneHandle(Handle):

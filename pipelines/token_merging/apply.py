@@ -12,7 +12,7 @@ from torch import nn
 
 from ...methods.errors import TokenMergingError
 from ...methods.token_merging.config import NegativeTokenMergingConfig
-from ..family import Family, family_of
+from ..family import Family, Pipeline, family_of
 from ..handle import Handle
 from ..latents import pixels_per_latent
 from ..rows import RowsHook
@@ -21,7 +21,9 @@ from .hooks import BeforeOutputHook, LayerHook, MergeState, told_context
 __all__ = ["TokenMergingHandle", "apply_negative_token_merging", "remove_negative_token_merging"]
 
 
-def apply_negative_token_merging(pipe, config: NegativeTokenMergingConfig | None = None) -> TokenMergingHandle:
+def apply_negative_token_merging(
+    pipe: Pipeline, config: NegativeTokenMergingConfig | None = None
+) -> TokenMergingHandle:
     """Push attention outputs away from reference images, or the images of a batch away from one another.
 
     In place of what was applied before; nothing changes if anything is wrong. Inside the window, one more row a
@@ -37,9 +39,15 @@ def apply_negative_token_merging(pipe, config: NegativeTokenMergingConfig | None
         A handle: `.report()` tells what was pushed in the last call, `.remove()` undoes; also a context manager.
 
     Raises:
-        SemipermError: an unsupported pipeline, or no attention layer that `blocks` lets in.
+        ModelError: an unsupported pipeline.
+        TokenMergingError: no attention layer that `blocks` lets in.
 
     Source: NegToMe (arXiv 2412.01339), section 3; see methods/token_merging/merging.py for where we differ.
+
+    >>> with apply_negative_token_merging(pipe, NegativeTokenMergingConfig(reference=picture)) as handle:
+    ...     image = pipe("a star", num_inference_steps=2).images[0]
+    >>> handle.report()["mode"]
+    'reference'
     """
     handle = TokenMergingHandle(pipe, family_of(pipe), config or NegativeTokenMergingConfig())
     remove_negative_token_merging(pipe)
@@ -47,7 +55,7 @@ def apply_negative_token_merging(pipe, config: NegativeTokenMergingConfig | None
     return handle
 
 
-def remove_negative_token_merging(pipe) -> None:
+def remove_negative_token_merging(pipe: Pipeline) -> None:
     """Undo `apply_negative_token_merging`: the untouched model's bits again. Where nothing was applied: nothing."""
     handle = TokenMergingHandle.on(pipe)
     if handle is not None:

@@ -19,8 +19,8 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
-from ...methods.errors import WatermarkError
-from ...methods.pictures import picture_of
+from ...methods.errors import ModelError, WatermarkError
+from ...methods.pictures import Pictures, picture_of
 from ...methods.watermark.detection import FIRST, inversion_times, whole_cells
 from ..family import Family, denoiser_of, device_of, family_of
 from ..latents import encode_pixels, multiple_of, pixels_per_latent
@@ -30,7 +30,7 @@ from ..text import encode_text
 __all__ = ["encode_images", "invert", "pixels_of"]
 
 
-def pixels_of(pipe, images) -> list[Tensor]:
+def pixels_of(pipe, images: Pictures) -> list[Tensor]:
     """Pictures as (3, H, W), videos as (F, 3, H, W), in 0..1."""
     video = family_of(pipe).video
     one = hasattr(images, "convert") or (
@@ -54,7 +54,8 @@ def encode_images(pipe, images, batch_size: int = 16) -> Tensor:
         (B, C, H, W) or (B, C, F, H, W), float32, the encoder's mode, scaled and shifted as the denoiser expects.
 
     Raises:
-        WatermarkError: no pictures, other things than pictures, or pictures of different sizes.
+        WatermarkError: no pictures, too small ones, or pictures of different sizes.
+        SemipermError: other things than pictures.
     """
     pixels = [whole_cells(picture, multiple_of(pipe)) for picture in pixels_of(pipe, images)]
     sizes = sorted({tuple(p.shape) for p in pixels})
@@ -80,6 +81,7 @@ def invert(pipe, latents0: Tensor, steps: int, prompt: str = "", batch_size: int
         As latents0, float32.
 
     Raises:
+        ModelError: a model that predicts neither noise nor v nor a flow.
         WatermarkError: negative steps, or latents of another number of dimensions.
 
     Source: DDIM (arXiv 2010.02502), equation 14; the flow's Euler steps in reverse as T2SMark (arXiv 2510.22366).
@@ -129,7 +131,7 @@ def _ddim(pipe, z: Tensor, steps: int, predict: Callable) -> Tensor:
     alphas = alphas_of(pipe)
     kind = pipe.scheduler.config.get("prediction_type", "epsilon")
     if kind not in ("epsilon", "v_prediction"):
-        raise WatermarkError(f"the model predicts {kind!r}; expected 'epsilon' or 'v_prediction'")
+        raise ModelError(f"the model predicts {kind!r}; expected 'epsilon' or 'v_prediction'")
     times, count = inversion_times(steps), len(alphas)
     levels = [1.0, *(float(alphas[min(count - 1, round(t * count))]) for t in times[1:])]
     for t, a, b in zip(times[:-1], levels[:-1], levels[1:], strict=True):

@@ -43,7 +43,7 @@ _FEWEST = 3  # rings: the least p-value of fewer is above 1 / 8
 
 
 @dataclass(frozen=True, eq=False)
-class _Layout:
+class RingLayout:
     """Where the pattern lies in one image's latent.
 
     Args:
@@ -118,7 +118,8 @@ class RingID:
         levels = np.arange(1, (1 << len(members)) + 1) / (1 << len(members))
         return np.minimum(1, (rings * noise)[:, None] / levels).mean(axis=1)
 
-    def layout(self, shape: Sequence[int]) -> _Layout:
+    def layout(self, shape: Sequence[int]) -> RingLayout:
+        """Where rings and noise lie in one image of latents of this shape."""
         image = checked_image(shape, max(self.ring_channel, self.noise_channel), "RingID")
         size, unit = image[1:], half_plane(*image[1:], 0, 0).unit
         rings = np.arange(int(_CUTOFF // unit) + 1, int(_RADIUS // unit) + 1)
@@ -130,7 +131,7 @@ class RingID:
         plane = half_plane(*size, (rings[0] - 0.5) * unit, (rings[-1] + 0.5) * unit)
         nearest = np.clip(np.rint(plane.radius / unit), rings[0], rings[-1])
         members = (nearest == rings[:, None]).astype(np.float64)
-        return _Layout(image, plane, members, half_plane(*size, 0, _RADIUS))
+        return RingLayout(image, plane, members, half_plane(*size, 0, _RADIUS))
 
     def signs(self, image: tuple[int, ...], rings: int) -> np.ndarray:
         """+1 or -1 for each ring: the key's pattern."""

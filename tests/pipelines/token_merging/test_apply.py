@@ -28,13 +28,8 @@ def run(pipe, prompts=PROMPTS, **kwargs):
 
 
 @pytest.fixture(scope="module", params=[*FAMILIES, "wan"])
-def family(request):
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def shared(family):
-    pipe = build_wan() if family == "wan" else build(family)
+def shared(request):
+    pipe = build_wan() if request.param == "wan" else build(request.param)
     return pipe, run(pipe)
 
 
@@ -49,7 +44,8 @@ def untouched(shared):
     return shared[1]
 
 
-@pytest.mark.parametrize("options", [{}, {"reference_prompt": "a cat"}], ids=["own prompt", "reference prompt"])
+# words under which no two reference tokens match nearly alike: rounding may choose either of such a pair
+@pytest.mark.parametrize("options", [{}, {"reference_prompt": "a dog"}], ids=["own prompt", "reference prompt"])
 def test_reference_mode_repeats_and_judges_every_image_by_itself(pipe, options):
     with apply_negative_token_merging(pipe, config(**options)) as handle:
         together = run(pipe)

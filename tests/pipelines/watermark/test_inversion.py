@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from semiperm.methods.errors import SemipermError, WatermarkError
+from semiperm.methods.errors import ModelError, SemipermError, WatermarkError
 from semiperm.pipelines.family import denoiser_of, family_of
 from semiperm.pipelines.latents import latent_shape
 from semiperm.pipelines.watermark.inversion import encode_images, invert
@@ -107,7 +107,7 @@ def test_things_that_are_no_pictures():
     with pytest.raises(WatermarkError, match="steps >= 0"):
         invert(pipe, torch.rand(1, 4, 16, 16), -1)
     pipe.scheduler.register_to_config(prediction_type="sample")
-    with pytest.raises(WatermarkError, match="'sample'; expected"):
+    with pytest.raises(ModelError, match="'sample'; expected"):
         invert(pipe, torch.rand(1, 4, 16, 16), 1)
     with pytest.raises(WatermarkError, match="encode_images"):
         invert(pipe, torch.rand(1, 64, 16), 1)
@@ -136,7 +136,7 @@ def test_deterministic_samplers_pass(name):
 def test_noisy_samplers_are_refused(name, options):
     pipe = build("sd15")
     pipe.scheduler = getattr(diffusers, f"{name}Scheduler").from_config(pipe.scheduler.config, **options)
-    with pytest.raises(WatermarkError, match=rf"{name}Scheduler.*DDIMScheduler"):
+    with pytest.raises(ModelError, match=rf"{name}Scheduler.*DDIMScheduler"):
         check_scheduler(pipe)
 
 
@@ -144,5 +144,5 @@ def test_a_stochastic_flow_is_refused():
     pipe = build("sd3")
     check_scheduler(pipe)
     pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)
-    with pytest.raises(WatermarkError, match=r"stochastic_sampling=True.*FlowMatchEuler"):
+    with pytest.raises(ModelError, match=r"stochastic_sampling=True.*FlowMatchEuler"):
         check_scheduler(pipe)
