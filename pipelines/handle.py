@@ -39,6 +39,7 @@ class Handle(abc.ABC):
         self.pipe, self.config, self.hooks = pipe, config, list(hooks)
         self.denoiser, self.attribute = denoiser_of(pipe)
         self._running = False  # from a pipeline's encode_prompt to its end
+        self._timesteps = None  # the schedule that was there when it began: a run makes a new one
 
     @classmethod
     def on(cls: type[AnyHandle], pipe: Pipeline) -> AnyHandle | None:
@@ -104,11 +105,14 @@ class Handle(abc.ABC):
                 f"pipe.{self.attribute} was replaced after {self.NAME.strip('_')} was applied to it, which would"
                 " therefore not act; apply it again"
             )
-        self._running = True
+        self._running, self._timesteps = True, self._schedule()
         self.begin_run(result, arguments)
 
+    def _schedule(self):
+        return getattr(getattr(self.pipe, "scheduler", None), "timesteps", None)
+
     def _ended(self, result, arguments: dict) -> None:
-        running, self._running = self._running, False
+        running, self._running = self._running and self._schedule() is not self._timesteps, False
         if not running or self.compiled or self.config.strength == 0:
             return
         steps = self.steps()

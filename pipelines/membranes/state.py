@@ -103,7 +103,7 @@ class MembraneHandle(Handle):
                 else "no report yet: the pipeline has not been called since apply_membranes (a compiled denoiser keeps"
                 " no record)"
             )
-        rows = [row for plan in self._run.plans for row in self._rows(plan)]
+        rows = [row for turn, plan in enumerate(self._run.plans) for row in self._rows(plan, turn)]
         kept = {
             "modules": len(self.sites),
             "idle_modules": self._idle,
@@ -111,14 +111,21 @@ class MembraneHandle(Handle):
         }
         return membrane_report(self.bank, self.config, rows, self.steps(), **kept)
 
-    def _rows(self, plan: Plan) -> list[dict]:
-        """One entry a row; of unknown embeddings the first half is taken for negative where guidance is one call."""
-        count = len(plan.hidden)
-        guided = self.family.one_call and getattr(self.pipe, "do_classifier_free_guidance", False) and count % 2 == 0
+    def _rows(self, plan: Plan, turn: int) -> list[dict]:
+        """One entry a row; of unknown embeddings the first half is taken for negative where guidance is one call.
+
+        Args:
+            turn: of the plan in its run. Where guidance is separate calls, the conditional one comes first.
+        """
+        count, one_call = len(plan.hidden), self.family.one_call
+        guided = one_call and getattr(self.pipe, "do_classifier_free_guidance", False) and count % 2 == 0
         found = []
         for number, (hidden, gates) in enumerate(zip(plan.hidden, plan.gates.tolist(), strict=True)):
             entry = self.bank.recorded_row(hidden)
-            negative = entry.negative if entry else guided and number < count // 2
+            if not one_call:
+                negative = turn % 2 == 1
+            else:
+                negative = entry.negative if entry else guided and number < count // 2
             found.append(
                 {
                     "kind": "negative" if negative else "positive",
@@ -238,9 +245,7 @@ class MembraneHandle(Handle):
         self._place(tensors[0].device, tensors[0].dtype)
         prompts = _strings(arguments.get("prompt"))
         if prompts and arguments.get("prompt_embeds") is None:
-            # Flux encodes its negative prompts by themselves
-            second = not self.family.one_call and self._run.encodes > 1
-            self.bank.record(tensors[0], prompts, second, self._ids)
+            self.bank.record(tensors[0], prompts, False, self._ids)
         negatives = _strings(arguments.get("negative_prompt")) or [""]
         if len(tensors) > 1 and arguments.get("negative_prompt_embeds") is None:
             self.bank.record(tensors[1], negatives * (len(prompts) if len(negatives) == 1 else 1), True, self._ids)
