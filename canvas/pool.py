@@ -4,7 +4,6 @@ A chunk is made whole or not at all, so a stopped run goes on where it was, and 
 """
 
 import hashlib
-import os
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from ..methods.files import whole_file
 from . import language, sentences
 from .drawing import draw
 from .loop import save_tensors
@@ -117,9 +117,6 @@ def _drawn(folder: Path | None, seed: int, scenes: list[Scene], start: int) -> n
         return np.load(path)
     drawn = np.stack([np.asarray(draw(scene)) for scene in scenes])
     if path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}.partial")
-        with partial.open("wb") as file:
+        with whole_file(path) as partial, partial.open("wb") as file:
             np.save(file, drawn)
-        partial.replace(path)
     return drawn
