@@ -1,4 +1,4 @@
-"""y + ((x D^T) * gamma) U: K membranes of any ranks, packed as one low-rank pair, added to a projection's output.
+"""y + ((x D^T) * gamma) U: K membranes of any ranks, stacked as one low-rank pair, added to a projection's output.
 
     h[b, n, r] = gamma[b, r] sum_i x[b, n, i] D[r, i]
     out[b, n, :] = y[b, n, :] + sum_r h[b, n, r] U[r, :]
@@ -17,6 +17,7 @@ from __future__ import annotations
 from itertools import groupby
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from .dispatch import check_tensors, interpreted, jit, kernel_path, needs_grad, next_power_of_2, tl, triton
@@ -52,13 +53,14 @@ def _formula(y: Tensor, x: Tensor, down: Tensor, up: Tensor, gamma: Tensor) -> T
     rows, dtype = x.shape[0], y.dtype
     if dtype is torch.float16 and x.device.type == "cpu":
         y, x, down, up = y.float(), x.float(), down.float(), up.float()
-    h = (x.reshape(-1, x.shape[-1]) @ down.T).view(rows, -1, down.shape[0])
+    h = rearrange(x.reshape(-1, x.shape[-1]) @ down.T, "(b n) r -> b n r", b=rows)
     gates = gamma.to(x.dtype).unsqueeze(1)
     h = h * gates if needs_grad(h, gates) else h.mul_(gates)
-    return torch.addmm(y.reshape(-1, y.shape[-1]), h.flatten(0, 1), up).view(y.shape).to(dtype)
+    return torch.addmm(y.reshape(-1, y.shape[-1]), rearrange(h, "b n r -> (b n) r"), up).view(y.shape).to(dtype)
 
 
-# tile of ranks -> (tokens, features of out, features of in, warps, stages)
+# tile of ranks -> (tokens, features of out, features of in, warps, stages): the more ranks, the less beside them, so
+# that nothing spills (tests/kernels/test_resources.py)
 _CONFIGS = {16: (64, 128, 64, 4, 3), 32: (64, 128, 32, 4, 3), 64: (64, 128, 64, 4, 3), 128: (64, 64, 32, 8, 3)}
 
 
@@ -234,7 +236,7 @@ def gated_low_rank(y: Tensor, x: Tensor, down: Tensor, up: Tensor, gamma: Tensor
     Raises:
         KernelError: shapes, dtypes or devices that do not fit each other.
 
-    Source: SPM (arXiv 2312.16145), eq. 9, for K adapters packed as one.
+    Source: SPM (arXiv 2312.16145), eq. 9, for K adapters stacked as one.
     """
     _check(y, x, down, up, gamma)
     if kernel_path(y) == "reference":

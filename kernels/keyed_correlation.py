@@ -19,6 +19,7 @@ On a CPU: butterflies in the narrowest integers that hold them, in blocks that s
 from __future__ import annotations
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from .dispatch import jit, kernel_path, tl, triton
@@ -27,10 +28,10 @@ from .errors import KernelError
 __all__ = ["compile_cases", "keyed_correlation", "keyed_correlation_reference", "walsh_scores"]
 
 LARGEST = 15  # magnitude of a value: see the proof above
-_LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
+_LENGTHS = (256, 512, 1024, 2048, 4096, 8192)  # 16,384 would take P = 4, and float16 would round
 _KEYS = 32  # of a block on a CPU: butterflies run over this many neighbours or more
-_SCORES = 1 << 20  # of a block on a CPU
-_CHUNKS = 16  # of a stream's scores, where its peak is looked for
+_SCORES = 1 << 20  # of a block on a CPU: 2 MiB in int16, about a core's cache
+_CHUNKS = 16  # of a stream's scores: only the best one is searched again for its peak's place; chosen by hand
 
 
 def walsh_scores(values: Tensor, signs: Tensor) -> Tensor:
@@ -38,7 +39,7 @@ def walsh_scores(values: Tensor, signs: Tensor) -> Tensor:
 
     Args:
         values: (K, L) int8 in -15..15, in the keys' orders.
-        signs: (K, cosets, L / 8) uint8, packed.
+        signs: (K, cosets, L / 8) uint8, eight bits a byte.
 
     Returns:
         (L, cosets, K) int16 or int32. Streams lie innermost: every butterfly then runs over contiguous memory.
@@ -53,11 +54,11 @@ def _scratch(scores: int, device: torch.device) -> Tensor:
 
 
 def _plus_minus(signs: Tensor) -> Tensor:
-    """(K, cosets, L / 8) packed bits -> (L, cosets, K) int8, 1 or -1."""
-    keys, cosets, width = signs.shape
-    shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=signs.device).view(1, 8, 1, 1)
-    bits = (signs.permute(2, 1, 0).contiguous().unsqueeze(1) >> shifts).bitwise_and_(1)
-    return bits.view(torch.int8).mul_(-2).add_(1).reshape(8 * width, cosets, keys)
+    """(K, cosets, L / 8) bytes of bits -> (L, cosets, K) int8, 1 or -1."""
+    shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=signs.device)
+    octets = rearrange(signs, "key coset octet -> octet 1 coset key").contiguous()
+    bits = (octets >> rearrange(shifts, "bit -> 1 bit 1 1")).bitwise_and_(1)
+    return rearrange(bits.view(torch.int8).mul_(-2).add_(1), "octet bit coset key -> (octet bit) coset key")
 
 
 def _butterflies(field: Tensor, streams: Tensor, scratch: Tensor) -> Tensor:
@@ -109,9 +110,9 @@ def keyed_correlation_reference(values: Tensor, positions: Tensor, signs: Tensor
 def _best(scores: Tensor) -> tuple[Tensor, Tensor]:
     """(L, cosets, K) -> (K,) peaks and pattern numbers: the best chunk of each stream, then the place in it."""
     length, cosets, keys = scores.shape
-    chunks = scores.view(_CHUNKS, length // _CHUNKS, cosets, keys)
+    chunks = rearrange(scores, "(chunk place) coset key -> chunk place coset key", chunk=_CHUNKS)
     tops = torch.maximum(chunks.amax(1), -chunks.amin(1))
-    top, place = tops.transpose(0, 1).reshape(cosets * _CHUNKS, keys).max(0)  # the first
+    top, place = rearrange(tops, "chunk coset key -> (coset chunk) key").max(0)  # the first
     coset, chunk = place // _CHUNKS, place % _CHUNKS
     line = chunks[chunk, :, coset, torch.arange(keys, device=scores.device)]
     within = (line.abs() == top[:, None]).to(torch.uint8).argmax(1)
@@ -121,8 +122,8 @@ def _best(scores: Tensor) -> tuple[Tensor, Tensor]:
 
 
 _ELEMENTS = 8192  # of a step: one stream of 8,192, or as many shorter ones as make that
-_WARPS, _STAGES = 8, 1
-_IMAGES = 16  # at most, of one program
+_WARPS, _STAGES = 8, 1  # spill nothing (tests/kernels/test_resources.py)
+_IMAGES = 16  # at most, of one program, which then reads a key's streams once for all of them
 _PROGRAMS = 1024  # enough to fill a GPU
 
 
@@ -195,13 +196,13 @@ def _keyed_correlation_kernel(
             score = tl.dot(high, tl.reshape(half, (H, S * P * W))).to(tl.int32)
             # The peak, then the pattern, lowest first: of each column, where the row is the Walsh function's middle
             # bits, and then of all columns. 17 bits and 14 stay below 2^31.
-            packed = tl.abs(score) * (2 * H) + (2 * H - 1) - (2 * rows[:, None] + (score < 0).to(tl.int32))
-            packed = tl.max(packed, axis=0)
-            last = 2 * H - 1 - packed % (2 * H)
+            joint = tl.abs(score) * (2 * H) + (2 * H - 1) - (2 * rows[:, None] + (score < 0).to(tl.int32))
+            joint = tl.max(joint, axis=0)
+            last = 2 * H - 1 - joint % (2 * H)
             number = 2 * ((column // W * H + last // 2) * W + column % W) + last % 2
-            packed = packed // (2 * H) * (2 * S * P * H * W) + (2 * S * P * H * W - 1) - number
-            packed = tl.where(step * S + column // (P * W) < cosets, packed, 0)[None, :]
-            top = tl.sum(tl.max(packed, axis=1)).to(tl.int64)  # Triton 3.6 cannot reduce one axis here on sm_100
+            joint = joint // (2 * H) * (2 * S * P * H * W) + (2 * S * P * H * W - 1) - number
+            joint = tl.where(step * S + column // (P * W) < cosets, joint, 0)[None, :]
+            top = tl.sum(tl.max(joint, axis=1)).to(tl.int64)  # Triton 3.6 cannot reduce one axis here on sm_100
             place = (step + 1) * (2 * S * P * H * W) - 1 - top % (2 * S * P * H * W)
             best = tl.maximum(best, ((top // (2 * S * P * H * W)) << 32) + 0xFFFFFFFF - place)
         tl.store(best_ptr + (split * images + at) * keys + key, best)
@@ -253,7 +254,7 @@ def keyed_correlation(values: Tensor, positions: Tensor, signs: Tensor) -> tuple
     Args:
         values: (B, n) int8 in -15..15: soft values of B images.
         positions: (K, L) int32 in 0..n-1: where each key's elements lie, L a power of two in 256..8192.
-        signs: (K, cosets, L / 8) uint8: the keys' streams, packed as `numpy.packbits` packs.
+        signs: (K, cosets, L / 8) uint8: the keys' streams, as `numpy.packbits` puts bits into bytes.
 
     Returns:
         peak (B, K) int32 = max |score|; pattern (B, K) int64 = 2 (coset L + walsh) + negative, the lowest on ties;

@@ -20,18 +20,22 @@ Extra memory: one block of keys in bfloat16 and one tile of scores, whatever N a
 from __future__ import annotations
 
 import torch
+from einops import rearrange
 from torch import Tensor
+
+from .dispatch import without_autocast
 
 __all__ = ["best_match_reference", "token_match_merge_reference"]
 
-QUERY_BLOCK = 256
+QUERY_BLOCK = 256  # with these keys a tile of bfloat16 scores is 2 MiB: about a core's cache
 KEY_BLOCK = 4096
 SMALL = 2**20  # scores of one query row, and elements to blend, up to which one step is quicker than blocks
 CHUNK = 1024  # rows of C channels that are worked on in float32 at once
-MAX_CANDIDATES = 16
+MAX_CANDIDATES = 16  # of a query, eight times the usual number; chosen by hand
 EPSILON = 1e-12  # a shorter vector has cosine 0 with everything
 
 
+@without_autocast
 def best_match_reference(
     queries: Tensor,
     keys: Tensor,
@@ -89,11 +93,11 @@ def _best_match_small(queries, keys, pairs, key_mask, gate) -> tuple[Tensor, Ten
     unit = unit * _inverse_norm(unit)[:, :, None]
     for used, rows in groups.items():
         at, of = torch.tensor(rows, device=queries.device), torch.tensor(used, device=queries.device)
-        mine = queries.index_select(0, at).float().flatten(0, 1)
-        cosine = mine @ unit.index_select(0, of).flatten(0, 1).t()
+        mine = rearrange(queries.index_select(0, at).float(), "b n c -> (b n) c")
+        cosine = mine @ rearrange(unit.index_select(0, of), "r m c -> c (r m)")
         if key_mask is not None:
             cosine.masked_fill_(~key_mask.index_select(0, of).flatten(), -torch.inf)
-        tiles = cosine.view(len(rows), tokens, len(used), length)
+        tiles = rearrange(cosine, "(b n) (r m) -> b n r m", n=tokens, m=length)  # a view: cosine is written to
         for i, b in enumerate(rows):
             for k, r in enumerate(used):
                 if not allowed[b][r]:
@@ -101,43 +105,43 @@ def _best_match_small(queries, keys, pairs, key_mask, gate) -> tuple[Tensor, Ten
         found, column = cosine.max(1)
         found *= _inverse_norm(mine)
         column = (of[column // length] * length + column % length).masked_fill_(found == -torch.inf, -1)
-        score.index_copy_(0, at, found.view(-1, tokens))
-        index.index_copy_(0, at, column.view(-1, tokens))
+        score.index_copy_(0, at, rearrange(found, "(b n) -> b n", n=tokens))
+        index.index_copy_(0, at, rearrange(column, "(b n) -> b n", n=tokens))
     return score, index
 
 
 def token_match_merge_reference(
     x: Tensor,
     reference: Tensor,
-    alpha: Tensor,
+    strength: Tensor,
     threshold: float,
     *,
     pairs: Tensor | None = None,
     reference_mask: Tensor | None = None,
     gate: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`token_match_merge` in plain torch, with alpha (B,); the arguments are checked there."""
+    """`token_match_merge` in plain torch, with strength (B,); the arguments are checked there."""
     score, index = best_match_reference(x, reference, pairs=pairs, key_mask=reference_mask, gate=gate)
-    strength, length = alpha if gate is None else alpha * gate, reference.shape[1]
+    amount, length = strength if gate is None else strength * gate, reference.shape[1]
     if x.numel() <= SMALL:
-        rows = strength.nonzero().flatten()
+        rows = amount.nonzero().flatten()
         merged, token = x.clone(memory_format=torch.contiguous_format), x.index_select(0, rows)
         match = reference.flatten(0, 1).index_select(0, index.index_select(0, rows).clamp_min_(0).flatten())
-        push = (token.float() - match.view(token.shape)).mul_(strength.index_select(0, rows)[:, None, None])
+        push = (token.float() - match.view(token.shape)).mul_(amount.index_select(0, rows)[:, None, None])
         hit = (score.index_select(0, rows) > threshold)[:, :, None]
         merged.index_copy_(0, rows, torch.where(hit, push.add_(token).to(x.dtype), token))
         return merged, score, index
-    strength = strength.float().tolist()
+    amount = amount.float().tolist()
     merged = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     for b in range(x.shape[0]):
         merged[b].copy_(x[b])
-        if strength[b] == 0:
+        if amount[b] == 0:
             continue
         for rows in (score[b] > threshold).nonzero().flatten().split(QUERY_BLOCK):
             at = index[b].index_select(0, rows)
             token = x[b].index_select(0, rows).float()
             # indexing two dimensions at once needs no contiguous copy of the references
-            push = (token - reference[at // length, at % length].float()).mul_(strength[b])
+            push = (token - reference[at // length, at % length].float()).mul_(amount[b])
             merged[b].index_copy_(0, rows, token.add_(push).to(x.dtype))
     return merged, score, index
 

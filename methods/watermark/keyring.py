@@ -15,18 +15,24 @@ from .keys import KEY_IDS, WatermarkKey
 
 __all__ = ["Keyring", "load_keyring", "save_keyring"]
 
-
 FORMAT = "semiperm-watermark-keyring"
-
-
 FORMAT_VERSION = 1
 
 
 class Keyring:
     """An ordered set of keys, unique by name and by id.
 
+    Args:
+        keys: in this order; () is the empty keyring.
+
     Raises:
         WatermarkError: two keys share a name or an id.
+
+    >>> ring = Keyring()
+    >>> ring.new("studio").key_id, ring.new("archive").key_id
+    (0, 1)
+    >>> ring.get("archive").name, len(ring.detector())
+    ('archive', 2)
     """
 
     def __init__(self, keys: Iterable[WatermarkKey] = ()):
@@ -65,17 +71,17 @@ class Keyring:
         raise WatermarkError(f"the keyring has no key {name_or_id!r}; it holds {names}: make it with `keys new`")
 
     def new(self, name: str) -> WatermarkKey:
-        """Adds and returns a fresh key with the next free id.
+        """Add and return a fresh key with the next free id.
 
         Raises:
             WatermarkError: the name is taken, or all ids are.
         """
         used = {key.key_id for key in self._keys}
+        if len(used) == KEY_IDS:
+            raise WatermarkError(f"the keyring already holds {KEY_IDS} keys; start a second keyring file")
         free = max(used, default=-1) + 1
-        if free >= KEY_IDS:
-            free = next((number for number in range(KEY_IDS) if number not in used), None)
-            if free is None:
-                raise WatermarkError(f"the keyring already holds {KEY_IDS} keys; start a second keyring file")
+        if free == KEY_IDS:
+            free = min(set(range(KEY_IDS)) - used)
         key = WatermarkKey.new(name, free)
         self._add(key)
         return key
@@ -97,7 +103,10 @@ def _decode(record: dict) -> WatermarkKey:
 
 
 def load_keyring(path: str | os.PathLike) -> Keyring:
-    """Reads a keyring file.
+    """Read a keyring file.
+
+    Args:
+        path: as `save_keyring` or `semiperm keys new` wrote it.
 
     Raises:
         WatermarkError: no such file, readable by others (POSIX), truncated, corrupted or not a keyring. The file
@@ -141,11 +150,20 @@ def load_keyring(path: str | os.PathLike) -> Keyring:
 
 
 def save_keyring(ring: Keyring, path: str | os.PathLike) -> Path:
-    """Writes a keyring whole or not at all, with mode 0600 from the first byte on; returns the path.
+    """Write a keyring whole or not at all, with mode 0600 from the first byte on; return the path.
+
+    Args:
+        ring: what to write.
+        path: of the file; missing folders are made.
 
     Raises:
         WatermarkError: the folder cannot be written, or the file that is there is not a keyring, or holds keys or
             MAC secrets that the new one lacks: they would be lost.
+
+    >>> ring = Keyring()
+    >>> key = ring.new("studio")
+    >>> load_keyring(save_keyring(ring, "keys.json")).get("studio") == key
+    True
     """
     path = Path(path)
     keys = {(key.name, key.stream_key): key for key in ring}

@@ -20,6 +20,8 @@ from .content import sample_bound
 
 WRAPPER = "semiperm_watermark"
 _OUTER = comfy.patcher_extension.WrappersMP.OUTER_SAMPLE
+# Samplers whose pictures do not change with their own noise's seed: tests/nodes/check_watermark.py tries every one that
+# ComfyUI has, and says where one is missing here.
 _DETERMINISTIC = {
     *("euler", "euler_cfg_pp", "heun", "heunpp2", "dpm_2", "lms", "dpm_fast", "dpm_adaptive", "dpmpp_2m"),
     *("dpmpp_2m_cfg_pp", "ipndm", "ipndm_v", "deis", "res_multistep", "res_multistep_cfg_pp", "unipc", "unipc_bh2"),
@@ -65,7 +67,7 @@ def signed_like(noise: Tensor, key: WatermarkKey, *, time: int = 0, scope: str =
         key: signs; it needs its MAC secret.
         time: seconds since 1970, for the payload where the size carries it; 0 for none.
         scope: separates marks of one key further.
-        bound: say that content is bound, which `content_binding.sample_bound` then does.
+        bound: say that content is bound, which `content.sample_bound` then does.
 
     Raises:
         WatermarkError: a latent too small for a mark, a key that can only detect, or noise that is no plain tensor.

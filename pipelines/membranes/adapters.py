@@ -13,7 +13,7 @@ from ...methods.membranes.layouts import adapter_file, check_dropped, membrane_o
 from ...methods.membranes.packing import pack
 from ...methods.membranes.types import Membrane, Membranes
 from ...methods.membranes.weight_edit import membrane_from_weights
-from ..family import denoiser_of
+from ..family import Pipeline, denoiser_of
 from ..text import module_keys
 from .conversion import edited_weights, placed_pairs
 
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 def import_membranes(
-    pipe,
+    pipe: Pipeline,
     path: str | Path,
     concept: str | None = None,
     *,
@@ -41,14 +41,16 @@ def import_membranes(
         pipe: the pipeline that it was made for, unedited.
         path: a .safetensors file, or the folder of a PEFT or diffusers adapter.
         concept: its name, for files that do not say what they erase: without one, no gate compares prompts with it, and
-            "auto" leaves it always on. A packed file keeps its names.
+            "auto" leaves it always on. A file of several keeps its names.
         rank: for edited weights, at most so many singular values per module; None keeps the edit's own rank.
         text_encoder: "drop" leaves out the part for a text encoder, which no membrane can carry; "refuse" is an error.
         bias: "drop" leaves out edits of biases, which no membrane can carry; "refuse" is an error.
 
     Raises:
-        SemipermError: not safetensors, a kind of adapter that is not low-rank, names that match no module, shapes that
-            disagree, NaN, parts that would be lost, or weights that equal the pipeline's.
+        SemipermError: no such file, a pickle, or not safetensors.
+        ModelError: an unsupported pipeline.
+        MembraneError: a kind of adapter that is not low-rank, names that match no module, shapes that disagree, NaN,
+            parts that would be lost, or weights that equal the pipeline's.
     """
     if membranes_in(path):
         return load_membranes(adapter_file(path), concept)
@@ -72,7 +74,7 @@ def import_membranes(
     return Membranes(membrane_of(adapter, made, concept))
 
 
-def export_lora(pipe, membranes: Membrane | Iterable[Membrane], path: str | Path) -> Path:
+def export_lora(pipe: Pipeline, membranes: Membrane | Iterable[Membrane], path: str | Path) -> Path:
     """Write the ungated sum of membranes as a plain LoRA that `pipe.load_lora_weights` accepts, for every family.
 
     Keys are PEFT's ("unet.<path>.lora_A.weight", "transformer..."); scales and K membranes are folded into one pair per
@@ -80,9 +82,21 @@ def export_lora(pipe, membranes: Membrane | Iterable[Membrane], path: str | Path
 
     Args:
         pipe: the pipeline they were made for; it tells the modules' names.
+        membranes: one or more.
+        path: ends in .safetensors; missing folders are made.
+
+    Returns:
+        The path.
 
     Raises:
+        ModelError: an unsupported pipeline.
         MembraneError: no membranes, a name that does not end in .safetensors, or keys that match no module.
+        SemipermError: the path is a folder.
+        OSError: it cannot be written.
+
+    >>> file = export_lora(pipe, membranes, "lora.safetensors")
+    >>> import_membranes(pipe, file, "both").concepts
+    ('both',)
     """
     path, membranes = Path(path), Membranes(membranes)
     if path.suffix != ".safetensors" or not membranes:

@@ -16,95 +16,21 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from einops import rearrange, repeat
 from torch import Tensor
 
-from ...methods.errors import WatermarkError
-from ...methods.pictures import picture_of
+from ...methods.errors import ModelError, WatermarkError
+from ...methods.pictures import Pictures, picture_of
 from ...methods.watermark.detection import FIRST, inversion_times, whole_cells
 from ..family import Family, denoiser_of, device_of, family_of
-from ..latents import encode_pixels, pixels_per_latent
+from ..latents import encode_pixels, multiple_of, pixels_per_latent
 from ..scheduler import alphas_of
 from ..text import encode_text
 
-__all__ = ["check_scheduler", "encode_images", "invert", "latent_shape", "multiple_of", "pixels_of"]
-
-_DETERMINISTIC = {
-    "DDIMScheduler",
-    "DDIMParallelScheduler",
-    "DEISMultistepScheduler",
-    "DPMSolverMultistepScheduler",
-    "DPMSolverSinglestepScheduler",
-    "EulerDiscreteScheduler",
-    "FlowMatchEulerDiscreteScheduler",
-    "FlowMatchHeunDiscreteScheduler",
-    "HeunDiscreteScheduler",
-    "IPNDMScheduler",
-    "KDPM2DiscreteScheduler",
-    "LMSDiscreteScheduler",
-    "PNDMScheduler",
-    "UniPCMultistepScheduler",
-}
+__all__ = ["encode_images", "invert", "pixels_of"]
 
 
-def check_scheduler(pipe) -> None:
-    """Refuse a sampler that adds noise on its way: the picture would forget the noise that carries the mark.
-
-    DDIM's `eta` is an argument of the pipeline's call and cannot be seen here: leave it at 0. `replace_noise` sees it.
-
-    Raises:
-        WatermarkError: an ancestral or SDE sampler, or one that is not known to be deterministic.
-    """
-    scheduler = pipe.scheduler
-    names = {c.__name__ for c in type(scheduler).__mro__}
-    name, config = type(scheduler).__name__, scheduler.config
-    algorithm = getattr(config, "algorithm_type", None) or ""
-    if algorithm.startswith("sde"):
-        name += f" with algorithm_type={algorithm!r}"
-    elif getattr(config, "stochastic_sampling", False):
-        name += " with stochastic_sampling=True"
-    elif names & _DETERMINISTIC:
-        return
-    flow = family_of(pipe).flow
-    good = "FlowMatchEulerDiscreteScheduler" if flow else "DDIMScheduler"
-    raise WatermarkError(
-        f"{name} is not known to be deterministic: noise added while sampling drowns the mark in the initial noise;"
-        f" expected a sampler without noise of its own: pipe.scheduler = {good}.from_config(pipe.scheduler.config)"
-        f"{'' if flow else ', or Euler, Heun, DPM-Solver++, UniPC, LMS, DEIS'}"
-    )
-
-
-def latent_shape(pipe, height: int | None = None, width: int | None = None, frames: int | None = None) -> tuple:
-    """The shape of one picture's latents, (C, H, W) or (C, F, H, W), for a size in pixels; None is the model's own.
-
-    Raises:
-        WatermarkError: a size that the model cannot draw.
-    """
-    family, scale, step = family_of(pipe), pixels_per_latent(pipe), multiple_of(pipe)
-    native = getattr(pipe, "default_sample_size", None)
-    if family.video:
-        defaults = 480, 832  # Wan's
-    else:
-        native = native or denoiser_of(pipe)[0].config.sample_size
-        defaults = native * scale, native * scale
-    height, width = height or defaults[0], width or defaults[1]
-    if height < step or width < step or height % step or width % step:
-        raise WatermarkError(f"{type(pipe).__name__} cannot draw {height} x {width}; expected multiples of {step}")
-    channels = pipe.vae.config.get("latent_channels") or pipe.vae.config.z_dim
-    if not family.video:
-        return channels, height // scale, width // scale
-    frames = 81 if frames is None else frames
-    steps = pipe.vae_scale_factor_temporal
-    if frames < 1 or (frames - 1) % steps:
-        raise WatermarkError(f"{type(pipe).__name__} cannot draw {frames} frames; expected a multiple of {steps}, + 1")
-    return channels, (frames - 1) // steps + 1, height // scale, width // scale
-
-
-def multiple_of(pipe) -> int:
-    """What height and width in pixels are a multiple of."""
-    return pixels_per_latent(pipe) * family_of(pipe).patch(denoiser_of(pipe)[0])[1]
-
-
-def pixels_of(pipe, images) -> list[Tensor]:
+def pixels_of(pipe, images: Pictures) -> list[Tensor]:
     """Pictures as (3, H, W), videos as (F, 3, H, W), in 0..1."""
     video = family_of(pipe).video
     one = hasattr(images, "convert") or (
@@ -128,7 +54,8 @@ def encode_images(pipe, images, batch_size: int = 16) -> Tensor:
         (B, C, H, W) or (B, C, F, H, W), float32, the encoder's mode, scaled and shifted as the denoiser expects.
 
     Raises:
-        WatermarkError: no pictures, other things than pictures, or pictures of different sizes.
+        WatermarkError: no pictures, too small ones, or pictures of different sizes.
+        SemipermError: other things than pictures.
     """
     pixels = [whole_cells(picture, multiple_of(pipe)) for picture in pixels_of(pipe, images)]
     sizes = sorted({tuple(p.shape) for p in pixels})
@@ -137,7 +64,7 @@ def encode_images(pipe, images, batch_size: int = 16) -> Tensor:
     starts = range(0, len(pixels), batch_size)
     batches = (torch.stack(pixels[i : i + batch_size]) * 2 - 1 for i in starts)
     if family_of(pipe).video:
-        batches = (batch.transpose(1, 2) for batch in batches)
+        batches = (rearrange(batch, "b f c h w -> b c f h w") for batch in batches)
     return encode_pixels(pipe, batches)
 
 
@@ -154,6 +81,7 @@ def invert(pipe, latents0: Tensor, steps: int, prompt: str = "", batch_size: int
         As latents0, float32.
 
     Raises:
+        ModelError: a model that predicts neither noise nor v nor a flow.
         WatermarkError: negative steps, or latents of another number of dimensions.
 
     Source: DDIM (arXiv 2010.02502), equation 14; the flow's Euler steps in reverse as T2SMark (arXiv 2510.22366).
@@ -178,8 +106,8 @@ def _denoiser(pipe, family: Family, latents: Tensor, hidden: Tensor, pooled: Ten
     """f(latents, share) -> prediction in float32, at a share of the schedule from 0 (the image) to 1 (pure noise)."""
     denoiser, attribute = denoiser_of(pipe)
     module, dtype, rows = getattr(pipe, attribute), denoiser.dtype, len(latents)
-    hidden = hidden.to(dtype).expand(rows, -1, -1)
-    pooled = pooled if pooled is None else pooled.to(dtype).expand(rows, -1)
+    hidden = repeat(hidden.to(dtype), "1 n d -> b n d", b=rows)
+    pooled = pooled if pooled is None else repeat(pooled.to(dtype), "1 d -> b d", b=rows)
     kwargs = {"encoder_hidden_states": hidden, "return_dict": False, **family.inputs(pipe, latents, hidden, pooled)}
     size = [side * pixels_per_latent(pipe) for side in latents.shape[-2:]]
 
@@ -203,7 +131,7 @@ def _ddim(pipe, z: Tensor, steps: int, predict: Callable) -> Tensor:
     alphas = alphas_of(pipe)
     kind = pipe.scheduler.config.get("prediction_type", "epsilon")
     if kind not in ("epsilon", "v_prediction"):
-        raise WatermarkError(f"the model predicts {kind!r}; expected 'epsilon' or 'v_prediction'")
+        raise ModelError(f"the model predicts {kind!r}; expected 'epsilon' or 'v_prediction'")
     times, count = inversion_times(steps), len(alphas)
     levels = [1.0, *(float(alphas[min(count - 1, round(t * count))]) for t in times[1:])]
     for t, a, b in zip(times[:-1], levels[:-1], levels[1:], strict=True):

@@ -5,13 +5,10 @@ import io
 import numpy as np
 import pytest
 import torch
+from marks import seeded
 from PIL import Image
 from semiperm.methods.attacks.pictures import ATTACKS, SUITE, attack, average_forgery, average_removal, parse_attack
-from semiperm.methods.errors import WatermarkError
-
-
-def seeded(number=0):
-    return torch.Generator().manual_seed(number)
+from semiperm.methods.errors import SemipermError, WatermarkError
 
 
 def pictures(batch=2, height=48, width=64):
@@ -202,7 +199,7 @@ def test_texts_that_name_no_attack(text, words):
     ],
 )  # fmt: skip
 def test_things_that_are_no_pictures(pixels):
-    with pytest.raises(WatermarkError, match=r"pictures? .*0\.\.1"):
+    with pytest.raises(SemipermError, match=r"pictures? .*0\.\.1"):
         attack(pixels, "none")
 
 

@@ -3,11 +3,11 @@
 import pytest
 import torch
 from semiperm.canvas import DEFAULT_GUIDANCE, DEFAULT_STEPS, load_pipeline
-from semiperm.methods.errors import WatermarkError
+from semiperm.methods.errors import ModelError, WatermarkError
 from semiperm.methods.watermark.keys import WatermarkKey
 from semiperm.pipelines.watermark.content import generate_bound
 from semiperm.pipelines.watermark.detect import detect_watermark
-from tiny_models import FAMILIES, LENGTH, build
+from tiny_models import FAMILIES, LENGTH, build, build_wan
 
 PROMPTS = [
     "a blue star in flat style on sand",
@@ -25,7 +25,7 @@ SETTINGS = {"guidance_scale": DEFAULT_GUIDANCE, "num_inference_steps": DEFAULT_S
 def test_a_reprompted_picture_shows_something_else():
     pipe, key = load_pipeline(), WatermarkKey.new("studio", 1)
     bound = generate_bound(pipe, key, PROMPTS, generator=torch.Generator().manual_seed(0), **SETTINGS)
-    assert len(bound.images) == 3 and min(bound.agreement) > 0.75 and min(bound.draws) >= 2
+    assert len(bound.images) == 3 and min(bound.content_agreement) > 0.75 and min(bound.draws) >= 2
     genuine = detect_watermark(pipe, bound.images, [key])
     assert sum(r.verdict == "valid" for r in genuine) >= 2 and all(r.content_p_value is not None for r in genuine)
     forged = detect_watermark(pipe, pipe(OTHERS, latents=bound.latents, **SETTINGS).images, [key])
@@ -54,7 +54,7 @@ def test_every_family_can_be_bound(family):
         guidance_scale=1.0,
         **more,
     )
-    assert found.draws == [2, 2] and found.agreement == pytest.approx([1, 1], abs=1e-3)
+    assert found.draws == [2, 2] and found.content_agreement == pytest.approx([1, 1], abs=1e-3)
     assert shapes == [(2, 3, 32, 32)] * 2 and len(found.latents) == 2
 
 
@@ -80,3 +80,5 @@ def test_a_picture_that_never_stays_the_same_is_refused():
     assert next(turns) == 3
     with pytest.raises(WatermarkError, match="0 prompts"):
         generate_bound(pipe, key, [])
+    with pytest.raises(ModelError, match="WanPipeline .* is not supported"):
+        generate_bound(build_wan(), key, "a cat")
