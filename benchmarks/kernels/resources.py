@@ -65,7 +65,7 @@ def resources(targets: Iterable[str] = tuple(TARGETS), kernels: Iterable[str] = 
     if unknown := set(targets) - set(TARGETS):
         raise ResourceError(f"no target {', '.join(sorted(unknown))}; expected some of {', '.join(TARGETS)}")
     ran_with = versions("torch", "triton") | {"ptxas": _ptxas_version()}
-    modules = [importlib.import_module(f"..kernels.{name}", __package__) for name in kernels]
+    modules = [importlib.import_module(f"...kernels.{name}", __package__) for name in kernels]
     cases = [case for module in modules for case in module.compile_cases()]
     jobs = [(case, target) for case in cases for target in targets]
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:  # much of the time is the assembler's, a process
