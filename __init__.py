@@ -44,6 +44,7 @@ _EXPORTS = {
     "remove_negative_token_merging": "pipelines.token_merging.apply",
     # watermark and provenance
     "BoundImages": "pipelines.watermark.content",
+    "DetectionConfig": "methods.watermark.detection",
     "DetectionResult": "methods.watermark.detection",
     "Keyring": "methods.watermark.keyring",
     "Payload": "methods.watermark.mark",

@@ -176,7 +176,8 @@ def signed(pipe, key, model: str, provider: str | None, count: int, bind_content
     from ..methods.provenance.record import describe
     from ..methods.watermark.mark import Payload, capacity
     from ..pipelines.family import denoiser_of
-    from ..pipelines.watermark.inversion import check_scheduler, latent_shape
+    from ..pipelines.latents import latent_shape
+    from ..pipelines.watermark.samplers import check_scheduler
     from ..pipelines.watermark.sign import sign_noise
 
     check_scheduler(pipe)

@@ -1,4 +1,4 @@
-"""y + ((x D^T) * gamma) U: K membranes of any ranks, packed as one low-rank pair, added to a projection's output.
+"""y + ((x D^T) * gamma) U: K membranes of any ranks, stacked as one low-rank pair, added to a projection's output.
 
     h[b, n, r] = gamma[b, r] sum_i x[b, n, i] D[r, i]
     out[b, n, :] = y[b, n, :] + sum_r h[b, n, r] U[r, :]
@@ -234,7 +234,7 @@ def gated_low_rank(y: Tensor, x: Tensor, down: Tensor, up: Tensor, gamma: Tensor
     Raises:
         KernelError: shapes, dtypes or devices that do not fit each other.
 
-    Source: SPM (arXiv 2312.16145), eq. 9, for K adapters packed as one.
+    Source: SPM (arXiv 2312.16145), eq. 9, for K adapters stacked as one.
     """
     _check(y, x, down, up, gamma)
     if kernel_path(y) == "reference":

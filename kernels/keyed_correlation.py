@@ -38,7 +38,7 @@ def walsh_scores(values: Tensor, signs: Tensor) -> Tensor:
 
     Args:
         values: (K, L) int8 in -15..15, in the keys' orders.
-        signs: (K, cosets, L / 8) uint8, packed.
+        signs: (K, cosets, L / 8) uint8, eight bits a byte.
 
     Returns:
         (L, cosets, K) int16 or int32. Streams lie innermost: every butterfly then runs over contiguous memory.
@@ -53,7 +53,7 @@ def _scratch(scores: int, device: torch.device) -> Tensor:
 
 
 def _plus_minus(signs: Tensor) -> Tensor:
-    """(K, cosets, L / 8) packed bits -> (L, cosets, K) int8, 1 or -1."""
+    """(K, cosets, L / 8) bytes of bits -> (L, cosets, K) int8, 1 or -1."""
     keys, cosets, width = signs.shape
     shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=signs.device).view(1, 8, 1, 1)
     bits = (signs.permute(2, 1, 0).contiguous().unsqueeze(1) >> shifts).bitwise_and_(1)
@@ -195,13 +195,13 @@ def _keyed_correlation_kernel(
             score = tl.dot(high, tl.reshape(half, (H, S * P * W))).to(tl.int32)
             # The peak, then the pattern, lowest first: of each column, where the row is the Walsh function's middle
             # bits, and then of all columns. 17 bits and 14 stay below 2^31.
-            packed = tl.abs(score) * (2 * H) + (2 * H - 1) - (2 * rows[:, None] + (score < 0).to(tl.int32))
-            packed = tl.max(packed, axis=0)
-            last = 2 * H - 1 - packed % (2 * H)
+            joint = tl.abs(score) * (2 * H) + (2 * H - 1) - (2 * rows[:, None] + (score < 0).to(tl.int32))
+            joint = tl.max(joint, axis=0)
+            last = 2 * H - 1 - joint % (2 * H)
             number = 2 * ((column // W * H + last // 2) * W + column % W) + last % 2
-            packed = packed // (2 * H) * (2 * S * P * H * W) + (2 * S * P * H * W - 1) - number
-            packed = tl.where(step * S + column // (P * W) < cosets, packed, 0)[None, :]
-            top = tl.sum(tl.max(packed, axis=1)).to(tl.int64)  # Triton 3.6 cannot reduce one axis here on sm_100
+            joint = joint // (2 * H) * (2 * S * P * H * W) + (2 * S * P * H * W - 1) - number
+            joint = tl.where(step * S + column // (P * W) < cosets, joint, 0)[None, :]
+            top = tl.sum(tl.max(joint, axis=1)).to(tl.int64)  # Triton 3.6 cannot reduce one axis here on sm_100
             place = (step + 1) * (2 * S * P * H * W) - 1 - top % (2 * S * P * H * W)
             best = tl.maximum(best, ((top // (2 * S * P * H * W)) << 32) + 0xFFFFFFFF - place)
         tl.store(best_ptr + (split * images + at) * keys + key, best)
@@ -253,7 +253,7 @@ def keyed_correlation(values: Tensor, positions: Tensor, signs: Tensor) -> tuple
     Args:
         values: (B, n) int8 in -15..15: soft values of B images.
         positions: (K, L) int32 in 0..n-1: where each key's elements lie, L a power of two in 256..8192.
-        signs: (K, cosets, L / 8) uint8: the keys' streams, packed as `numpy.packbits` packs.
+        signs: (K, cosets, L / 8) uint8: the keys' streams, as `numpy.packbits` puts bits into bytes.
 
     Returns:
         peak (B, K) int32 = max |score|; pattern (B, K) int64 = 2 (coset L + walsh) + negative, the lowest on ties;

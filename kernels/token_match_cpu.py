@@ -109,35 +109,35 @@ def _best_match_small(queries, keys, pairs, key_mask, gate) -> tuple[Tensor, Ten
 def token_match_merge_reference(
     x: Tensor,
     reference: Tensor,
-    alpha: Tensor,
+    strength: Tensor,
     threshold: float,
     *,
     pairs: Tensor | None = None,
     reference_mask: Tensor | None = None,
     gate: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`token_match_merge` in plain torch, with alpha (B,); the arguments are checked there."""
+    """`token_match_merge` in plain torch, with strength (B,); the arguments are checked there."""
     score, index = best_match_reference(x, reference, pairs=pairs, key_mask=reference_mask, gate=gate)
-    strength, length = alpha if gate is None else alpha * gate, reference.shape[1]
+    amount, length = strength if gate is None else strength * gate, reference.shape[1]
     if x.numel() <= SMALL:
-        rows = strength.nonzero().flatten()
+        rows = amount.nonzero().flatten()
         merged, token = x.clone(memory_format=torch.contiguous_format), x.index_select(0, rows)
         match = reference.flatten(0, 1).index_select(0, index.index_select(0, rows).clamp_min_(0).flatten())
-        push = (token.float() - match.view(token.shape)).mul_(strength.index_select(0, rows)[:, None, None])
+        push = (token.float() - match.view(token.shape)).mul_(amount.index_select(0, rows)[:, None, None])
         hit = (score.index_select(0, rows) > threshold)[:, :, None]
         merged.index_copy_(0, rows, torch.where(hit, push.add_(token).to(x.dtype), token))
         return merged, score, index
-    strength = strength.float().tolist()
+    amount = amount.float().tolist()
     merged = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     for b in range(x.shape[0]):
         merged[b].copy_(x[b])
-        if strength[b] == 0:
+        if amount[b] == 0:
             continue
         for rows in (score[b] > threshold).nonzero().flatten().split(QUERY_BLOCK):
             at = index[b].index_select(0, rows)
             token = x[b].index_select(0, rows).float()
             # indexing two dimensions at once needs no contiguous copy of the references
-            push = (token - reference[at // length, at % length].float()).mul_(strength[b])
+            push = (token - reference[at // length, at % length].float()).mul_(amount[b])
             merged[b].index_copy_(0, rows, token.add_(push).to(x.dtype))
     return merged, score, index
 

@@ -1,7 +1,7 @@
 """Negative token merging: each token is pushed from (or pulled to) its best-matching reference token.
 
     score_n = max_j cos(x_n, r_j),  index_n = the lowest j that attains it,  over the allowed references and tokens
-    out_n   = x_n + a (x_n - r_index)  where score_n > threshold,  else x_n;   a = alpha * gate
+    out_n   = x_n + a (x_n - r_index)  where score_n > threshold,  else x_n;   a = strength * gate
 
 Shapes: x (B, N, C); reference (R, M, C); pairs (B, R); masks (R, M); gates (B,).
 Bytes: eager writes and reads the B x N x M cosines and some fifteen tensors of x's size; here x and the reference are
@@ -72,7 +72,7 @@ def _token_match_kernel(
     pairs,  # (B, R) bool, or None
     mask,  # (R, M) bool, or None
     gate,  # (B,) float32, or None
-    alpha,  # (B,) float32, or None: search alone
+    strength,  # (B,) float32, or None: search alone
     merged,  # (B, N, C), or None
     score,  # (B, N) float32
     index,  # (B, N) int64
@@ -130,10 +130,10 @@ def _token_match_kernel(
     tl.store(score + b * N + n, best, mask=valid)
     tl.store(index + b * N + n, where, mask=valid)
     if merged is not None:
-        strength = tl.load(alpha + b)
+        amount = tl.load(strength + b)
         if gate is not None:
-            strength = strength * tl.load(gate + b)
-        hit = best > tl.where(strength != 0.0, threshold, float("inf"))  # -inf exceeds nothing: index is not -1 here
+            amount = amount * tl.load(gate + b)
+        hit = best > tl.where(amount != 0.0, threshold, float("inf"))  # -inf exceeds nothing: index is not -1 here
         match = reference + (where // M) * stride_rr + (where % M) * stride_rm
         for c0 in range(0, C, BK):
             c = c0 + tl.arange(0, BK)
@@ -141,17 +141,17 @@ def _token_match_kernel(
             token = tl.load(rows[:, None] + c[None, :], mask=inside, other=0.0)
             other = tl.load(match[:, None] + c[None, :], mask=inside & hit[:, None], other=0.0).to(tl.float32)
             value = token.to(tl.float32)
-            value = tl.where(hit[:, None], value + strength * (value - other), value)
+            value = tl.where(hit[:, None], value + amount * (value - other), value)
             tl.store(merged + (b * N + n)[:, None] * C + c[None, :], value.to(token.dtype), mask=inside)
 
 
-def _launch(x, reference, threshold, pairs, mask, gate, alpha) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Run the kernel; alpha None: search alone."""
+def _launch(x, reference, threshold, pairs, mask, gate, strength) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Run the kernel; strength None: search alone."""
     (batch, tokens, channels), (references, length, _) = x.shape, reference.shape
     x, reference = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, reference))
-    pairs, mask, gate, alpha = (None if t is None else t.contiguous() for t in (pairs, mask, gate, alpha))
+    pairs, mask, gate, strength = (None if t is None else t.contiguous() for t in (pairs, mask, gate, strength))
     config = _config(x.dtype, tokens, channels)
-    merged = None if alpha is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    merged = None if strength is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     score = torch.empty((batch, tokens), dtype=torch.float32, device=x.device)
     index = torch.empty((batch, tokens), dtype=torch.int64, device=x.device)
     inverse_norm = torch.empty((references, length), dtype=torch.float32, device=x.device)
@@ -159,7 +159,7 @@ def _launch(x, reference, threshold, pairs, mask, gate, alpha) -> tuple[Tensor |
         reference, inverse_norm, *reference.stride()[:2], length, C=channels, BM=32, BK=config["BK"]
     )
     _token_match_kernel[(triton.cdiv(tokens, config["BM"]), batch)](
-        x, reference, inverse_norm, pairs, mask, gate, alpha, merged, score, index, float(threshold),
+        x, reference, inverse_norm, pairs, mask, gate, strength, merged, score, index, float(threshold),
         *x.stride()[:2], *reference.stride()[:2], tokens, length, references, C=channels,
         WIDEN=interpreted() and x.dtype == torch.bfloat16, **config,
     )  # fmt: skip
@@ -173,7 +173,7 @@ def compile_cases() -> list[dict]:
         dtype = "*fp32" if name == "float32" else "*bf16"
         meta = {key: config[key] for key in ("BM", "BN", "BK")} | {"C": 640, "WIDEN": False}
         pointers = {"x": dtype, "reference": dtype, "inverse_norm": "*fp32", "pairs": "*i1", "mask": "*i1"}
-        pointers |= {"gate": "*fp32", "alpha": "*fp32", "merged": dtype, "score": "*fp32", "index": "*i64"}
+        pointers |= {"gate": "*fp32", "strength": "*fp32", "merged": dtype, "score": "*fp32", "index": "*i64"}
         sizes = dict.fromkeys(("stride_xb", "stride_xn", "stride_rr", "stride_rm", "N", "M"), "i32:16") | {"R": "i32"}
         cases.append(
             {
@@ -204,10 +204,10 @@ def _best_match(queries, keys, pairs, key_mask, gate) -> tuple[Tensor, Tensor]:
     return best_match_reference(queries, keys, pairs=pairs, key_mask=key_mask, gate=gate)
 
 
-def _token_match_merge(x, reference, alpha, threshold, pairs, mask, gate) -> tuple[Tensor, Tensor, Tensor]:
+def _token_match_merge(x, reference, strength, threshold, pairs, mask, gate) -> tuple[Tensor, Tensor, Tensor]:
     if kernel_path(x) == "triton":
-        return _launch(x, reference, threshold, pairs, mask, gate, alpha)
-    return token_match_merge_reference(x, reference, alpha, threshold, pairs=pairs, reference_mask=mask, gate=gate)
+        return _launch(x, reference, threshold, pairs, mask, gate, strength)
+    return token_match_merge_reference(x, reference, strength, threshold, pairs=pairs, reference_mask=mask, gate=gate)
 
 
 _best_match_op = torch.library.custom_op(
@@ -220,7 +220,7 @@ _token_match_merge_op = torch.library.custom_op(
     "semiperm::token_match_merge",
     _token_match_merge,
     mutates_args=(),
-    schema="(Tensor x, Tensor reference, Tensor alpha, float threshold, Tensor? pairs, Tensor? mask, Tensor? gate)"
+    schema="(Tensor x, Tensor reference, Tensor strength, float threshold, Tensor? pairs, Tensor? mask, Tensor? gate)"
     " -> (Tensor, Tensor, Tensor)",
 )
 
@@ -232,7 +232,7 @@ def _(queries, keys, pairs, key_mask, gate):
 
 
 @_token_match_merge_op.register_fake
-def _(x, reference, alpha, threshold, pairs, mask, gate):
+def _(x, reference, strength, threshold, pairs, mask, gate):
     shape = x.shape[:2]
     scores = x.new_empty(shape, dtype=torch.float32), x.new_empty(shape, dtype=torch.int64)
     return torch.empty(x.shape, dtype=x.dtype, device=x.device), *scores
@@ -271,51 +271,51 @@ def best_match(
 def token_match_merge(
     x: Tensor,
     reference: Tensor,
-    alpha: float | Tensor,
+    strength: float | Tensor,
     threshold: float,
     *,
     pairs: Tensor | None = None,
     reference_mask: Tensor | None = None,
     gate: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Push each token from its best-matching reference token: out = x + alpha gate (x - r) where their cosine is high.
+    """Push each token from its best match: out = x + strength gate (x - r) where their cosine is high.
 
     Args:
         x: (B, N, C), float32, float16 or bfloat16.
         reference: (R, M, C), the same dtype and device; it may share memory with x, or be x.
-        alpha: strength, a number or (B,); neutral 0 (bit-identical x), negative pulls towards the reference.
+        strength: how far, a number or (B,); neutral 0 (bit-identical x), negative pulls towards the reference.
         threshold: cosine above which a token is merged; neutral >= 1.
         pairs: (B, R) bool: row b looks at reference r; `~eye` pushes each image from all others. None: at all.
         reference_mask: (R, M) bool: the reference tokens that may win. None: all.
-        gate: (B,), multiplies alpha; rows with 0 keep their bits and are skipped, on the device. None: 1.
+        gate: (B,), multiplies strength; rows with 0 keep their bits and are skipped, on the device. None: 1.
 
     Returns:
         merged (B, N, C), x's bits where nothing was merged; and `best_match`'s score and index. Gradients flow through
         merged, except while compiling; the matching has none.
 
     Raises:
-        KernelError: as `best_match`; or alpha is neither a number nor (B,).
+        KernelError: as `best_match`; or strength is neither a number nor (B,).
 
     Source: NegToMe (arXiv:2412.01339). The released code finds the best x token of every reference token, and applies
     its number to the reference: `best_match` with the arguments exchanged.
     """
     pairs, mask, gate = _checked("token_match_merge", x, reference, pairs, reference_mask, gate)
-    if not isinstance(alpha, Tensor):
-        alpha = torch.full((x.shape[0],), float(alpha), dtype=torch.float32, device=x.device)
-    elif alpha.shape != x.shape[:1]:
+    if not isinstance(strength, Tensor):
+        strength = torch.full((x.shape[0],), float(strength), dtype=torch.float32, device=x.device)
+    elif strength.shape != x.shape[:1]:
         raise KernelError(
-            f"token_match_merge: alpha has shape {tuple(alpha.shape)}; expected a number or ({len(x)},), one a row of x"
+            f"token_match_merge: strength has shape {tuple(strength.shape)}; expected a number or ({len(x)},)"
         )
-    alpha = alpha.to(x.device, torch.float32)
+    strength = strength.to(x.device, torch.float32)
     if torch.compiler.is_compiling():
-        return _token_match_merge_op(x, reference, alpha, float(threshold), pairs, mask, gate)
-    if not needs_grad(x, reference, alpha):
-        return _token_match_merge(x, reference, alpha, float(threshold), pairs, mask, gate)
+        return _token_match_merge_op(x, reference, strength, float(threshold), pairs, mask, gate)
+    if not needs_grad(x, reference, strength):
+        return _token_match_merge(x, reference, strength, float(threshold), pairs, mask, gate)
     score, index = best_match(x, reference, pairs=pairs, key_mask=mask, gate=gate)
-    strength = (alpha if gate is None else alpha * gate)[:, None, None]
+    amount = (strength if gate is None else strength * gate)[:, None, None]
     other = reference[index.clamp_min(0) // reference.shape[1], index.clamp_min(0) % reference.shape[1]]
-    merged = (x.float() + strength * (x.float() - other.float())).to(x.dtype)
-    return torch.where((score > threshold)[:, :, None] & (strength != 0), merged, x), score, index
+    merged = (x.float() + amount * (x.float() - other.float())).to(x.dtype)
+    return torch.where((score > threshold)[:, :, None] & (amount != 0), merged, x), score, index
 
 
 def _checked(operation, x, reference, pairs, mask, gate) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .errors import SemipermError
 
-__all__ = ["from_pil", "mask_of", "picture_of"]
+__all__ = ["check_pixels", "from_pil", "mask_of", "picture_of"]
 
 # What decoders and resizers in float16 leave beyond 0..1; more is another range, such as -1..1 or 0..255.
 _ROUNDING = 1e-3
@@ -60,6 +60,22 @@ def mask_of(mask) -> Tensor:
     if mask.dtype in (torch.bool, torch.uint8):
         mask = mask.float() / (1 if mask.dtype == torch.bool else 255)
     return _checked(mask, "a mask's")
+
+
+def check_pixels(pixels: Tensor) -> None:
+    """Refuse what is no batch of pictures, exactly within 0..1.
+
+    Raises:
+        SemipermError: anything but floats (B, 3, H, W) in 0..1.
+    """
+    if not isinstance(pixels, Tensor) or pixels.ndim != 4 or pixels.shape[1] != 3 or not pixels.is_floating_point():
+        given = f"{pixels.dtype} {tuple(pixels.shape)}" if isinstance(pixels, Tensor) else type(pixels).__name__
+        raise SemipermError(f"a batch of pictures is {given}; expected float tensors (B, 3, H, W) in 0..1")
+    if not pixels.numel() or not (pixels.amin() >= 0 and pixels.amax() <= 1):  # NaN fails both
+        raise SemipermError(
+            f"the pictures of shape {tuple(pixels.shape)} are empty, hold NaN or leave 0..1; expected values from"
+            " 0 (black) to 1: divide bytes by 255"
+        )
 
 
 def _checked(values: Tensor, whose: str) -> Tensor:

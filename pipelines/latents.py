@@ -1,4 +1,4 @@
-"""From pixels to a pipeline's latents, for every family."""
+"""A pipeline's latents: their sizes, and from pixels to them and back, for every family."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from .family import device_of, family_of
+from ..methods.errors import SemipermError
+from .family import denoiser_of, device_of, family_of
 
 
 def pixels_per_latent(pipe) -> int:
@@ -16,6 +17,37 @@ def pixels_per_latent(pipe) -> int:
     if family_of(pipe).video:
         return pipe.vae_scale_factor_spatial
     return 2 ** (len(pipe.vae.config.block_out_channels) - 1)
+
+
+def latent_shape(pipe, height: int | None = None, width: int | None = None, frames: int | None = None) -> tuple:
+    """The shape of one picture's latents, (C, H, W) or (C, F, H, W), for a size in pixels; None is the model's own.
+
+    Raises:
+        SemipermError: a size that the model cannot draw.
+    """
+    family, scale, step = family_of(pipe), pixels_per_latent(pipe), multiple_of(pipe)
+    native = getattr(pipe, "default_sample_size", None)
+    if family.video:
+        defaults = 480, 832  # Wan's
+    else:
+        native = native or denoiser_of(pipe)[0].config.sample_size
+        defaults = native * scale, native * scale
+    height, width = height or defaults[0], width or defaults[1]
+    if height < step or width < step or height % step or width % step:
+        raise SemipermError(f"{type(pipe).__name__} cannot draw {height} x {width}; expected multiples of {step}")
+    channels = pipe.vae.config.get("latent_channels") or pipe.vae.config.z_dim
+    if not family.video:
+        return channels, height // scale, width // scale
+    frames = 81 if frames is None else frames
+    steps = pipe.vae_scale_factor_temporal
+    if frames < 1 or (frames - 1) % steps:
+        raise SemipermError(f"{type(pipe).__name__} cannot draw {frames} frames; expected a multiple of {steps}, + 1")
+    return channels, (frames - 1) // steps + 1, height // scale, width // scale
+
+
+def multiple_of(pipe) -> int:
+    """What height and width in pixels are a multiple of."""
+    return pixels_per_latent(pipe) * family_of(pipe).patch(denoiser_of(pipe)[0])[1]
 
 
 @torch.no_grad()

@@ -57,7 +57,7 @@ class TokenMatchMerge(Operation):
     """B - 1 images pushed from a reference, row 0. The released algorithm compares row 0 with itself too."""
 
     name, letters, bound = "negative_token_merging/token_match_merge", "BNC", "arithmetic"
-    alpha, threshold = 0.9, 0.7
+    strength, threshold = 0.9, 0.7
 
     def __init__(self, *size: int, smooth: bool = False, **how):
         """smooth: images of 4 x 4 patches, a square of tokens. Many keys are nearly equal: hard for the CPU path."""
@@ -82,7 +82,7 @@ class TokenMatchMerge(Operation):
         return (x.to(device, dtype),)
 
     def kernel(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return token_match_merge(x[1:], x[:1], self.alpha, self.threshold)
+        return token_match_merge(x[1:], x[:1], self.strength, self.threshold)
 
     def naive(self, x: Tensor, queries=slice(None)) -> tuple[Tensor, Tensor, Tensor]:
         """The released algorithm, along the right axis: each token's best reference token."""
@@ -91,7 +91,7 @@ class TokenMatchMerge(Operation):
         del normal
         token = x[:, queries]
         match = torch.gather(x[:1].expand_as(x), 1, index[..., None].expand_as(token))
-        pushed = (1 + self.alpha) * token - self.alpha * match
+        pushed = (1 + self.strength) * token - self.strength * match
         return torch.where((score > self.threshold)[..., None], pushed, token), score, index
 
     def check(self, inputs, ours, naive) -> None:

@@ -2,7 +2,7 @@
 
 All marks get the same prompts, sampler, attacks and noise estimates. Detection is at a p-value, never at a threshold
 fitted to pictures: those of all marks are exact under their random key. Pictures are rounded to bytes when drawn and
-after each attack, as files are. Units as in `watermark_statistics`; each draws its own pictures.
+after each attack, as files are. Units as in statistics.py; each draws its own pictures.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...methods.attacks.pictures import ATTACKS, SUITE, attack
 from ...methods.errors import WatermarkError
-from ...methods.watermark.detection import detect_in
+from ...methods.watermark.detection import DetectionConfig, detect_in
 from ...methods.watermark.mark import read
 from ...methods.watermark.search import Search
 from ...methods.watermark.statistics import without_offset
@@ -162,7 +162,8 @@ def look(detectors: Sequence[str], pixels: Tensor, steps: int = STEPS) -> dict[s
         mark = mark_of(name)
         if name in (OURS, SEARCHING):
             search = Search() if name == SEARCHING else None
-            results = detect_in(list(pixels), world()[1], [mark.key], ladder=LADDER, search=search, size=SIZE)
+            config = DetectionConfig(ladder=LADDER, search=search, size=SIZE)
+            results = detect_in(list(pixels), world()[1], [mark.key], config)
             sent = mark.payload(SHAPE)
             entries = [(r.p_value, r.verdict == "valid" and r.payload == sent, r.model_evaluations) for r in results]
         else:
@@ -295,7 +296,7 @@ def _forgery(unit: dict) -> dict:
             else:
                 shown = attacked(pixels, CLEAN if text == "as drawn" else text, i)
             shown = in_bytes(shown)
-            verdict = detect_in(list(shown), inverter, [key], ladder=LADDER)[0].verdict
+            verdict = detect_in(list(shown), inverter, [key], DetectionConfig(ladder=LADDER))[0].verdict
             expected = wanted if name in ("reprompt", "transplant", "imprint") else own
             result["verdicts"].setdefault(text, []).append(verdict)
             result["shown"].setdefault(text, []).append(judge(shown).object[0] == expected["object"])

@@ -1,4 +1,4 @@
-"""The rows of `watermark_canvas`: detection under attack, agreement, picture quality, forgery."""
+"""The rows of canvas.py: detection under attack, agreement, picture quality, forgery."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def rows(units: Sequence[dict], results: Sequence[dict]) -> list[dict]:
         {"table": "forgery", "attack", "n", "authentic": the mark was found and its MAC is right, "shown": the judge
         sees the object that is asked for, the forger's in a forgery, "forged": both, "caught": of these, content
         differs, "valid": of all, "unbound": pictures whose content could not be bound, "draws": of each at signing};
-        "null" rows as `watermark_statistics`.
+        "null" rows as of statistics.py.
     """
     found = []
     pictures = _grouped(units, results, "pictures", ("mark", "guidance"))

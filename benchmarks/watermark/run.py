@@ -63,7 +63,7 @@ def run(
         starting: called with a label and a number of pieces before they start; returns what is told of finished ones.
 
     Returns:
-        The rows of `watermark_statistics.rows`, of `watermark_canvas_rows.rows`, and {"table": "speed", "what",
+        The rows of `statistics.rows`, of `canvas_rows.rows`, and {"table": "speed", "what",
         "shape", "keys", "threads", "rounds", "ms": median, "best_ms", "peak_mb": of the process, "extra_mb": beyond
         what it had before}; each with "machine" and "versions".
 

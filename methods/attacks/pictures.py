@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import WatermarkError
+from ..pictures import check_pixels
 
 __all__ = ["ATTACKS", "SUITE", "Attack", "attack", "average_forgery", "average_removal", "parse_attack"]
 
@@ -54,7 +55,7 @@ class Attack:
         """Attack pictures; see `attack`.
 
         Raises:
-            WatermarkError: things that are no pictures, or a strength out of range.
+            SemipermError: things that are no pictures, or a strength out of range.
         """
         strength = self.checked(strength)
         check_pixels(pixels)
@@ -92,13 +93,13 @@ def attack(
         pixels: (B, 3, H, W) float in 0..1.
         text: such as "jpeg", "jpeg:25" or "resize:0.5+jpeg:50"; the names are in `ATTACKS`.
         generator: of noise, places and jitter; None uses torch's own.
-        attacks: to choose from; None is `ATTACKS`. `pipelines.image_attacks.model_attacks` has more.
+        attacks: to choose from; None is `ATTACKS`. `pipelines.attacks.pictures.model_attacks` has more.
 
     Returns:
         (B, 3, H', W') in 0..1, dtype and device of the input; only "crop" changes the size. Not rounded to bytes.
 
     Raises:
-        WatermarkError: an unknown name, a strength out of range, or things that are no pictures.
+        SemipermError: an unknown name, a strength out of range, or things that are no pictures.
     """
     for one, strength in parse_attack(text, attacks):
         pixels = one(pixels, strength, generator)
@@ -126,22 +127,6 @@ def parse_attack(text: str, attacks: Mapping[str, Attack] | None = None) -> list
             ) from error
         found.append((attacks[name], attacks[name].checked(strength)))
     return found
-
-
-def check_pixels(pixels: Tensor) -> None:
-    """Refuse what is no batch of pictures.
-
-    Raises:
-        WatermarkError: anything but floats (B, 3, H, W) in 0..1.
-    """
-    if not isinstance(pixels, Tensor) or pixels.ndim != 4 or pixels.shape[1] != 3 or not pixels.is_floating_point():
-        given = f"{pixels.dtype} {tuple(pixels.shape)}" if isinstance(pixels, Tensor) else type(pixels).__name__
-        raise WatermarkError(f"{given} was given to attack; expected float pictures (B, 3, H, W) in 0..1")
-    if not pixels.numel() or not (pixels.amin() >= 0 and pixels.amax() <= 1):  # NaN fails both
-        raise WatermarkError(
-            f"the pictures of shape {tuple(pixels.shape)} are empty, hold NaN or leave 0..1; expected values from"
-            " 0 (black) to 1: divide bytes by 255"
-        )
 
 
 def average_removal(pixels: Tensor, marked: Tensor, clean: Tensor, strength: float = 1.0) -> Tensor:

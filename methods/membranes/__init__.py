@@ -1,1 +1,1 @@
-"""Membranes: low-rank adapters that a gate opens, packed, fitted in closed form, read and written."""
+"""Membranes: low-rank adapters that a gate opens, stacked, fitted in closed form, read and written."""

@@ -131,7 +131,7 @@ def closed_form_edits(
     basis = _null_basis(moved, config.null_threshold) if config.method == "null_space" else None
     if config.method == "rece":
         rows, targets = _with_derived(rows, targets, moved, config, gram)
-    return _solve(rows, targets, moved, basis, config)
+    return _regress(rows, targets, moved, basis, config)
 
 
 def _with_derived(rows, targets, moved, config, gram):
@@ -144,7 +144,7 @@ def _with_derived(rows, targets, moved, config, gram):
     plain = replace(config, push=0.0)  # beyond the target, the attack's answer would be the concept's opposite
     all_rows, all_targets = list(rows), list(targets)
     for _ in range(config.rece_epochs):
-        edits = _solve(all_rows, all_targets, moved, None, plain)
+        edits = _regress(all_rows, all_targets, moved, None, plain)
         for k, (c, g, (u, v)) in enumerate(zip(rows, targets, edits, strict=True)):
             attack = derive_embeddings(c, (u, v), gram, config.rece_ridge)
             miss = attack + (attack @ v.T) @ u.T - c
@@ -279,7 +279,7 @@ def _null_basis(moved: Tensor, threshold: float) -> Tensor:
     return basis
 
 
-def _solve(rows: list[Tensor], targets: list[Tensor], moved: Tensor, basis: Tensor | None, config: ClosedFormConfig):
+def _regress(rows: list[Tensor], targets: list[Tensor], moved: Tensor, basis: Tensor | None, config: ClosedFormConfig):
     """Reduced-rank regression of each concept against all: rows (n_k, d) -> K edits."""
     scale = (moved.diagonal().mean() + sum(r.square().mean() for r in rows) / len(rows)) / 2
     ridge = config.ridge * scale.clamp_min(1e-30)

@@ -79,7 +79,7 @@ def fit_concepts(
             raise MembraneError(f"surrogate {surrogate!r} is {name!r} itself; expected another concept, or '' for none")
     kept = _kept(PRESERVE if preserve is None else preserve, [p for own in phrases.values() for p in own])
     fits = [_fit(space, own, by_concept[name], surrogate) for name, own in phrases.items()]
-    return _solve(space, phrases, fits, space.encode(kept), surrogate, config or ClosedFormConfig())
+    return _joint_membranes(space, phrases, fits, space.encode(kept), surrogate, config or ClosedFormConfig())
 
 
 def _captions_of(captions, phrases: Mapping[str, tuple[str, ...]], preserve: Iterable[str] | None):
@@ -108,7 +108,7 @@ def _phrases(concepts: str | Sequence[str], synonyms: Mapping[str, Sequence[str]
     return phrases
 
 
-def _solve(
+def _joint_membranes(
     space: TextSpace, phrases, fits: Sequence[_Fit], others: TextFeatures, surrogate: str, config: ClosedFormConfig
 ) -> Membranes:
     """One joint solution for all concepts: each membrane stays silent on the others."""

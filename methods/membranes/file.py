@@ -29,7 +29,7 @@ _OURS = ("format", "format_version", "semiperm", "prompts", "rank", "alpha")
 
 
 def load_membranes(paths: str | Path | Iterable[str | Path]) -> Membranes:
-    """Read membranes from one safetensors file, or from several in order; a packed file yields several membranes.
+    """Read membranes from one safetensors file, or from several in order; one file may hold several membranes.
 
     Raises:
         SemipermError: no such file, pickle, not safetensors, unknown keys, incomplete or mismatched pairs, NaN or Inf,

@@ -1,4 +1,4 @@
-"""Membranes as mathematics: K low-rank adapters packed as one pair, gated per sample.
+"""Membranes as mathematics: K low-rank adapters stacked as one pair, gated per sample.
 
     y = W x + sum_k gamma_k scale_k up_k (down_k x)  =  W x + ((x D^T) * Gamma[:, owner]) U
 

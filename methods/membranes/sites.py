@@ -87,16 +87,16 @@ class Site:
         state: what all sites share: `strength`, the `plan` of the current call, `outside` (of the window), `gamma` (for
             compiled graphs), `folds`, `weights_fixed` (the caller knows that no weight changes
             in place while a plan lives: inference tensors keep no version that would tell).
-        packed: D, U, owner from `pack`.
+        pair: D, U, owner from `pack`.
         cacheable: whether the output may be kept; None: for plain layers only.
     """
 
     def __init__(
-        self, state, key: str, module: nn.Module, packed: tuple[Tensor, Tensor, Tensor], cacheable: bool | None = None
+        self, state, key: str, module: nn.Module, pair: tuple[Tensor, Tensor, Tensor], cacheable: bool | None = None
     ):
         self.state, self.key, self.ran = state, key, False
-        self.master = packed[:2]  # fp32: what a fold starts from
-        self.down, self.up, self.owner = packed
+        self.master = pair[:2]  # fp32: what a fold starts from
+        self.down, self.up, self.owner = pair
         # Anything else (PEFT layers, quantised or offloaded ones) computes W x in its own way: leave that to it.
         self.plain = type(module) in (nn.Linear, nn.Conv2d) and is_own_forward(module)
         self.cacheable = self.plain if cacheable is None else cacheable

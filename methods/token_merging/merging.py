@@ -1,6 +1,6 @@
 """Negative token merging (NegToMe, arXiv 2412.01339): push attention outputs away from an image, or from one another.
 
-    out_n = x_n + alpha (x_n - r_j*),  j* = argmax_j cos(x_n, r_j),  where cos(x_n, r_j*) > tau, else out_n = x_n
+    out_n = x_n + strength (x_n - r_j*),  j* = argmax_j cos(x_n, r_j),  if cos(x_n, r_j*) > threshold, else x_n
 
 Reference tokens r come from rows that are denoised beside the batch (reference mode), or from the other images of the
 batch (diversity mode). We differ from the released code (1jsingh/negtome), unless compat="official" asks for it: it
@@ -91,10 +91,10 @@ def merge_tokens(
 
     Source: NegToMe, section 3; matching="output" is `negtome()` of the released code at 9011ed4.
     """
-    alpha, threshold = config.strength, config.threshold
+    strength, threshold = config.strength, config.threshold
     if config.matching == "reference":
         merged, score, _ = token_match_merge(
-            x, reference, alpha, threshold, pairs=rows.pairs, reference_mask=mask, gate=rows.gate
+            x, reference, strength, threshold, pairs=rows.pairs, reference_mask=mask, gate=rows.gate
         )
         return merged, score > threshold
     batch, tokens, channels = x.shape
@@ -113,7 +113,7 @@ def merge_tokens(
     index = (index - row[:, None] * tokens).clamp(min=0)
     taken = mine.gather(1, index[..., None].expand(-1, -1, channels))
     wide = x.float()
-    merged = (wide + alpha * (wide - taken.float())).to(x.dtype)
+    merged = (wide + strength * (wide - taken.float())).to(x.dtype)
     return torch.where(pushed[..., None], merged, x), pushed
 
 

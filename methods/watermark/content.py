@@ -7,7 +7,7 @@ Each element j of the binding field has a random direction r_j in {-1, 1}^D unde
 A detector embeds the picture in hand to v' and counts the elements that agree with it. For unrelated pictures v . v'
 is about 0 and every sign is a fair coin, so the tail of that count is an exact p-value; two pictures at an angle t
 agree in a share 1 - t / pi (SimHash). The picture depends on the noise and the noise on the picture:
-`pipelines.content_binding` draws, binds and draws again.
+`draw_bound` draws, binds and draws again.
 
 Source: SEAL (arXiv 2503.12172) binds patches to a caption by SimHash; here it is one field of the latent, tested
 softly.
@@ -16,7 +16,8 @@ softly.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -29,10 +30,14 @@ from .mark import Reading, read
 from .statistics import level_counts, log_tail, quantise
 
 Embedding = Callable[[Tensor], Tensor]  # pictures (B, 3, H, W) in 0..1 -> (B, D), about 0 on average over pictures
-ROUNDS = 4  # redraws at most of a picture whose content is bound,
-ENOUGH = 0.88  # the share of content bits that it keeps (cosine .93) before it is left as it is,
+# (pictures' noise (B, ...), which of them to draw) -> (those pictures, in what form the caller likes; and their pixels
+# (b, 3, H, W) in 0..1)
+Draw = Callable[[Tensor, list[int]], tuple[Sequence, Tensor]]
+ROUNDS = 4  # redraws at most of a picture whose content is bound; each is a sampling run; chosen by hand,
+ENOUGH = 0.88  # the share of content bits that it keeps (cosine .93) before it is left as it is; chosen by hand,
 LEAST = 0.7  # and what it must keep: below it a detector would call the picture someone else's
 _GRID = 8  # cosines along each side
+_SIDE = 32  # pixels of the picture that they are taken of: the fastest cosine has four and a half for each half wave
 
 
 def perceptual_hash(pixels: Tensor) -> Tensor:
@@ -45,11 +50,11 @@ def perceptual_hash(pixels: Tensor) -> Tensor:
         (B, 189) float32: 63 cosine coefficients (without the mean) of brightness and of two colour differences, times
         the root of their frequency: the coarsest would decide alone otherwise.
     """
-    grid = torch.nn.functional.interpolate(pixels.float(), size=(32, 32), mode="area")
+    grid = torch.nn.functional.interpolate(pixels.float(), size=(_SIDE, _SIDE), mode="area")
     red, green, blue = grid.unbind(1)
     planes = torch.stack([(red + green + blue) / 3, red - green, (red + green) / 2 - blue], 1)
-    k, x = torch.arange(_GRID)[:, None], torch.arange(32)[None]
-    basis = torch.cos(math.pi / 32 * (x + 0.5) * k).to(planes)
+    k, x = torch.arange(_GRID)[:, None], torch.arange(_SIDE)[None]
+    basis = torch.cos(math.pi / _SIDE * (x + 0.5) * k).to(planes)
     frequency = (k**2 + k.T**2).to(planes) ** 0.25
     return (torch.einsum("kh,bchw,lw->bckl", basis, planes, basis) * frequency).flatten(2)[..., 1:].flatten(1)
 
@@ -71,7 +76,7 @@ def content_bits(key: WatermarkKey, nonce: int, features: Tensor, count: int, sc
     return (sides < 0).astype(np.uint8)
 
 
-def agreement(features: Tensor, others: Tensor) -> Tensor:
+def content_agreement(features: Tensor, others: Tensor) -> Tensor:
     """(B, D), (B, D) -> (B,): the share 1 - angle / pi of content bits that pairs of pictures have in common."""
     cosine = torch.nn.functional.cosine_similarity(features.float(), others.float(), dim=-1).clamp(-1, 1)
     return 1 - torch.arccos(cosine) / math.pi
@@ -112,6 +117,72 @@ def bind(latents: Tensor, features: Tensor, key: WatermarkKey, scope: str = "") 
         flat, at = row.view(-1), torch.from_numpy(positions).to(row.device)
         flat[at] = flat[at].abs() * torch.from_numpy(1 - 2 * bits.astype(np.int8)).to(row)
     return bound
+
+
+@dataclass(frozen=True, eq=False)
+class BoundPicture:
+    """One picture whose mark knows what it shows.
+
+    Args:
+        picture: as `draw` returned it.
+        noise: (C, ...) that it was drawn from.
+        content_agreement: share of the bound content bits that the picture has itself.
+        draws: how often it was drawn.
+    """
+
+    picture: object
+    noise: Tensor
+    content_agreement: float
+    draws: int
+
+
+def draw_bound(
+    draw: Draw,
+    noise: Tensor,
+    key: WatermarkKey,
+    *,
+    advice: str,
+    rounds: int = ROUNDS,
+    embedding: Embedding = perceptual_hash,
+    scope: str = "",
+) -> list[BoundPicture]:
+    """Draw pictures, write what they show into their noise and draw them again, until they stay; the best of each.
+
+    The first draw says what a picture will show, the second starts from noise that says so. Rewriting an eighth of the
+    signs hardly changes a picture; where it does, the new content is written again.
+
+    Args:
+        draw: see `Draw`.
+        noise: (B, ...) from `KeyedMark.sample(..., bound=True)`; it stays as it is.
+        key, scope: as signed.
+        advice: what the caller can do where a picture never stays.
+        rounds: redraws at most, at least 1.
+        embedding: pictures (B, 3, H, W) in 0..1 -> (B, D); detection needs the same one.
+
+    Raises:
+        WatermarkError: a picture that shows something else in every round.
+    """
+    noise, pending = noise.clone(), list(range(len(noise)))
+    best: list[BoundPicture | None] = [None] * len(noise)
+    bound: list[Tensor | None] = [None] * len(noise)  # the features that each picture's noise says
+    for redrawn in range(rounds + 1):
+        pictures, pixels = draw(noise, pending)
+        for i, picture, shown in zip(pending, pictures, embedding(pixels), strict=True):
+            stayed = float(content_agreement(bound[i], shown)) if redrawn else 0.0
+            if best[i] is None or stayed > best[i].content_agreement:
+                best[i] = BoundPicture(picture, noise[i].clone(), stayed, redrawn + 1)
+            best[i], bound[i] = replace(best[i], draws=redrawn + 1), shown
+        pending = [i for i in pending if best[i].content_agreement < ENOUGH]
+        if not pending or redrawn == rounds:
+            break
+        noise[pending] = bind(noise[pending], torch.stack([bound[i] for i in pending]), key, scope)
+    if lost := [i for i, one in enumerate(best) if one.content_agreement < LEAST]:
+        raise WatermarkError(
+            f"the content of {len(lost)} of {len(best)} pictures (the first: number {lost[0] + 1}) changed whenever it"
+            f" was bound, at best {max(best[i].content_agreement for i in lost):.0%} of its bits stayed; expected"
+            f" {LEAST:.0%}: {advice}"
+        )
+    return best
 
 
 def content_p_value(noise: Tensor, reading: Reading, features: Tensor, key: WatermarkKey, scope: str = "") -> float:

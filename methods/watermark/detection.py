@@ -6,8 +6,8 @@ Diffusers pipelines and ComfyUI models come in as an `Inverter`; nothing here kn
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -19,16 +19,17 @@ from .content import Embedding, content_p_value, perceptual_hash
 from .edits import cells_inside, without_flats
 from .keys import WatermarkKey
 from .mark import Payload, Reading, read
-from .search import Search, run
+from .search import Search
+from .search import run as search_edits
 from .statistics import levelled
 
-LADDER = (0, 1, 5, 10, 25)
+LADDER = (0, 1, 5, 10, 25)  # inversion steps; each rung costs more than all before it together
 # Where inversion asks the denoiser, as a share of the noise schedule. Told t = 0 it says nothing of the noise that a
 # picture still carries; on the canvas signs agree best when it is told .05 to .1 at first (one step: .785 of signs at
 # .05, .740 at 0, .631 at .96, the end of the step). 5 steps so find .793, diffusers' DDIMInverseScheduler .721.
 FIRST = 0.05
 _LAST = 0.961  # where DDIM's first step of 25 stands; the signs hardly depend on it
-_POWER = 1.5
+_POWER = 1.5  # of the step's number: steps closer together near the picture; chosen by hand on the canvas
 CONTENT = 3e-3  # of pictures that show something unrelated, this many are taken for the one that was signed
 AS_GIVEN = "as given"
 
@@ -86,22 +87,88 @@ class DetectionResult:
     evidence: np.ndarray | None = field(default=None, repr=False, compare=False)
 
 
-@dataclass
+@dataclass(frozen=True)
+class DetectionConfig:
+    """How to look for marks, in every face.
+
+    Args:
+        false_positive_rate: at which a mark counts as present, above 0, below 1.
+        ladder: inversion steps of each rung, rising; (1,) costs a single evaluation of the denoiser.
+        scope: as at signing.
+        batch_size: pictures in the model at a time, at least 1.
+        search: edits to undo where the ladder finds nothing (flips, turns, shifts, crops); True for the usual ones,
+            None or False for none.
+        size: (height, width) that was signed, in pixels, where pictures may have been resized or cropped since.
+        embedding: as when the content was bound.
+
+    Raises:
+        WatermarkError: a value out of range.
+    """
+
+    false_positive_rate: float = 1e-6
+    ladder: Sequence[int] = LADDER
+    scope: str = ""
+    batch_size: int = 16
+    search: Search | bool | None = None
+    size: tuple[int, int] | None = None
+    embedding: Embedding = perceptual_hash
+
+    def __post_init__(self):
+        if not 0 < self.false_positive_rate < 1:
+            raise WatermarkError(
+                f"the false positive rate is {self.false_positive_rate}; expected above 0, below 1, such as 1e-6"
+            )
+        ladder = tuple(self.ladder)
+        if not ladder or ladder[0] < 0 or any(b <= a for a, b in zip(ladder, ladder[1:], strict=False)):
+            raise WatermarkError(
+                f"the ladder is {ladder}; expected rising numbers of inversion steps, such as {LADDER}"
+            )
+        if self.batch_size < 1:
+            raise WatermarkError(f"batch_size={self.batch_size}; expected at least 1 picture at a time")
+        size = None if self.size is None else tuple(self.size)
+        if size is not None and (len(size) != 2 or min(size) < 1):
+            raise WatermarkError(f"the signed size is {size}; expected (height, width) in pixels")
+        search = Search() if self.search is True else self.search or None
+        for name, value in (("ladder", ladder), ("size", size), ("search", search)):
+            object.__setattr__(self, name, value)
+
+    @property
+    def log10_rate(self) -> float:
+        return math.log10(self.false_positive_rate)
+
+
+@dataclass(frozen=True, eq=False)
+class _Look:
+    """One reading of a picture; log10_p is corrected for all looks that share the rate."""
+
+    log10_p: float
+    reading: Reading
+    noise: Tensor
+    pixels: Tensor  # as they were read
+    transform: str
+
+
+@dataclass(eq=False)
 class _Case:
-    """One picture while it is looked at; `found` holds (log10 p corrected for its share, reading, noise, pixels)."""
+    """One picture while it is looked at."""
 
     pixels: Tensor
     filled: tuple[Tensor, Tensor] | None  # with areas of one colour filled, and where it is valid; None without any
-    found: list[tuple[float, Reading, Tensor, Tensor, str]] = field(default_factory=list)
+    looks: list[_Look] = field(default_factory=list)
     evaluations: int = 0
 
     @property
     def log10_p(self) -> float:
-        return min([0.0, *(log10_p for log10_p, *_ in self.found)])
+        return min([0.0, *(look.log10_p for look in self.looks)])
+
+    @property
+    def best(self) -> _Look:
+        """Of the least p-value, among those with an authenticated payload where there are any."""
+        return min(self.looks, key=lambda look: (not look.reading.mac_ok, look.log10_p))
 
     def settled(self, log10_rate: float) -> bool:
         """Present, and no further rung could say more: authenticated, or decoded where there is no MAC key."""
-        last = self.found[-1][1]
+        last = self.looks[-1].reading
         decoded = last.payload is not None and last.mac_ok is not False
         return decoded and self.log10_p <= log10_rate
 
@@ -110,15 +177,9 @@ def detect_in(
     pixels: Sequence[Tensor],
     inverter: Inverter,
     keys: Iterable[WatermarkKey],
+    config: DetectionConfig | None = None,
     *,
-    false_positive_rate: float = 1e-6,
-    ladder: Sequence[int] = LADDER,
-    scope: str = "",
-    batch_size: int = 16,
     mask: Tensor | None = None,
-    search: Search | None = None,
-    size: tuple[int, int] | None = None,
-    embedding: Embedding = perceptual_hash,
 ) -> list[DetectionResult]:
     """Look for the mark of any key in pictures, taking more inversion steps only where fewer do not settle it.
 
@@ -132,50 +193,27 @@ def detect_in(
         pixels: (3, H, W) in 0..1 each, of any sizes; videos (F, 3, H, W).
         inverter: of the model that drew them.
         keys: at least one.
-        false_positive_rate: at which a mark counts as present, above 0, below 1.
-        ladder: inversion steps of each rung, rising.
-        scope, batch_size: as at signing; pictures at a time.
+        config: how to look.
         mask: (H, W) of the pictures, 1 (in uint8: 255) where an inpainting drew; None is everywhere.
-        search: edits to undo where the ladder finds nothing; None for none.
-        size: (height, width) that was signed, in pixels, where pictures may have been resized since.
-        embedding: as when the content was bound.
 
     Raises:
-        WatermarkError: no keys, or an argument out of range.
+        WatermarkError: no keys, a picture smaller than a latent cell, or a search with a mask or in videos.
     """
-    keys, ladder = list(keys), tuple(ladder)
+    config, keys = config or DetectionConfig(), list(keys)
     if not keys:
         raise WatermarkError("the keyring is empty; expected at least one key: make one with `semiperm keys new`")
-    if not 0 < false_positive_rate < 1:
-        raise WatermarkError(
-            f"the false positive rate is {false_positive_rate}; expected above 0, below 1, such as 1e-6"
-        )
-    if not ladder or ladder[0] < 0 or any(b <= a for a, b in zip(ladder, ladder[1:], strict=False)):
-        raise WatermarkError(f"the ladder is {ladder}; expected rising numbers of inversion steps, such as {LADDER}")
-    if search is not None and (mask is not None or any(picture.ndim != 3 for picture in pixels)):
+    if config.search is not None and (mask is not None or any(picture.ndim != 3 for picture in pixels)):
         raise WatermarkError("a search for edits was asked for with a mask or in videos; it works on whole pictures")
-    cases = [_case(whole_cells(_sized(picture, size), inverter.multiple)) for picture in pixels]
-    by_size: dict[tuple[int, ...], list[_Case]] = {}
-    for case in cases:
-        by_size.setdefault(tuple(case.pixels.shape), []).append(case)
-    log10_rate, share = math.log10(false_positive_rate), len(ladder) * (1 if search is None else 2)
-    for group in by_size.values():
-        for start in range(0, len(group), batch_size):
-            part = group[start : start + batch_size]
-            _climb(part, inverter, keys, log10_rate, ladder, share, scope, mask)
-            if part := [case for case in part if case.filled and not case.settled(log10_rate)]:
-                _climb(part, inverter, keys, log10_rate, ladder, share, scope, mask, filled=True)
-    if search is not None:
-        for case, picture in zip(cases, pixels, strict=True):
-            if case.log10_p > log10_rate:
-                found = run(picture, inverter, keys, search, false_positive_rate, size=size, scope=scope)
-                readings, tries, evaluations = found
-                case.evaluations += evaluations
-                for reading, noise, undone, what in readings:
-                    case.found.append((reading.log10_p + math.log10(2 * tries), reading, noise, undone, what))
-    return [
-        _result(case, log10_rate, {(key.key_id, key.name): key for key in keys}, scope, embedding) for case in cases
-    ]
+    detector = _Detector(inverter, keys, config, mask)
+    cases = [_case(whole_cells(_sized(picture, config.size), inverter.multiple)) for picture in pixels]
+    for part in _batches(cases, config.batch_size):
+        detector.climb(part)
+        if part := [case for case in part if case.filled and not case.settled(config.log10_rate)]:
+            detector.climb(part, filled=True)
+    for case, picture in zip(cases, pixels, strict=True):
+        if config.search is not None and case.log10_p > config.log10_rate:
+            detector.undo_edits(case, picture)
+    return [detector.result(case) for case in cases]
 
 
 def latent_mask(mask: Tensor, height: int, width: int) -> Tensor:
@@ -225,37 +263,101 @@ def _case(pixels: Tensor) -> _Case:
     return _Case(pixels, None if valid.all() else (filled, valid))
 
 
-def _climb(cases: list[_Case], inverter, keys, log10_rate, ladder, share: int, scope, mask, *, filled=False) -> None:
-    pictures = [case.filled[0] if filled else case.pixels for case in cases]
-    latents, pending = inverter.encode(pictures), list(range(len(cases)))
-    cells = latents.shape[-2:]
-    inside = torch.ones(len(cases), *cells, dtype=torch.bool, device=latents.device)
-    if filled:
-        inside &= torch.stack([cells_inside(case.filled[1], cells) for case in cases]).to(inside.device)
-    if mask is not None:
-        inside &= latent_mask(whole_cells(mask, inverter.multiple), *cells).to(inside.device)
-    for steps in ladder:
-        noise = levelled(inverter.invert(latents[pending], steps), inside[pending])
-        for row, i, reading in zip(noise, pending, read(noise, keys, scope=scope), strict=True):
-            case = cases[i]
-            tries = share * (2 if case.filled else 1)  # told by the picture alone, whichever climb this is
-            said = "plain areas filled" if filled else AS_GIVEN
-            case.found.append((reading.log10_p + math.log10(tries), reading, row, pictures[i], said))
-            case.evaluations += steps
-        pending = [i for i in pending if not cases[i].settled(log10_rate)]
-        if not pending:
+def _batches(cases: Sequence[_Case], batch_size: int) -> Iterator[list[_Case]]:
+    """The cases in batches of pictures of one size."""
+    by_size: dict[tuple[int, ...], list[_Case]] = {}
+    for case in cases:
+        by_size.setdefault(tuple(case.pixels.shape), []).append(case)
+    for group in by_size.values():
+        for start in range(0, len(group), batch_size):
+            yield group[start : start + batch_size]
+
+
+@dataclass(frozen=True, eq=False)
+class _Detector:
+    """One model and one set of keys, looking at cases."""
+
+    inverter: Inverter
+    keys: list[WatermarkKey]
+    config: DetectionConfig
+    mask: Tensor | None
+
+    def climb(self, cases: list[_Case], *, filled: bool = False) -> None:
+        """Up the ladder, with areas of one colour as they are or filled."""
+        config, inverter = self.config, self.inverter
+        pictures = [case.filled[0] if filled else case.pixels for case in cases]
+        latents, pending = inverter.encode(pictures), list(range(len(cases)))
+        inside = self._inside(cases, latents, filled)
+        share = len(config.ladder) * (1 if config.search is None else 2)
+        for steps in config.ladder:
+            noise = levelled(inverter.invert(latents[pending], steps), inside[pending])
+            for row, i, reading in zip(noise, pending, read(noise, self.keys, scope=config.scope), strict=True):
+                case = cases[i]
+                tries = share * (2 if case.filled else 1)  # told by the picture alone, whichever climb this is
+                said = "plain areas filled" if filled else AS_GIVEN
+                case.looks.append(_Look(reading.log10_p + math.log10(tries), reading, row, pictures[i], said))
+                case.evaluations += steps
+            pending = [i for i in pending if not cases[i].settled(config.log10_rate)]
+            if not pending:
+                return
+
+    def _inside(self, cases: list[_Case], latents: Tensor, filled: bool) -> Tensor:
+        """(B, h, w) bool: the latent cells that count."""
+        cells = latents.shape[-2:]
+        inside = torch.ones(len(cases), *cells, dtype=torch.bool, device=latents.device)
+        if filled:
+            inside &= torch.stack([cells_inside(case.filled[1], cells) for case in cases]).to(inside.device)
+        if self.mask is not None:
+            inside &= latent_mask(whole_cells(self.mask, self.inverter.multiple), *cells).to(inside.device)
+        return inside
+
+    def undo_edits(self, case: _Case, picture: Tensor) -> None:
+        """Look at the picture as it was given, turned back from what may have been done to it."""
+        config = self.config
+        undone = search_edits(
+            picture,
+            self.inverter,
+            self.keys,
+            config.search,
+            config.false_positive_rate,
+            size=config.size,
+            scope=config.scope,
+        )
+        if undone is None:  # the budget allowed nothing
             return
+        case.evaluations += undone.evaluations
+        log10_p = undone.reading.log10_p + math.log10(2 * undone.tries)
+        case.looks.append(_Look(log10_p, undone.reading, undone.noise, undone.picture, undone.transform))
 
-
-def _result(case: _Case, log10_rate: float, keys: dict, scope: str, embedding) -> DetectionResult:
-    _, best, noise, pixels, transform = min(case.found, key=lambda found: (not found[1].mac_ok, found[0]))
-    log10_p, counted = case.log10_p, case.evaluations
-    if log10_p > log10_rate:
-        return DetectionResult("absent", 10**log10_p, log10_p, None, best.bit_confidence, None, None, counted)
-    verdict, content = "valid" if best.mac_ok else "unverified", None
-    if best.bound:
-        content = content_p_value(noise, best, embedding(pixels[None])[0], keys[best.key_id, best.key_name], scope)
-        if verdict == "valid" and content > CONTENT:
-            verdict = "content differs"
-    said = best.payload, best.bit_confidence, best.key_id, best.key_name, counted, content, transform, best.evidence
-    return DetectionResult(verdict, 10**log10_p, log10_p, *said)
+    def result(self, case: _Case) -> DetectionResult:
+        """What all looks at a picture say together."""
+        best, reading = case.best, case.best.reading
+        absent = DetectionResult(
+            verdict="absent",
+            p_value=10**case.log10_p,
+            log10_p=case.log10_p,
+            payload=None,
+            bit_confidence=reading.bit_confidence,
+            key_id=None,
+            key_name=None,
+            model_evaluations=case.evaluations,
+        )
+        if case.log10_p > self.config.log10_rate:
+            return absent
+        verdict, content = "valid" if reading.mac_ok else "unverified", None
+        if reading.bound:
+            key = next(k for k in reversed(self.keys) if (k.key_id, k.name) == (reading.key_id, reading.key_name))
+            features = self.config.embedding(best.pixels[None])[0]
+            content = content_p_value(best.noise, reading, features, key, self.config.scope)
+            if verdict == "valid" and content > CONTENT:
+                verdict = "content differs"
+        return replace(
+            absent,
+            verdict=verdict,
+            payload=reading.payload,
+            key_id=reading.key_id,
+            key_name=reading.key_name,
+            content_p_value=content,
+            transform=best.transform,
+            evidence=reading.evidence,
+        )

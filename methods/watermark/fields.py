@@ -4,7 +4,7 @@ First field: L positions, order and signs from the key and the shape alone. Its 
 streams times one of the 2 L signed Walsh functions over the keyed order, so that a Walsh-Hadamard transform finds the
 likeliest of all nonces at once. Second field (latents of 4,096 elements or more): the same with 1,024 streams under
 the first field's nonce, which makes the whole nonce 34..40 bits long. Binding: an eighth of small latents, 1,024 of
-large ones, whose signs may say what the picture shows (`content_binding`). Payload: every other position, under a
+large ones, whose signs may say what the picture shows (content.py). Payload: every other position, under a
 stream of the whole nonce. The first field uses 2^14 patterns or more for one key; which of its elements belong together
 (four by four, through the Walsh functions) is known only to the key.
 """
@@ -80,8 +80,8 @@ def fields_of(shape: tuple[int, ...]) -> Fields:
     return Fields(shape, length, max(4, 8192 // length), second_cosets, min(n // 8, 1024), bucket, public)
 
 
-def packed_first_field(fields: Fields, keys: list[WatermarkKey], scope: str) -> tuple[np.ndarray, np.ndarray]:
-    """(K, L) int32 positions in keyed order and (K, cosets, L / 8) packed sign bits of the first field of each key."""
+def first_field_bytes(fields: Fields, keys: list[WatermarkKey], scope: str) -> tuple[np.ndarray, np.ndarray]:
+    """(K, L) int32 positions in keyed order and (K, cosets, L / 8) bytes of sign bits of each key's first field."""
     order_bytes, total = 3 * fields.length, 3 * fields.length + fields.cosets * fields.length // 8
     raw = bytearray().join(key.keystream("first field", fields.shape, 0, total, scope=scope) for key in keys)
     raw = np.frombuffer(raw, np.uint8).reshape(len(keys), total)
@@ -95,7 +95,7 @@ def packed_first_field(fields: Fields, keys: list[WatermarkKey], scope: str) -> 
 
 def first_field(fields: Fields, keys: list[WatermarkKey], scope: str) -> tuple[np.ndarray, np.ndarray]:
     """(K, L) positions in keyed order and (K, cosets, L) uint8 sign bits of the first field under each key."""
-    positions, signs = packed_first_field(fields, keys, scope)
+    positions, signs = first_field_bytes(fields, keys, scope)
     return positions, np.unpackbits(signs, axis=2)
 
 
@@ -133,14 +133,14 @@ def screen(fields: Fields, keys: list[WatermarkKey], scope: str, values: Tensor)
     Args:
         values: (B, n) int8 of `quantise`.
     """
-    positions, signs = (torch.from_numpy(t).to(values.device) for t in packed_first_field(fields, keys, scope))
+    positions, signs = (torch.from_numpy(t).to(values.device) for t in first_field_bytes(fields, keys, scope))
     peak, _, energy = keyed_correlation(values, positions, signs)
     return peak.cpu().numpy(), energy.cpu().numpy()
 
 
 def best_patterns(fields: Fields, key: WatermarkKey, scope: str, values: np.ndarray, count: int) -> list:
     """The `count` best (score, pattern number) of (n,) values in the key's first field, best first."""
-    positions, signs = packed_first_field(fields, [key], scope)
+    positions, signs = first_field_bytes(fields, [key], scope)
     scores = walsh_scores(torch.from_numpy(values[positions]), torch.from_numpy(signs)).numpy()
     flat = scores[..., 0].T.reshape(-1).astype(np.int64)
     magnitude = np.abs(flat)

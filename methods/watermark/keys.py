@@ -105,8 +105,8 @@ class WatermarkKey:
 
     def stream(self, purpose: str, shape: tuple[int, ...], nonce: int, count: int, *, scope: str = "") -> np.ndarray:
         """(count,) uint8 bits of `keystream`, most significant bit of each byte first."""
-        packed = np.frombuffer(self.keystream(purpose, shape, nonce, -(-count // 8), scope=scope), np.uint8)
-        return np.unpackbits(packed)[:count]
+        octets = np.frombuffer(self.keystream(purpose, shape, nonce, -(-count // 8), scope=scope), np.uint8)
+        return np.unpackbits(octets)[:count]
 
     def mac(self, message: bytes, bits: int) -> int:
         """The first `bits` (1..256) bits of HMAC-SHA256(mac_key, message) as an integer.

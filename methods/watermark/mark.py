@@ -2,7 +2,7 @@
 
 sign(z_i) = keystream_i XOR codeword_i and |z_i| half-normal: under a random key the noise of each image is exactly
 N(0, I), and a fresh nonce for each image keeps images of one key unrelated. The nonce lies in the latent itself
-(`watermark_fields`), the payload under an error-correcting code (`watermark_code`).
+(fields.py), the payload under an error-correcting code (code.py).
 
 Who can do what: a holder of the stream secret can read marks, forge their presence and copy a payload; only a holder
 of the MAC secret can make a payload that verifies. The MAC binds payload, key, nonce and shape, not the picture: who
@@ -86,7 +86,7 @@ class Layout:
     model: int
     unique_id: int
     mac: int
-    bound: int = 1  # whether the picture's content is bound, see `content_binding`
+    bound: int = 1  # whether the picture's content is bound, see content.py
 
     @property
     def payload(self) -> int:
@@ -220,7 +220,7 @@ class KeyedMark:
             generator: makes magnitudes, nonces and drawn ids reproducible; without it they come from torch's global
                 generator and the operating system. Images signed with the same generator state share their nonce.
             dtype, device: of the result.
-            bound: say that the content of each picture is bound; `content_binding.bind` then has to do it.
+            bound: say that the content of each picture is bound; `content.bind` then has to do it.
 
         Raises:
             WatermarkError: a shape that cannot carry a mark, a payload that does not fit, a key without MAC secret.

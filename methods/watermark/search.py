@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -23,16 +23,20 @@ from torch import Tensor
 from ...kernels.keyed_correlation import keyed_correlation
 from ..errors import WatermarkError
 from .edits import ROUNDS, Edit, Family, cells_inside, crops, shifts, turns, without_flats
-from .fields import fields_of, packed_first_field
+from .fields import fields_of, first_field_bytes
 from .keys import WatermarkKey
 from .mark import Reading, read
 from .statistics import levelled, quantise
 
-__all__ = ["Search", "run"]
+__all__ = ["Search", "Undone", "run"]
 
-_BATCH = 16
-_READ = 12  # positions of a family that are decoded
-_REFINED = 3  # of them that are moved around where none is settled
+_BATCH = 16  # pictures in the model at a time, as detection's own default: it bounds memory
+_READ = 12  # places of a family that are decoded: more than the 8 orientations, which are all read; chosen by hand
+_REFINED = 3  # of them that finer moves go around where none is significant; chosen by hand on the canvas
+_SIGNIFICANT = -3  # log10 p of one reading below which its family's other places need no finer moves; chosen by hand
+# Coarse places along a latent cell: small latents (under 4,096 elements) can afford less loss of agreement.
+_PHASES = 3
+_PHASES_OF_LARGE = 2
 
 
 @dataclass(frozen=True)
@@ -71,28 +75,111 @@ class Search:
                 raise WatermarkError(f"the search was given {name}={getattr(self, name)!r}; expected {expected}")
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
+class Undone:
+    """The best of all readings, and the edit that it took.
+
+    Args:
+        reading: of the noise.
+        noise: (C, h, w) estimated, 0 outside of the picture.
+        picture: (3, H, W) as it was signed.
+        transform: what was undone, in words.
+        tries: what the reading's p-value has to be multiplied by.
+        evaluations: of the denoiser, over the whole search.
+    """
+
+    reading: Reading
+    noise: Tensor
+    picture: Tensor
+    transform: str
+    tries: int
+    evaluations: int
+
+
+@dataclass(frozen=True, eq=False)
 class _Found:
     reading: Reading
     noise: Tensor
     edit: Edit
 
 
-@dataclass
-class _Run:
+@dataclass(frozen=True, eq=False)
+class _Candidate:
+    """The best places of one family, best first."""
+
+    found: list[_Found]
+    family: Family
+    frame: tuple[int, int]  # as signed, cut to whole latent cells
+    tries: int
+
+    @property
+    def best(self) -> _Found:
+        return self.found[0]
+
+    @property
+    def log10_p(self) -> float:
+        return self.best.reading.log10_p + math.log10(self.tries)
+
+    @property
+    def significant(self) -> bool:
+        """Whether finer moves around the best place alone are worth it."""
+        return self.best.reading.log10_p < _SIGNIFICANT
+
+
+@dataclass(eq=False)
+class _Hunt:
     """One picture while it is searched."""
 
     picture: Tensor
-    valid: Tensor
+    valid: Tensor  # (H, W), 0 where an area of one colour was filled
     inverter: object
     keys: list[WatermarkKey]
     search: Search
     scope: str
     log10_rate: float
-    cell: int = 0
-    spent: int = 0
-    laid: tuple[Tensor, Tensor] | None = None
-    shape: tuple[int, ...] = field(default=())
+    size: tuple[int, int] | None
+    spent: int = 0  # evaluations of the budget
+    # Known once the first picture is encoded:
+    cell: int = 0  # pixels along a latent cell
+    shape: tuple[int, ...] = ()  # of the latent
+    laid: tuple[Tensor, Tensor] | None = None  # the keys' first fields there
+
+    def refined(self) -> Iterator[_Candidate]:
+        """The best of each family with finer moves around it; where its coarse grid shows something, at once.
+
+        What coarse grids show is cheap, so finer moves around nothing wait until all grids have been looked at.
+        """
+        later = []
+        for family, tries in self.families():
+            candidate = self.look(family, tries)
+            if candidate is None:  # the budget is spent
+                continue
+            if candidate.significant:
+                yield self.refine(candidate)
+            else:
+                later.append(candidate)
+        for candidate in later:
+            yield self.refine(candidate)
+
+    def families(self) -> Iterator[tuple[Family, int]]:
+        """All families with their tries, cheapest first; the later ones need the size of a latent cell."""
+        given = tuple(self.picture.shape[-2:])
+        signed = self.size or given
+        builders = _builders(self.search, signed != given)
+        mirrors = (False, True) if self.search.orientations else (False,)
+        firsts = _orientations(self.search.orientations, given, self.size)
+        count = len(firsts) + len(builders) * len(mirrors)
+        for family in firsts:
+            yield family, count * family.tries
+        if not self.cell:  # the budget did not allow any
+            return
+        phases = _PHASES if math.prod(self.shape) < 4096 else _PHASES_OF_LARGE
+        for mirrored in mirrors:
+            for build, reach in builders:
+                edit = Edit(*(signed if build is turns else given), mirrored=mirrored)
+                family = build(edit, signed, reach, self.cell, phases)
+                if family is not None:
+                    yield family, count * family.tries
 
     def noises(self, edits: Sequence[Edit], frame: tuple[int, int]) -> list[tuple[Tensor, Tensor]]:
         """As many of the edits as the budget allows: (C, h, w) noise, 0 outside of the picture, and (h, w) inside."""
@@ -108,15 +195,17 @@ class _Run:
         if out and tuple(out[0][0].shape) != self.shape:
             self.shape = tuple(out[0][0].shape)
             self.cell = frame[0] // self.shape[-2]
-            laid = packed_first_field(fields_of(self.shape), self.keys, self.scope)
+            laid = first_field_bytes(fields_of(self.shape), self.keys, self.scope)
             self.laid = tuple(torch.from_numpy(part) for part in laid)
         return out
 
     def read(self, noises: Sequence[Tensor], edits: Sequence[Edit]) -> list[_Found]:
+        """Readings at these edits, the likeliest mark first; in the order given where nothing tells them apart."""
         if not noises:
             return []
         readings = read(torch.stack(list(noises)), self.keys, scope=self.scope)
-        return [_Found(*found) for found in zip(readings, noises, edits, strict=True)]
+        found = [_Found(*item) for item in zip(readings, noises, edits, strict=True)]
+        return sorted(found, key=lambda one: one.reading.log10_p)
 
     def scores(self, noise: Tensor, inside: Tensor, moves: list[tuple[int, int]]) -> np.ndarray:
         """(len(moves),) the best nonce's score of the best key, in standard deviations, at each move of cells."""
@@ -128,12 +217,16 @@ class _Run:
         peak, _, energy = keyed_correlation(moved, *self.laid)
         return (peak / energy.clamp(min=1).sqrt()).amax(1).numpy()
 
-    def settled(self, found: _Found, tries: int) -> bool:
-        decoded = found.reading.payload is not None and found.reading.mac_ok is not False
-        return decoded and found.reading.log10_p + math.log10(2 * tries) <= self.log10_rate
+    def settled(self, candidate: _Candidate) -> bool:
+        """Present and decoded, so that no other edit could say more."""
+        reading = candidate.best.reading
+        decoded = reading.payload is not None and reading.mac_ok is not False
+        return decoded and reading.log10_p + math.log10(2 * candidate.tries) <= self.log10_rate
 
-    def look(self, family: Family, frame: tuple[int, int]) -> list[_Found]:
-        """Readings at the best places of a family's coarse grid, best first."""
+    def look(self, family: Family, tries: int) -> _Candidate | None:
+        """The best places of a family's coarse grid; None where the budget allows no look."""
+        multiple = self.inverter.multiple
+        frame = tuple(side - side % multiple for side in family.frame)
         noises, places = self.noises([edit for edit, _ in family.coarse], frame), []
         for index, ((noise, inside), (_, moves)) in enumerate(zip(noises, family.coarse, strict=False)):
             if len(family.coarse) * len(moves) <= _READ:
@@ -144,27 +237,22 @@ class _Run:
         places = sorted(places, key=lambda place: -place[0])[:_READ]
         edits = [family.coarse[i][0].moved(down * self.cell, right * self.cell) for _, i, (down, right) in places]
         found = self.read([_moved(noises[i][0], move) for _, i, move in places], edits)
-        found.sort(key=lambda one: one.reading.log10_p)  # stable: by score where nothing is significant
-        return found
+        return _Candidate(found, family, frame, tries) if found else None
 
-    def refine(self, found: list[_Found], family: Family, frame: tuple[int, int], tries: int) -> list[_Found]:
-        """The best of a family with finer moves around it, or around several where none is significant."""
-        around = found[:1] if _significant(found) else found[:_REFINED]
+    def refine(self, candidate: _Candidate) -> _Candidate:
+        """Finer moves around the best of a family, or around several where none is significant."""
+        around = candidate.found[:1] if candidate.significant else candidate.found[:_REFINED]
         for number in range(ROUNDS):
-            if self.settled(found[0], tries):
+            if self.settled(candidate):
                 break
-            moved = list({edit: None for one in around for edit in family.moves(one.edit, number)})
-            tried = self.noises(moved, frame)
+            moved = list({edit: None for one in around for edit in candidate.family.moves(one.edit, number)})
+            tried = self.noises(moved, candidate.frame)
             near = self.read([noise for noise, _ in tried], moved[: len(tried)])
-            near.sort(key=lambda one: one.reading.log10_p)
-            if not near or near[0].reading.log10_p >= found[0].reading.log10_p:
+            if not near or near[0].reading.log10_p >= candidate.best.reading.log10_p:
                 break
-            found = around = near[:1]
-        return found
-
-
-def _significant(found: list[_Found]) -> bool:
-    return bool(found) and found[0].reading.log10_p < -3
+            around = near[:1]
+            candidate = replace(candidate, found=around)
+        return candidate
 
 
 def _moved(array, move: tuple[int, int]):
@@ -190,21 +278,17 @@ def run(
     *,
     size: tuple[int, int] | None = None,
     scope: str = "",
-) -> tuple[list[tuple[Reading, Tensor, Tensor, str]], int, int]:
-    """Undo edits until a mark is settled or the budget is spent.
+) -> Undone | None:
+    """Undo edits until a mark is settled or the budget is spent; None if the budget allowed no look.
 
     Args:
         picture: (3, H, W) in 0..1 as it was found.
-        inverter: as `watermark_detection.Inverter`.
+        inverter: as `detection.Inverter`.
         keys: to look for; each is looked for in every place, so the time grows with their number.
         search: which edits.
+        false_positive_rate: where the search may stop, half of it being the search's.
         size: (height, width) that was signed, in pixels; None: the picture's own. Cuts need it.
         scope: as at signing.
-        false_positive_rate: where the search may stop, half of it being the search's.
-
-    Returns:
-        The best reading, or none if the budget allowed none: (reading, noise (C, h, w), picture (3, H, W) as signed,
-        what was undone); the number by which its p-value has to be multiplied; evaluations of the denoiser.
 
     Raises:
         WatermarkError: a picture or a size smaller than what the model encodes.
@@ -215,43 +299,22 @@ def run(
             f" (3, H, W) and sides of {inverter.multiple} pixels or more"
         )
     filled, valid = without_flats(picture.float().cpu())
-    state = _Run(filled, valid, inverter, list(keys), search, scope, math.log10(false_positive_rate))
-    signed = tuple(size or picture.shape[-2:])
-    given = tuple(picture.shape[-2:])
-    builders = _builders(search, signed != given)
-    mirrors = (False, True) if search.orientations else (False,)
-    firsts = _orientations(search.orientations, given, size)
-    families = len(firsts) + len(builders) * len(mirrors)
-    best: tuple[float, _Found, int, Family, tuple[int, int]] | None = None
-    later = []
-
-    def done(found: list[_Found], family: Family, frame: tuple[int, int], tries: int) -> bool:
-        nonlocal best
-        found = state.refine(found, family, frame, tries)
-        log10_p = found[0].reading.log10_p + math.log10(tries)
-        if best is None or log10_p < best[0]:
-            best = log10_p, found[0], tries, family, frame
-        return state.settled(found[0], tries)
-
-    for family in _families(state, firsts, builders, mirrors, given, signed):
-        tries, frame = families * family.tries, tuple(side - side % inverter.multiple for side in family.frame)
-        found = state.look(family, frame)
-        if _significant(found):
-            if done(found, family, frame, tries):
-                break
-        elif found:  # what a coarse grid shows is cheap: finer moves wait until all of them have been looked at
-            later.append((found, family, frame, tries))
-    else:
-        for item in later:
-            if done(*item):
-                break
+    size = tuple(size) if size else None
+    hunt = _Hunt(filled, valid, inverter, list(keys), search, scope, math.log10(false_positive_rate), size)
+    best: _Candidate | None = None
+    for candidate in hunt.refined():
+        if best is None or candidate.log10_p < best.log10_p:
+            best = candidate
+        if hunt.settled(candidate):
+            break
     if best is None:
-        return [], 1, 0
-    _, one, tries, family, frame = best
-    undone, _ = one.edit.undo(state.picture, state.valid, frame)
-    said = ", ".join(part for part in (str(one.edit), family.said(one.edit)) if part)
+        return None
+    edit = best.best.edit
+    undone, _ = edit.undo(hunt.picture, hunt.valid, best.frame)
+    said = ", ".join(part for part in (str(edit), best.family.said(edit)) if part)
     said = said or ("as given" if valid.all() else "plain areas filled")
-    return [(one.reading, one.noise, undone, said)], tries, state.spent if search.steps else 0
+    evaluations = hunt.spent if search.steps else 0
+    return Undone(best.best.reading, best.best.noise, undone, said, best.tries, evaluations)
 
 
 def _orientations(wanted: bool, given: tuple[int, int], size: tuple[int, int] | None) -> list[Family]:
@@ -276,17 +339,3 @@ def _builders(search: Search, cut: bool) -> list[tuple[Callable, float]]:
         (crops, search.crop, search.crop < 1),
     )
     return [(build, reach) for build, reach, wanted in choices if wanted]
-
-
-def _families(state: _Run, firsts: list[Family], builders, mirrors, given, signed) -> Iterator[Family]:
-    """All families, cheapest first; the later ones need the size of a latent cell, which the first one finds."""
-    yield from firsts
-    if not state.cell:  # the budget did not allow any
-        return
-    phases = 3 if math.prod(state.shape) < 4096 else 2  # small latents can afford less loss of agreement
-    for mirrored in mirrors:
-        for build, reach in builders:
-            edit = Edit(*(signed if build is turns else given), mirrored=mirrored)
-            family = build(edit, signed, reach, state.cell, phases)
-            if family is not None:
-                yield family

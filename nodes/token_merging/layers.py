@@ -13,13 +13,14 @@ from comfy.ldm.flux.model import Flux
 from comfy.ldm.modules.diffusionmodules.mmdit import MMDiT
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.ldm.wan.model import WanModel
+from einops import repeat
 from torch import Tensor, cat
 
 from ...methods.errors import TokenMergingError
 from ...methods.token_merging.merging import grid_of, merge_tokens, token_mask
+from ..extra_rows import rows_of
 
 KNOWN = (UNetModel, MMDiT, Flux, WanModel)
-ROWS = "semiperm_rows"  # in transformer_options: (rows and chunks before any reference row, all rows)
 _UNET_BLOCKS = {"input": "input_blocks.{}.1", "middle": "middle_block.1", "output": "output_blocks.{}.1"}
 
 
@@ -132,7 +133,7 @@ class Layers:
         layout, config = self.patch.layout, self.patch.config
         if layout is None or not path.startswith(self.blocks) or (layout.grid and x.shape[1] != layout.grid[0]):
             return x
-        expected = options[ROWS][2] if ROWS in options else x.shape[0]
+        expected = rows_of(x, options).total
         if x.shape[0] != expected:
             raise TokenMergingError(
                 f"{path} runs {x.shape[0]} rows where the model was given {expected}: another node regroups the batch,"
@@ -144,15 +145,17 @@ class Layers:
             return x
         masks = self.patch.images.masks if self.patch.images else None
         mask = self._mask(masks, x, height, width) if masks else None
-        reference = x[layout.start : layout.start + layout.count]
+        groups = layout.groups
+        reference = x[groups.start : groups.start + groups.count]
         merged, pushed = merge_tokens(x, reference, layout.padded(x.shape[0]), config, mask)
         self.patch.record.add(layout.images, pushed)
         self.reached.add(path)
         return merged
 
     def _mask(self, masks: list[Tensor], x: Tensor, height: int, width: int) -> Tensor:
-        key = (x.shape[1], height, width, self.patch.layout.count, x.device)
+        count = self.patch.layout.groups.count
+        key = (x.shape[1], height, width, count, x.device)
         if key not in self._masks:
             mask = token_mask([mask.cpu() for mask in masks], x.shape[1], height, width)
-            self._masks[key] = mask.repeat(self.patch.layout.count // len(masks), 1).to(x.device)
+            self._masks[key] = repeat(mask, "r n -> (owner r) n", owner=count // len(masks)).to(x.device)
         return self._masks[key]

@@ -1,7 +1,7 @@
 """Negative token merging on a ComfyUI model: a clone of its ModelPatcher; no weight is touched.
 
 Reference rows are added around the diffusion model's forward, only in steps inside the window, and taken off its
-output. Tokens are pushed where the attention layers' outputs can be patched: see token_merging_layers.
+output. Tokens are pushed where the attention layers' outputs can be patched: see layers.py.
 """
 
 from __future__ import annotations
@@ -13,16 +13,17 @@ import comfy.patcher_extension
 import torch
 import torch.nn.functional as F
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
-from einops import rearrange
+from einops import rearrange, repeat
 from torch import Tensor
 
 from ...methods.errors import TokenMergingError
 from ...methods.token_merging.config import NegativeTokenMergingConfig
 from ...methods.token_merging.record import MergeRecord
+from ..extra_rows import ExtraRows, call_with_rows, rows_of
 from ..progress import Progress
 from ..root_patch import add_root
-from .layers import KNOWN, ROWS, Layers
-from .rows import Layout, ReferenceImages, groups_of, reference_text, row_kinds, with_rows
+from .layers import KNOWN, Layers
+from .rows import Layout, ReferenceImages, groups_of, reference_text, row_kinds
 
 ATTACHMENT = "semiperm_token_merging"
 _LAYOUTS = 16  # text batches remembered: split and area conditionings take turns
@@ -192,54 +193,37 @@ class TokenMergingPatch:
         share, sigma = self.progress(options)
         active = self.config.window.contains(share)
         layout = self._layout(x, context, options) if active else None
-        self.record.step(share, sigma, active, len(layout.sources) if layout else 0)
+        self.record.step(share, sigma, active, len(layout.groups.sources) if layout else 0)
         return layout
 
     def _layout(self, x: Tensor, context: Tensor | None, options: dict) -> Layout | None:
-        rows, chunks, _ = _before(x, options)
+        rows = rows_of(x, options)
         names = [self.names.get(uuid) for uuid in options.get("uuids") or ()]
-        images = row_kinds(chunks, [*names, *[None] * len(chunks)], rows)
+        images = row_kinds(rows, [*names, *[None] * len(rows.chunks)])
         alike = self.config.mode == "diversity" or self.text is not None or context is None
         compared = None if alike or self.config.compat == "official" else context
-        key = (tuple(images), len(chunks), x.shape, x.device, None if context is None else context.shape)
+        key = (tuple(images), len(rows.chunks), x.shape, x.device, None if context is None else context.shape)
         for known, text, layout in self._layouts:
             if known == key and (compared is None or torch.equal(text, compared)):
                 return layout
-        layout = groups_of(self.config, images, len(chunks), compared, x.shape[0], x.device)
-        if layout is not None:
+        groups, layout = groups_of(self.config, images, rows, compared, x.device), None
+        if groups is not None:
             tokens = 0 if context is None else context.shape[1]
-            layout = Layout(images, *layout, tuple(x.shape[-2:]), self.layers.grid(x.shape), tokens)
+            layout = Layout(images, groups, tuple(x.shape[-2:]), self.layers.grid(x.shape), tokens)
         text = None if compared is None else compared.clone()
         self._layouts = [(key, text, layout), *self._layouts][:_LAYOUTS]
         return layout
 
     def _run(self, original: Callable, x: Tensor, args, kwargs: dict, context: Tensor | None, options: dict) -> Tensor:
-        sources, batch = self.layout.sources, x.shape[0]
-        rows, chunks, _ = _before(x, options)
-        options = options | {ROWS: (rows, chunks, batch + len(sources))}
-        if not sources:
-            return original(x, *args, **kwargs | {"transformer_options": options})
-        each = max(1, rows // len(chunks))
-        for name in ("cond_or_uncond", "uuids"):  # other packs count on: rows = chunks x rows of a chunk
-            known = options.get(name)
-            if known and len(sources) % each == 0:
-                more = [known[min(s // each, len(chunks) - 1)] for s in sources[::each]]
-                options[name] = [*known, *more]
-        args = [with_rows(value, batch, sources) for value in args]
-        kwargs = {n: options if n == "transformer_options" else with_rows(v, batch, sources) for n, v in kwargs.items()}
-        if self.text is not None and context is not None:
-            text = torch.cat([context, self._text(context).expand(len(sources), -1, -1)])
-            if "context" in kwargs:
-                kwargs["context"] = text
-            else:
-                args[1] = text
-            pooled = self.text[1]
-            if pooled is not None and isinstance(kwargs.get("y"), Tensor):
-                kwargs["y"][batch:, : pooled.shape[-1]] = pooled.to(kwargs["y"])
-        images = self.images.rows(self.sampling, options["sigmas"].max(), x)
-        images = images.repeat(len(sources) // len(images), *[1] * (x.ndim - 1))
-        further = [x[s : s + 1, images.shape[1] :] for s in sources]  # an inpainting model's mask and picture
-        return original(torch.cat([x, torch.cat([images, torch.cat(further)], dim=1)]), *args, **kwargs)[:batch]
+        extra = ExtraRows(self.layout.groups.sources)
+        if extra.sources:
+            if self.text is not None and context is not None:
+                extra.context, extra.pooled = self._text(context), self.text[1]
+            images = self.images.rows(self.sampling, options["sigmas"].max(), x)
+            images = repeat(images, "r ... -> (owner r) ...", owner=len(extra.sources) // len(images))
+            further = [x[s : s + 1, images.shape[1] :] for s in extra.sources]  # an inpainting model's mask and picture
+            extra.x = torch.cat([images, torch.cat(further)], dim=1)
+        return call_with_rows(original, x, args, kwargs, extra)
 
     def _text(self, context: Tensor) -> Tensor:
         states, tokens = self.text[0].to(context), context.shape[1]
@@ -251,8 +235,3 @@ class TokenMergingPatch:
         if self.repeats_text and tokens % length == 0:
             return states.repeat(1, tokens // length, 1)
         return F.pad(states, (0, 0, 0, tokens - length))
-
-
-def _before(x: Tensor, options: dict) -> tuple[int, list[int], int]:
-    """(rows, chunks, ...) of this call before any reference row was added."""
-    return options.get(ROWS) or (x.shape[0], list(options.get("cond_or_uncond") or [0]), x.shape[0])

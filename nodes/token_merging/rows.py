@@ -13,80 +13,89 @@ from torch import Tensor
 from ...methods.errors import TokenMergingError
 from ...methods.token_merging.config import NegativeTokenMergingConfig
 from ...methods.token_merging.merging import MergeRows, diversity_rows, reference_rows
+from ..extra_rows import Rows
+
+
+@dataclass(frozen=True, eq=False)
+class Groups:
+    """Which rows are pushed, and from which.
+
+    Args:
+        rows: gate and pairs of the rows that came from the sampler.
+        start, count: the rows that they are matched with, in the layers' batch.
+        sources: for each added row the row whose further inputs it takes; empty in diversity mode.
+    """
+
+    rows: MergeRows
+    start: int
+    count: int
+    sources: list[int]
 
 
 @dataclass(eq=False)
 class Layout:
-    """Which rows of one batch are pushed, and from which.
+    """What token merging does to one batch, and how its tokens lie.
 
     Args:
         images: ("positive" or "negative", image) of each row that came from the sampler.
-        rows: the same rows' gate and pairs.
-        start, count: the rows that they are matched with, in the layers' batch.
-        sources: for each added row the row whose further inputs it takes; empty in diversity mode.
+        groups: which of them are pushed from which rows.
         size: (height, width) of the latent.
         grid: (tokens, rows, columns) where it is the same in all layers. text: tokens of the text.
     """
 
     images: list[tuple[str, int]]
-    rows: MergeRows
-    start: int
-    count: int
-    sources: list[int]
+    groups: Groups
     size: tuple[int, int]
     grid: tuple[int, int, int] | None
     text: int
     _padded: dict[int, MergeRows] = field(default_factory=dict)
 
     def padded(self, total: int) -> MergeRows:
-        """The same for a batch that ends in rows which are not pushed."""
+        """The rows for a batch that ends in rows which are not pushed."""
         if total not in self._padded:
-            gate, pairs = self.rows.gate, self.rows.pairs
+            gate, pairs = self.groups.rows.gate, self.groups.rows.pairs
             more = total - gate.shape[0]
             self._padded[total] = MergeRows(F.pad(gate, (0, more)), F.pad(pairs, (0, 0, 0, more)))
         return self._padded[total]
 
 
-def row_kinds(chunks: Sequence[int], names: Sequence[str | None], rows: int) -> list[tuple[str, int]]:
-    """("positive" or "negative", image) of each row.
+def row_kinds(rows: Rows, names: Sequence[str | None]) -> list[tuple[str, int]]:
+    """("positive" or "negative", image) of each row that came from the sampler.
 
     Args:
-        chunks: ComfyUI's cond_or_uncond: for each run of rows which conditioning it has.
-        names: what the guider calls that conditioning; None: it did not say.
+        names: for each chunk what the guider calls its conditioning; None: it did not say.
     """
-    each = max(1, rows // len(chunks))
     found = []
-    for i in range(rows):
-        chunk = min(i // each, len(chunks) - 1)
-        negative = chunks[chunk] != 0 if names[chunk] is None else "negative" in names[chunk]
-        found.append(("negative" if negative else "positive", i - chunk * each))
+    for i in range(rows.sampled):
+        chunk = rows.chunk_of(i)
+        negative = rows.chunks[chunk] != 0 if names[chunk] is None else "negative" in names[chunk]
+        found.append(("negative" if negative else "positive", i - chunk * rows.each))
     return found
 
 
 def groups_of(
     config: NegativeTokenMergingConfig,
     images: Sequence[tuple[str, int]],
-    chunks: int,
+    rows: Rows,
     context: Tensor | None,
-    batch: int,
     device: torch.device,
-) -> tuple[MergeRows, int, int, list[int]] | None:
-    """(rows, start, count, sources) of a `Layout`, or None where no row is pushed.
+) -> Groups | None:
+    """Which rows are pushed from which, or None where no row is pushed.
 
     Args:
-        context: (batch, T, C): rows of one text share reference rows; None: all do (official: those of a chunk).
-        batch: rows before the reference rows, of which the first len(images) came from the sampler.
+        images: of `row_kinds`.
+        rows: of this call; further reference rows come behind all of them.
+        context: (rows.total, T, C): rows of one text share reference rows; None: all do (official: those of a chunk).
 
     Raises:
         TokenMergingError: diversity mode with a single image.
     """
     groups, sources = [-1] * len(images), []
-    each = max(1, len(images) // chunks)
     for i, (kind, _) in enumerate(images):
         if config.rows == "conditional" and kind == "negative":
             continue
         if config.mode == "diversity" or config.compat == "official":
-            owner = min(i // each, chunks - 1) * each
+            owner = rows.chunk_of(i) * rows.each
         else:
             owner = next((s for s in sources if context is None or torch.equal(context[i], context[s])), i)
         if owner not in sources:
@@ -95,23 +104,10 @@ def groups_of(
     if not sources:
         return None
     if config.mode == "diversity":
-        return diversity_rows(groups, config.diversity, device), 0, len(images), []
+        return Groups(diversity_rows(groups, config.diversity, device), 0, len(images), [])
     count = len(config.reference)
     sources = [source for source in sources for _ in range(count)]
-    return reference_rows(groups, count, device), batch, len(sources), sources
-
-
-def with_rows(value, batch: int, sources: Sequence[int]):
-    """Every tensor of `batch` rows in this value, with the rows `sources` once more at its end."""
-    if isinstance(value, Tensor):
-        if value.ndim == 0 or value.shape[0] != batch:
-            return value
-        return torch.cat([value, *(value[s : s + 1] for s in sources)])
-    if isinstance(value, dict):
-        return {key: with_rows(item, batch, sources) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(with_rows(item, batch, sources) for item in value)
-    return value
+    return Groups(reference_rows(groups, count, device), rows.total, len(sources), sources)
 
 
 def reference_text(reference) -> tuple[Tensor, Tensor | None] | None:

@@ -17,7 +17,7 @@ _WINDOW = 5  # latent cells; one cell alone is close to a coin's toss
 _FULL = 0.9  # agreement drawn in full color, of a soft value's mean magnitude
 
 
-def agreement(evidence: np.ndarray) -> Tensor:
+def sign_agreement(evidence: np.ndarray) -> Tensor:
     """Evidence (C, h, w) -> (h, w) in -1..1: how far the signs around each place agree with the mark's; 0 is chance."""
     evidence = torch.from_numpy(np.asarray(evidence, np.float32))
     sums = torch.stack([evidence.sum(0), evidence.abs().sum(0)])[:, None]
@@ -35,7 +35,7 @@ def heat_map(picture: Tensor, result: DetectionResult, label: str = "") -> Tenso
     grey = picture.float().cpu().mean(0, keepdim=True).expand(3, -1, -1)
     shown = 0.25 + 0.5 * grey if result.transform == AS_GIVEN else torch.full_like(grey, 0.5)
     if result.evidence is not None:
-        cells = agreement(result.evidence)[None, None]
+        cells = sign_agreement(result.evidence)[None, None]
         size = shown.shape[-2:]
         share = F.interpolate(cells, size=size, mode="bilinear", align_corners=False)[0] / _FULL
         ink = torch.where(share[0] > 0, torch.tensor(_AGREES)[:, None, None], torch.tensor(_AGAINST)[:, None, None])

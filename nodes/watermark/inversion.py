@@ -20,9 +20,8 @@ import torch
 from torch import Tensor
 
 from ...methods.errors import WatermarkError
-from ...methods.watermark.detection import FIRST, detect_in, inversion_times
+from ...methods.watermark.detection import FIRST, DetectionConfig, detect_in, inversion_times
 from ...methods.watermark.keyring import Keyring
-from ...methods.watermark.search import Search
 from ..sockets import Detection, digest
 from .noise import unsigned
 
@@ -146,12 +145,12 @@ def detect_pictures(
         mask = torch.nn.functional.interpolate(mask[None].float(), size=images.shape[1:3])[0, 0] > 0.5
     if conditioning is None:
         conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(""))
+    config = DetectionConfig(search=search, size=(height, width) if width else None)
     results = detect_in(
         list(images[..., :3].movedim(-1, 1).float().clamp(0, 1)),
         ComfyInverter(model, vae, conditioning),
         ring,
+        config,
         mask=mask,
-        search=Search() if search else None,
-        size=(height, width) if width else None,
     )
     return Detection(results, digest(images))

@@ -65,7 +65,7 @@ def signed_like(noise: Tensor, key: WatermarkKey, *, time: int = 0, scope: str =
         key: signs; it needs its MAC secret.
         time: seconds since 1970, for the payload where the size carries it; 0 for none.
         scope: separates marks of one key further.
-        bound: say that content is bound, which `content_binding.sample_bound` then does.
+        bound: say that content is bound, which `content.sample_bound` then does.
 
     Raises:
         WatermarkError: a latent too small for a mark, a key that can only detect, or noise that is no plain tensor.

@@ -1,7 +1,7 @@
 """Attacks that need a model: through its autoencoder, through its sampler, and marks stolen for pictures of one's own.
 
-Pictures are (B, 3, H, W) in 0..1 as in `methods.image_attacks`; sides that are no whole latents are cut. The attacker
-may have the signer's own model or another one: give the pipeline that he has.
+Pictures are (B, 3, H, W) in 0..1 as in `methods.attacks.pictures`; sides that are no whole latents are cut. The
+attacker may have the signer's own model or another one: give the pipeline that he has.
 
 worse = regenerate(pipe, pixels, 0.3)
 forged = reprompt(pipe, marked, ["an eared mascot in striped style on sky"])
@@ -17,12 +17,13 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from ...methods.attacks.pictures import Attack, average_forgery, average_removal, check_pixels
+from ...methods.attacks.pictures import Attack, average_forgery, average_removal
 from ...methods.errors import WatermarkError
+from ...methods.pictures import check_pixels
 from ...methods.watermark.statistics import without_offset
 from ..family import denoiser_of, device_of, family_of
-from ..latents import decode_latents, pixels_per_latent
-from ..watermark.inversion import encode_images, invert, multiple_of
+from ..latents import decode_latents, multiple_of, pixels_per_latent
+from ..watermark.inversion import encode_images, invert
 from ..watermark.noise import replace_noise
 
 __all__ = [
@@ -63,7 +64,7 @@ def vae_reencode(pipe, pixels: Tensor) -> Tensor:
     """Encode pictures and decode them again: what every latent model's editor does to them.
 
     Raises:
-        WatermarkError: a model of videos, or things that are no pictures.
+        SemipermError: a model of videos, or things that are no pictures.
     """
     return decode_latents(pipe, _encode(pipe, pixels)).to(pixels)
 
@@ -93,7 +94,7 @@ def regenerate(
         (B, 3, H', W'), sides cut to whole latents.
 
     Raises:
-        WatermarkError: a strength out of range or without a step, a model of videos, things that are no pictures.
+        SemipermError: a strength out of range or without a step, a model of videos, things that are no pictures.
 
     Source: Zhao et al. (arXiv 2306.01953), regeneration; strengths as VINE's W-Bench (arXiv 2410.18775).
     """
@@ -123,7 +124,7 @@ def transplant(
         inversion_steps: evaluations of the denoiser to find the marked noise.
 
     Raises:
-        WatermarkError: as `regenerate`; pictures of two sizes; a sampler that adds noise of its own.
+        SemipermError: as `regenerate`; pictures of two sizes; a sampler that adds noise of its own.
 
     Source: Müller et al. (arXiv 2412.03283), with the noise put in by img2img.
     """
@@ -147,7 +148,7 @@ def imprint(
         inversion_steps: of I; each is one evaluation of the denoiser, kept for its gradient.
 
     Raises:
-        WatermarkError: steps below 0 or inversion steps below 1, pictures of two sizes, a model of videos.
+        SemipermError: steps below 0 or inversion steps below 1, pictures of two sizes, a model of videos.
 
     Source: Müller et al. (arXiv 2412.03283), imprinting.
     """
@@ -194,7 +195,7 @@ def reprompt(
         (B, 3, H', W') in 0..1.
 
     Raises:
-        WatermarkError: as many prompts as do not fit, a model of videos, or things that are no pictures.
+        SemipermError: as many prompts as do not fit, a model of videos, or things that are no pictures.
 
     Source: Müller et al. (arXiv 2412.03283), reprompting; averages as Yang et al. (arXiv 2406.09026) in the noise.
     """

@@ -39,7 +39,7 @@ def import_membranes(pipe, path: str | Path, concept: str | None = None, *, rank
     Args:
         pipe: the pipeline that it was made for, unedited.
         path: a .safetensors file.
-        concept: its name; None is the file's own, else its stem. A packed file keeps its names.
+        concept: its name; None is the file's own, else its stem. A file of several keeps its names.
         rank: for partial checkpoints, at most so many singular values per module; None keeps every one above rounding.
 
     Raises:

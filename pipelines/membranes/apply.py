@@ -56,9 +56,9 @@ def apply_membranes(
         _check_keys(membrane, available, denoiser)
     sites = {}
     for key in membranes.module_keys:
-        packed = pack(membranes, key, cross_terms=config.gate == "official")
-        _check_shape(key, available[key], packed)
-        sites[key] = (available[key], packed)
+        pair = pack(membranes, key, cross_terms=config.gate == "official")
+        _check_shape(key, available[key], pair)
+        sites[key] = (available[key], pair)
     if config.check_base:
         check_base_models(membranes, {key: available[key].weight for key in membranes.module_keys})
     bank = GateBank(functools.partial(encode_text, pipe), membranes, config.gate)
@@ -96,8 +96,8 @@ def _check_keys(membrane: Membrane, available: dict[str, nn.Module], denoiser: n
         )
 
 
-def _check_shape(key: str, module: nn.Module, packed: tuple[Tensor, Tensor, Tensor]) -> None:
-    down, up, _ = packed
+def _check_shape(key: str, module: nn.Module, pair: tuple[Tensor, Tensor, Tensor]) -> None:
+    down, up, _ = pair
     weight = module.weight
     shape = (
         getattr(module, "out_features", getattr(module, "out_channels", weight.shape[0])),

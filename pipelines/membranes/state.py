@@ -39,7 +39,7 @@ class MembraneHandle(Handle):
         self.family = family_of(pipe)
         self.membranes, self.config = membranes, config
         self.strength, self.bank = float(config.strength), bank
-        self.sites = [Site(self, key, module, packed) for key, (module, packed) in sites.items()]
+        self.sites = [Site(self, key, module, pair) for key, (module, pair) in sites.items()]
         modules: list[nn.Module] = [module for module, _ in sites.values()]
         self.hooks = [(module, SiteHook(site)) for module, site in zip(modules, self.sites, strict=True)]
         self.hooks.append((self.denoiser, RootHook(self, self.denoiser)))

@@ -9,22 +9,28 @@ import torch
 from torch import Tensor
 
 from ...methods.errors import WatermarkError
-from ...methods.watermark.content import ENOUGH, LEAST, ROUNDS, Embedding, agreement, bind, perceptual_hash
+from ...methods.watermark.content import ROUNDS, Embedding, draw_bound, perceptual_hash
 from ...methods.watermark.keys import WatermarkKey
 from ...methods.watermark.mark import Payload
 from ..latents import pixels_per_latent
 from .inversion import pixels_of
-from .sign import draw_noise, packed
+from .sign import as_pipeline_input, draw_noise
 
 
 @dataclass(frozen=True)
 class BoundImages:
-    """images: PIL, one a prompt. latents: (B, ...) their initial noise, as the pipeline takes it. agreement: share of
-    the bound content bits that each final picture has itself. draws: how often each was drawn."""
+    """Pictures whose mark knows what they show.
+
+    Args:
+        images: PIL, one a prompt.
+        latents: (B, ...) their initial noise, as the pipeline takes it.
+        content_agreement: share of the bound content bits that each final picture has itself.
+        draws: how often each was drawn.
+    """
 
     images: list
     latents: Tensor
-    agreement: list[float]
+    content_agreement: list[float]
     draws: list[int]
 
 
@@ -44,8 +50,7 @@ def generate_bound(
 ) -> BoundImages:
     """Draw marked pictures whose content is bound to their mark; `detect` then tells a transplanted mark.
 
-    Each picture is drawn two times or more: the first says what it will show, the second starts from noise that says
-    so. Rewriting an eighth of the signs hardly changes a picture; where it does, the new content is written again.
+    Each picture is drawn two times or more, see `methods.watermark.content.draw_bound`.
 
     Args:
         pipe: as for `sign_noise`; Wan's videos are not supported.
@@ -64,26 +69,17 @@ def generate_bound(
     latents = draw_noise(pipe, key, len(prompts), height, width, payload, generator, scope=scope, bound=True)
     scale = pixels_per_latent(pipe)
     kwargs |= {"height": latents.shape[-2] * scale, "width": latents.shape[-1] * scale}
-    images = [None] * len(prompts)
-    share, draws, features = [0.0] * len(prompts), [0] * len(prompts), [None] * len(prompts)
-    pending, kept = list(range(len(prompts))), latents.clone()
-    for turn in range(rounds + 1):
-        drawn = pipe([prompts[i] for i in pending], latents=packed(pipe, latents[pending]), **kwargs).images
-        seen = embedding(torch.stack(pixels_of(pipe, drawn)))
-        for i, image, shown in zip(pending, drawn, seen, strict=True):
-            draws[i] += 1
-            stayed = float(agreement(features[i], shown)) if turn else 0.0
-            if stayed > share[i]:
-                share[i], images[i], kept[i] = stayed, image, latents[i]
-            features[i] = shown
-        pending = [i for i in pending if share[i] < ENOUGH]
-        if not pending or turn == rounds:
-            break
-        latents[pending] = bind(latents[pending], torch.stack([features[i] for i in pending]), key, scope)
-    if lost := [i for i, stayed in enumerate(share) if stayed < LEAST]:
-        raise WatermarkError(
-            f"the content of {len(lost)} of {len(prompts)} pictures (the first: {prompts[lost[0]]!r}) changed whenever"
-            f" it was bound, at best {max(share[i] for i in lost):.0%} of its bits stayed; expected {LEAST:.0%}: allow"
-            " more rounds, take another seed, or an embedding that looks at what matters"
-        )
-    return BoundImages(images, packed(pipe, kept), share, draws)
+
+    def draw(noise: Tensor, rows: list[int]) -> tuple[list, Tensor]:
+        given = as_pipeline_input(pipe, noise[rows])
+        images = pipe([prompts[i] for i in rows], latents=given, **kwargs).images
+        return images, torch.stack(pixels_of(pipe, images))
+
+    advice = "allow more rounds, take another seed, or an embedding that looks at what matters"
+    found = draw_bound(draw, latents, key, advice=advice, rounds=rounds, embedding=embedding, scope=scope)
+    return BoundImages(
+        images=[one.picture for one in found],
+        latents=as_pipeline_input(pipe, torch.stack([one.noise for one in found])),
+        content_agreement=[one.content_agreement for one in found],
+        draws=[one.draws for one in found],
+    )

@@ -5,16 +5,16 @@ result = detect_watermark(pipe, picture, keyring)[0]  # result.verdict, result.p
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from dataclasses import replace
 
 from torch import Tensor
 
 from ...methods.pictures import mask_of
-from ...methods.watermark.content import Embedding, perceptual_hash
-from ...methods.watermark.detection import LADDER, DetectionResult, detect_in
+from ...methods.watermark.detection import DetectionConfig, DetectionResult, detect_in
 from ...methods.watermark.keys import WatermarkKey
-from ...methods.watermark.search import Search
-from .inversion import encode_images, invert, multiple_of, pixels_of
+from ..latents import multiple_of
+from .inversion import encode_images, invert, pixels_of
 
 __all__ = ["PipelineInverter", "detect_watermark"]
 
@@ -42,15 +42,10 @@ def detect_watermark(
     pipe,
     images,
     keyring: Iterable[WatermarkKey],
+    config: DetectionConfig | None = None,
     *,
-    false_positive_rate: float = 1e-6,
-    ladder: Sequence[int] = LADDER,
-    scope: str = "",
-    batch_size: int = 16,
     mask=None,
-    search: Search | bool = False,
-    size: tuple[int, int] | None = None,
-    embedding: Embedding = perceptual_hash,
+    **settings,
 ) -> list[DetectionResult]:
     """Look for the mark of any key in pictures, taking more inversion steps only where fewer do not settle it.
 
@@ -59,15 +54,11 @@ def detect_watermark(
         images: PIL images, tensors (3, H, W) in 0..1 or arrays (H, W, 3), of any sizes, or one of them; for Wan,
             videos: sequences of frames.
         keyring: the keys to try, a `Keyring` or any others.
-        false_positive_rate: at which a mark counts as present, above 0, below 1.
-        ladder: inversion steps of each rung, rising; (1,) costs a single evaluation of the denoiser.
-        scope: as in `sign_noise`.
-        batch_size: pictures at a time.
+        config: how to look.
         mask: PIL image or tensor (H, W), white where an inpainting drew; see `replace_noise`. After
             img2img nothing need be said: inverting all the way finds as much as inverting to its strength.
-        search: where nothing is found, undo flips, turns, shifts and crops; True for the usual ones.
-        size: (height, width) that was signed, where pictures may have been resized or cropped since.
-        embedding: as given to `generate_bound`.
+        settings: fields of `DetectionConfig` in place of the config's: false_positive_rate, ladder, scope, batch_size,
+            search, size, embedding.
 
     Returns:
         One result a picture, in order.
@@ -75,16 +66,7 @@ def detect_watermark(
     Raises:
         WatermarkError: no keys, no pictures, other things than pictures, or an argument out of range.
     """
-    return detect_in(
-        pixels_of(pipe, images),
-        PipelineInverter(pipe, batch_size),
-        keyring,
-        false_positive_rate=false_positive_rate,
-        ladder=ladder,
-        scope=scope,
-        batch_size=batch_size,
-        mask=None if mask is None else mask_of(mask),
-        search=Search() if search is True else search or None,
-        size=size,
-        embedding=embedding,
-    )
+    config = replace(config or DetectionConfig(), **settings)
+    inverter = PipelineInverter(pipe, config.batch_size)
+    mask = None if mask is None else mask_of(mask)
+    return detect_in(pixels_of(pipe, images), inverter, keyring, config, mask=mask)

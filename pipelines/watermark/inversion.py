@@ -22,86 +22,11 @@ from ...methods.errors import WatermarkError
 from ...methods.pictures import picture_of
 from ...methods.watermark.detection import FIRST, inversion_times, whole_cells
 from ..family import Family, denoiser_of, device_of, family_of
-from ..latents import encode_pixels, pixels_per_latent
+from ..latents import encode_pixels, multiple_of, pixels_per_latent
 from ..scheduler import alphas_of
 from ..text import encode_text
 
-__all__ = ["check_scheduler", "encode_images", "invert", "latent_shape", "multiple_of", "pixels_of"]
-
-_DETERMINISTIC = {
-    "DDIMScheduler",
-    "DDIMParallelScheduler",
-    "DEISMultistepScheduler",
-    "DPMSolverMultistepScheduler",
-    "DPMSolverSinglestepScheduler",
-    "EulerDiscreteScheduler",
-    "FlowMatchEulerDiscreteScheduler",
-    "FlowMatchHeunDiscreteScheduler",
-    "HeunDiscreteScheduler",
-    "IPNDMScheduler",
-    "KDPM2DiscreteScheduler",
-    "LMSDiscreteScheduler",
-    "PNDMScheduler",
-    "UniPCMultistepScheduler",
-}
-
-
-def check_scheduler(pipe) -> None:
-    """Refuse a sampler that adds noise on its way: the picture would forget the noise that carries the mark.
-
-    DDIM's `eta` is an argument of the pipeline's call and cannot be seen here: leave it at 0. `replace_noise` sees it.
-
-    Raises:
-        WatermarkError: an ancestral or SDE sampler, or one that is not known to be deterministic.
-    """
-    scheduler = pipe.scheduler
-    names = {c.__name__ for c in type(scheduler).__mro__}
-    name, config = type(scheduler).__name__, scheduler.config
-    algorithm = getattr(config, "algorithm_type", None) or ""
-    if algorithm.startswith("sde"):
-        name += f" with algorithm_type={algorithm!r}"
-    elif getattr(config, "stochastic_sampling", False):
-        name += " with stochastic_sampling=True"
-    elif names & _DETERMINISTIC:
-        return
-    flow = family_of(pipe).flow
-    good = "FlowMatchEulerDiscreteScheduler" if flow else "DDIMScheduler"
-    raise WatermarkError(
-        f"{name} is not known to be deterministic: noise added while sampling drowns the mark in the initial noise;"
-        f" expected a sampler without noise of its own: pipe.scheduler = {good}.from_config(pipe.scheduler.config)"
-        f"{'' if flow else ', or Euler, Heun, DPM-Solver++, UniPC, LMS, DEIS'}"
-    )
-
-
-def latent_shape(pipe, height: int | None = None, width: int | None = None, frames: int | None = None) -> tuple:
-    """The shape of one picture's latents, (C, H, W) or (C, F, H, W), for a size in pixels; None is the model's own.
-
-    Raises:
-        WatermarkError: a size that the model cannot draw.
-    """
-    family, scale, step = family_of(pipe), pixels_per_latent(pipe), multiple_of(pipe)
-    native = getattr(pipe, "default_sample_size", None)
-    if family.video:
-        defaults = 480, 832  # Wan's
-    else:
-        native = native or denoiser_of(pipe)[0].config.sample_size
-        defaults = native * scale, native * scale
-    height, width = height or defaults[0], width or defaults[1]
-    if height < step or width < step or height % step or width % step:
-        raise WatermarkError(f"{type(pipe).__name__} cannot draw {height} x {width}; expected multiples of {step}")
-    channels = pipe.vae.config.get("latent_channels") or pipe.vae.config.z_dim
-    if not family.video:
-        return channels, height // scale, width // scale
-    frames = 81 if frames is None else frames
-    steps = pipe.vae_scale_factor_temporal
-    if frames < 1 or (frames - 1) % steps:
-        raise WatermarkError(f"{type(pipe).__name__} cannot draw {frames} frames; expected a multiple of {steps}, + 1")
-    return channels, (frames - 1) // steps + 1, height // scale, width // scale
-
-
-def multiple_of(pipe) -> int:
-    """What height and width in pixels are a multiple of."""
-    return pixels_per_latent(pipe) * family_of(pipe).patch(denoiser_of(pipe)[0])[1]
+__all__ = ["encode_images", "invert", "pixels_of"]
 
 
 def pixels_of(pipe, images) -> list[Tensor]:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ...methods.errors import WatermarkError
 from ..family import family_of
-from .inversion import check_scheduler
+from .samplers import check_scheduler
 
 __all__ = ["replace_noise"]
 

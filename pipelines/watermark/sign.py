@@ -15,7 +15,8 @@ from ...methods.errors import WatermarkError
 from ...methods.watermark.keys import WatermarkKey
 from ...methods.watermark.mark import KeyedMark, Payload
 from ..family import denoiser_of, device_of, family_of
-from .inversion import check_scheduler, latent_shape
+from ..latents import latent_shape
+from .samplers import check_scheduler
 
 __all__ = ["sign_noise"]
 
@@ -50,15 +51,17 @@ def sign_noise(
         (B, C, H, W), (B, N, C) packed for Flux, (B, C, F, H, W) for Wan; on the pipeline's device, in its dtype.
 
     Raises:
-        WatermarkError: a sampler that adds noise, a size that the model cannot draw or that holds no payload.
+        SemipermError: a sampler that adds noise, a size that the model cannot draw or that holds no payload.
     """
-    return packed(pipe, draw_noise(pipe, key, batch, height, width, payload, generator, frames=frames, scope=scope))
+    return as_pipeline_input(
+        pipe, draw_noise(pipe, key, batch, height, width, payload, generator, frames=frames, scope=scope)
+    )
 
 
 def draw_noise(
     pipe, key, batch=1, height=None, width=None, payload=None, generator=None, *, frames=None, scope="", bound=False
 ) -> Tensor:
-    """As `sign_noise`, in float32 and before `packed`; `bound` as in `KeyedMark.sample`."""
+    """As `sign_noise`, in float32 and before `as_pipeline_input`; `bound` as in `KeyedMark.sample`."""
     check_scheduler(pipe)
     if batch < 1:
         raise WatermarkError(f"noise for {batch} pictures was asked for; expected at least 1")
@@ -68,7 +71,7 @@ def draw_noise(
     return KeyedMark(key, scope).sample(shape, payload, generator, bound=bound)
 
 
-def packed(pipe, latents: Tensor) -> Tensor:
+def as_pipeline_input(pipe, latents: Tensor) -> Tensor:
     """Latents (B, C, H, W) or (B, C, F, H, W) as the pipeline's call takes them: device, dtype, Flux's packing."""
     family = family_of(pipe)
     latents = latents.to(device_of(pipe), torch.float32 if family.video else denoiser_of(pipe)[0].dtype)

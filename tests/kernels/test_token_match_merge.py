@@ -70,16 +70,16 @@ def check_match(score, index, expected):
     assert (top - won)[top > -torch.inf].le(TIE).all()
 
 
-def check_merge(result, x, reference, alpha, threshold, **options):
+def check_merge(result, x, reference, strength, threshold, **options):
     merged, score, index = result
     expected = cosines(x, reference, **options)
     check_match(score, index, expected)
     gate = options.get("gate")
-    strength = torch.as_tensor(alpha, device=x.device).double().expand(len(x)) * (1 if gate is None else gate.double())
-    strength = strength[:, None, None].double()
+    amount = torch.as_tensor(strength, device=x.device).double().expand(len(x)) * (1 if gate is None else gate.double())
+    amount = amount[:, None, None].double()
     other = reference.double().flatten(0, 1)[index.clamp_min(0)]
-    hit = (score > threshold)[..., None] & (strength != 0)
-    wanted = torch.where(hit, x.double() + strength * (x.double() - other), x.double())
+    hit = (score > threshold)[..., None] & (amount != 0)
+    wanted = torch.where(hit, x.double() + amount * (x.double() - other), x.double())
     assert merged.dtype == x.dtype and merged.shape == x.shape and merged.is_contiguous()
     torch.testing.assert_close(merged, wanted.to(x.dtype))
     same_bits(merged[~hit.expand_as(x)], x[~hit.expand_as(x)])
@@ -111,10 +111,10 @@ def test_options(path, poisoned, dtype):
         "gate": torch.tensor([1.0, 0.5, 0.0, 1.0], device=DEVICE),
     }
     options["mask"][1] = False  # row 1 sees that reference alone
-    alpha = torch.tensor([0.9, 0.5, 0.7, -0.6], device=DEVICE)
+    strength = torch.tensor([0.9, 0.5, 0.7, -0.6], device=DEVICE)
     for name, keywords in [("all", options), *((name, {name: options[name]}) for name in options)]:
         given = {{"mask": "reference_mask"}.get(key, key): value for key, value in keywords.items()}
-        check_merge(token_match_merge(x, reference, alpha, 0.6, **given), x, reference, alpha, 0.6, **keywords)
+        check_merge(token_match_merge(x, reference, strength, 0.6, **given), x, reference, strength, 0.6, **keywords)
         given = {{"mask": "key_mask"}.get(key, key): value for key, value in keywords.items()}
         check_match(*best_match(x, reference, **given), cosines(x, reference, **keywords))
         assert name != "all" or (cosines(x, reference, **keywords)[1:] == -torch.inf).all()
@@ -153,7 +153,7 @@ def test_neutral_values_keep_the_bits(path, dtype):
     x[0, 0, 0], x[0, 1] = -0.0, reference[0, 5]
     reference[0, 7] = torch.inf  # 0 * inf would be NaN
     never = torch.zeros(2, 1, dtype=torch.bool, device=DEVICE)
-    for alpha, threshold, options in (
+    for strength, threshold, options in (
         (0.0, -1.0, {}),
         (0.9, 1.01, {}),
         (0.9, -1.0, {"gate": torch.zeros(2, device=DEVICE)}),
@@ -161,13 +161,13 @@ def test_neutral_values_keep_the_bits(path, dtype):
         (0.9, -1.0, {"pairs": never}),
         (0.9, -1.0, {"reference_mask": never[:1].expand(1, 53)}),
     ):
-        merged, score, index = token_match_merge(x, reference, alpha, threshold, **options)
+        merged, score, index = token_match_merge(x, reference, strength, threshold, **options)
         same_bits(merged, x)
         if options:
             assert (score == -torch.inf).all() and (index == -1).all()
 
 
-def test_negative_alpha_pulls_towards_the_reference(path):
+def test_negative_strength_pulls_towards_the_reference(path):
     x, reference = sample("B1-N37-M53-R1-C40")
     merged, _, index = token_match_merge(x, reference, -1.0, -1.0)
     torch.testing.assert_close(merged, reference.flatten(0, 1)[index])
@@ -195,16 +195,16 @@ def test_compiles_whole_and_once(path, backend):
     counter = CompileCounterWithBackend(backend)
 
     @torch.compile(fullgraph=True, backend=counter)
-    def step(x, reference, alpha, gate, pairs):
-        merged, score, _ = token_match_merge(x * 1, reference, alpha, 0.6, gate=gate, pairs=pairs)
+    def step(x, reference, strength, gate, pairs):
+        merged, score, _ = token_match_merge(x * 1, reference, strength, 0.6, gate=gate, pairs=pairs)
         return merged + 0, score, best_match(x, reference, gate=gate)[1]
 
     x, reference = sample("B2-N37-M53-R2-C40")
     for gates in ([1.0, 1.0], [0.0, 1.0], [0.0, 0.0]):
-        alpha, gate = torch.tensor([0.9, -0.5], device=DEVICE), torch.tensor(gates, device=DEVICE)
+        strength, gate = torch.tensor([0.9, -0.5], device=DEVICE), torch.tensor(gates, device=DEVICE)
         pairs = torch.tensor([[1, 0], [int(gates[0]), 1]], device=DEVICE).bool()
-        merged, score, index = step(x, reference, alpha, gate, pairs)
-        expected = token_match_merge(x, reference, alpha, 0.6, gate=gate, pairs=pairs)
+        merged, score, index = step(x, reference, strength, gate, pairs)
+        expected = token_match_merge(x, reference, strength, 0.6, gate=gate, pairs=pairs)
         assert torch.equal(merged, expected[0]) and torch.equal(score, expected[1])
         assert torch.equal(index, best_match(x, reference, gate=gate)[1])
     assert counter.frame_count == 1
@@ -212,19 +212,21 @@ def test_compiles_whole_and_once(path, backend):
 
 def test_gradients_flow_through_the_merge(path):
     x, reference = sample("B2-N37-M53-R1-C40")
-    alpha = torch.tensor([0.9, -0.5], device=DEVICE, requires_grad=True)
+    strength = torch.tensor([0.9, -0.5], device=DEVICE, requires_grad=True)
     x.requires_grad_(), reference.requires_grad_()
-    merged, score, index = token_match_merge(x, reference, alpha, 0.7)
-    plain = token_match_merge(x.detach(), reference.detach(), alpha.detach(), 0.7)
+    merged, score, index = token_match_merge(x, reference, strength, 0.7)
+    plain = token_match_merge(x.detach(), reference.detach(), strength.detach(), 0.7)
     torch.testing.assert_close(merged, plain[0])
     assert torch.equal(score, plain[1]) and not score.requires_grad
     merged.sum().backward()
     hit = (score > 0.7)[..., None].float()
-    torch.testing.assert_close(x.grad, (1 + hit * alpha[:, None, None]).expand_as(x).detach())
-    weight = (hit * alpha[:, None, None]).squeeze(-1).detach()
+    torch.testing.assert_close(x.grad, (1 + hit * strength[:, None, None]).expand_as(x).detach())
+    weight = (hit * strength[:, None, None]).squeeze(-1).detach()
     wanted = torch.zeros(53, device=DEVICE).index_add_(0, index.flatten(), -weight.flatten())
     torch.testing.assert_close(reference.grad[0], wanted[:, None].expand(-1, 40))
-    torch.testing.assert_close(alpha.grad, (hit * (x - reference[0][index])).sum((1, 2)).detach(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        strength.grad, (hit * (x - reference[0][index])).sum((1, 2)).detach(), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_forcing_triton_where_it_cannot_run(monkeypatch):
@@ -248,10 +250,15 @@ def test_forcing_triton_where_it_cannot_run(monkeypatch):
         ({"pairs": torch.ones(2, 1)}, "pairs is torch.float32; expected bool"),
         ({"reference_mask": torch.ones(5).bool()}, r"mask is \(5,\).*expected \(1, 5\)"),
         ({"gate": torch.ones(1)}, r"gate is \(1,\).*expected \(2,\)"),
-        ({"alpha": torch.ones(3)}, r"alpha has shape \(3,\).*a number or \(2,\)"),
+        ({"strength": torch.ones(3)}, r"strength has shape \(3,\).*a number or \(2,\)"),
     ],
 )
 def test_errors_say_what_was_given(change, message):
-    arguments = {"x": torch.zeros(2, 4, 8), "reference": torch.zeros(1, 5, 8), "alpha": 0.9, "threshold": 0.7} | change
+    arguments = {
+        "x": torch.zeros(2, 4, 8),
+        "reference": torch.zeros(1, 5, 8),
+        "strength": 0.9,
+        "threshold": 0.7,
+    } | change
     with pytest.raises(dispatch.KernelError, match=message):
         token_match_merge(**arguments)

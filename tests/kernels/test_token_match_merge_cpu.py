@@ -31,17 +31,17 @@ def ways(request, monkeypatch):
     monkeypatch.setattr(module, "_has_fast_bfloat16", lambda x: request.param == "scan")
 
 
-def naive(x, alpha=0.9, threshold=0.7):
+def naive(x, strength=0.9, threshold=0.7):
     """The released algorithm along the right axis: row 0 is the reference, and is matched with itself too."""
     normal = F.normalize(x, dim=-1)
     score, index = (normal @ normal[:1].transpose(-1, -2)).max(-1)
     match = torch.gather(x[:1].expand_as(x), 1, index[..., None].expand_as(x))
-    merged = torch.where((score > threshold)[..., None], (1 + alpha) * x - alpha * match, x)
+    merged = torch.where((score > threshold)[..., None], (1 + strength) * x - strength * match, x)
     return merged, score, index
 
 
-def ours(x, alpha=0.9, threshold=0.7):
-    return token_match_merge(x[1:], x[:1], alpha, threshold)
+def ours(x, strength=0.9, threshold=0.7):
+    return token_match_merge(x[1:], x[:1], strength, threshold)
 
 
 def tokens(kind: str, side: int, channels: int) -> torch.Tensor:

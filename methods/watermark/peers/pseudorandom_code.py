@@ -117,17 +117,17 @@ class _Code:
 
     @cached_property
     def generator(self) -> np.ndarray:
-        """(n, ceil(width / 8)) uint8 packed rows of G."""
+        """(n, ceil(width / 8)) bytes of bits, the rows of G."""
         size, free = -(-self.width // 8), self.width + self.secrecy
         raw = self._bytes("generator", size * free)
         rows = [int.from_bytes(raw[i : i + size], "big") for i in range(0, len(raw), size)]
         for first, second, _ in self._parents.tolist():
             rows.append(rows[first] ^ rows[second])
-        packed = np.empty((self.elements, size), np.uint8)
-        packed[self._place] = np.frombuffer(b"".join(row.to_bytes(size, "big") for row in rows), np.uint8).reshape(
+        octets = np.empty((self.elements, size), np.uint8)
+        octets[self._place] = np.frombuffer(b"".join(row.to_bytes(size, "big") for row in rows), np.uint8).reshape(
             -1, size
         )
-        return packed
+        return octets
 
     def encode(self, payload: np.ndarray) -> np.ndarray:
         """(width,) -> (n,) uint8 codeword under the pad."""

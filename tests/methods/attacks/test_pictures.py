@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 from semiperm.methods.attacks.pictures import ATTACKS, SUITE, attack, average_forgery, average_removal, parse_attack
-from semiperm.methods.errors import WatermarkError
+from semiperm.methods.errors import SemipermError, WatermarkError
 
 
 def seeded(number=0):
@@ -202,7 +202,7 @@ def test_texts_that_name_no_attack(text, words):
     ],
 )  # fmt: skip
 def test_things_that_are_no_pictures(pixels):
-    with pytest.raises(WatermarkError, match=r"pictures? .*0\.\.1"):
+    with pytest.raises(SemipermError, match=r"pictures? .*0\.\.1"):
         attack(pixels, "none")
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import stats
 from semiperm.methods.errors import WatermarkError
-from semiperm.methods.watermark.content import agreement, bind, content_bits, content_p_value, perceptual_hash
+from semiperm.methods.watermark.content import bind, content_agreement, content_bits, content_p_value, perceptual_hash
 from semiperm.methods.watermark.keys import WatermarkKey
 from semiperm.methods.watermark.mark import KeyedMark, Payload, read
 
@@ -68,7 +68,7 @@ def test_bits_agree_by_the_angle(key):
     first, second = torch.randn(2, 256, generator=seeded(3))
     mixed = 0.9 * first + 0.1 * second
     one, other = (content_bits(key, 7, values, 4000) for values in (first, mixed))
-    assert np.mean(one == other) == pytest.approx(float(agreement(first[None], mixed[None])), abs=0.02)
+    assert np.mean(one == other) == pytest.approx(float(content_agreement(first[None], mixed[None])), abs=0.02)
     assert np.mean(one == content_bits(key, 8, first, 4000)) == pytest.approx(0.5, abs=0.04)  # directions of the nonce
 
 
@@ -82,6 +82,6 @@ def test_the_hash_sees_what_is_where_and_not_how_bright_or_how_large():
     noisy = (picture + 0.05 * torch.randn(picture.shape, generator=seeded(6))).clamp(0, 1)
     small = torch.nn.functional.interpolate(picture, size=(64, 96), mode="area")
     for same in (noisy, small, picture * 0.7):
-        assert agreement(seen, perceptual_hash(same)) > 0.9
-    assert agreement(seen, perceptual_hash(other)) < 0.65
-    assert agreement(seen, perceptual_hash(picture.flip(-1))) < 0.65
+        assert content_agreement(seen, perceptual_hash(same)) > 0.9
+    assert content_agreement(seen, perceptual_hash(other)) < 0.65
+    assert content_agreement(seen, perceptual_hash(picture.flip(-1))) < 0.65

@@ -4,7 +4,7 @@ import pytest
 import torch
 from semiperm.methods.errors import WatermarkError
 from semiperm.methods.watermark.content import bind
-from semiperm.methods.watermark.detection import detect_in, latent_mask, whole_cells
+from semiperm.methods.watermark.detection import DetectionConfig, detect_in, latent_mask, whole_cells
 from semiperm.methods.watermark.keys import WatermarkKey
 from semiperm.methods.watermark.mark import KeyedMark, Payload
 from semiperm.methods.watermark.search import Search
@@ -42,10 +42,10 @@ def test_a_bound_picture_is_valid_and_a_transplant_is_not(key):
     features = torch.randn(2, 64, generator=torch.Generator().manual_seed(2))
     pictures = draw(bind(latents, features, key))
     looks = iter(features[:, None])
-    same = detect_in(pictures, Glass(), [key], embedding=lambda _: next(looks))
+    same = detect_in(pictures, Glass(), [key], DetectionConfig(embedding=lambda _: next(looks)))
     assert [r.verdict for r in same] == ["valid", "valid"]
     assert all(r.content_p_value < 1e-6 and r.payload.unique_id == 9 for r in same)
-    other = detect_in(pictures, Glass(), [key], embedding=lambda _: -features[:1])
+    other = detect_in(pictures, Glass(), [key], DetectionConfig(embedding=lambda _: -features[:1]))
     assert [r.verdict for r in other] == ["content differs", "content differs"]
     assert all(r.content_p_value > 0.01 and r.log10_p < -6 and r.payload.unique_id == 9 for r in other)
     reader = detect_in(pictures, Glass(), [WatermarkKey("studio", 3, key.created, key.stream_key)])
@@ -83,13 +83,27 @@ def test_a_mask_takes_the_nearest_pixel(value, dtype):
 def test_resized_pictures_come_back_to_the_signed_size(key):
     picture = draw(KeyedMark(key).sample((1, 3, 32, 32), Payload(9)))[0]
     large = picture.repeat_interleave(2, -1).repeat_interleave(2, -2)
-    found, without = (detect_in([large], Glass(), [key], size=size)[0] for size in ((64, 64), None))
+    found, without = (detect_in([large], Glass(), [key], DetectionConfig(size=size))[0] for size in ((64, 64), None))
     assert found.verdict == "valid" and without.verdict == "absent"
 
 
 def test_what_cannot_be_looked_at(key):
     picture = torch.rand(3, 64, 64)
     with pytest.raises(WatermarkError, match="whole pictures"):
-        detect_in([picture], Glass(), [key], search=Search(), mask=torch.ones(64, 64))
+        detect_in([picture], Glass(), [key], DetectionConfig(search=Search()), mask=torch.ones(64, 64))
     with pytest.raises(WatermarkError, match="smaller"):
         whole_cells(torch.rand(3, 1, 8), 2)
+
+
+def test_a_config_is_checked_and_made_plain():
+    config = DetectionConfig(ladder=[0, 5], search=True, size=[64, 48])
+    assert (config.ladder, config.search, config.size) == ((0, 5), Search(), (64, 48))
+    assert DetectionConfig(search=False).search is None
+    for wrong, words in (
+        ({"false_positive_rate": 1.0}, "false positive rate is 1.0"),
+        ({"ladder": (5, 5)}, "rising"),
+        ({"batch_size": 0}, "at least 1"),
+        ({"size": (64,)}, "height, width"),
+    ):
+        with pytest.raises(WatermarkError, match=words):
+            DetectionConfig(**wrong)

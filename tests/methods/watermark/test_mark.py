@@ -11,7 +11,7 @@ import torch
 from scipy import stats
 from semiperm.kernels.keyed_correlation import walsh_scores
 from semiperm.methods.errors import WatermarkError
-from semiperm.methods.watermark.fields import fields_of, first_field, packed_first_field
+from semiperm.methods.watermark.fields import fields_of, first_field, first_field_bytes
 from semiperm.methods.watermark.keys import WatermarkKey
 from semiperm.methods.watermark.mark import KeyedMark, Payload, capacity, read
 from semiperm.methods.watermark.statistics import LARGEST, corrected, level_counts, log_chernoff, log_tail, quantise
@@ -165,8 +165,8 @@ def test_scores_are_those_of_the_definition():
     fields, row = fields_of(SMALL), quantise(torch.randn(1, *SMALL, generator=seeded(0)))[0]
     positions, signs = first_field(fields, [key_of(1), key_of(2)], "")
     assert all(len(set(p)) == fields.length for p in positions)
-    packed = packed_first_field(fields, [key_of(1), key_of(2)], "")[1]
-    scores = walsh_scores(torch.from_numpy(row[positions]), torch.from_numpy(packed))
+    eights = first_field_bytes(fields, [key_of(1), key_of(2)], "")[1]
+    scores = walsh_scores(torch.from_numpy(row[positions]), torch.from_numpy(eights))
     for walsh, key, coset in ((0, 0, 0), (5, 1, 3), (255, 0, 31)):
         walsh_bits = np.array([bin(j & walsh).count("1") & 1 for j in range(fields.length)])
         flips = 1 - 2 * (signs[key, coset] ^ walsh_bits).astype(int)
@@ -192,7 +192,7 @@ def uncorrected(kind, shape, trials):
     """The p-value of one pattern fixed beforehand, which has no correction and should be uniform."""
     fields, values = fields_of(shape), []
     for i, row in enumerate(quantise(null_rows(kind, trials, shape))):
-        positions, signs = packed_first_field(fields, [key_of(200000 + i)], "")
+        positions, signs = first_field_bytes(fields, [key_of(200000 + i)], "")
         field = row[positions]
         score = int(walsh_scores(torch.from_numpy(field), torch.from_numpy(signs))[3, 1, 0])
         values.append(math.exp(log_tail(level_counts(field), score)))

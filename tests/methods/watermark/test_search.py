@@ -64,43 +64,43 @@ def _picture(size=SIZE, key=KEY, unique_id=77, seed=0):
 def test_edits_are_found_and_undone(edit, said):
     picture = _picture()
     edited = attack(picture[None], edit, torch.Generator().manual_seed(3))[0]
-    found, tries, evaluations = run(edited, Means(), [OTHER, KEY], Search(), size=SIZE)
-    ((reading, noise, undone, what),) = found
-    assert reading.log10_p + math.log10(2 * tries) < -6 and reading.payload.unique_id == 77 and reading.mac_ok
-    assert said in what and noise.shape == (4, 16, 16) and undone.shape == picture.shape and evaluations <= 256
-    blurred, original = (F.avg_pool2d(x[:, 32:96, 32:96], 8) for x in (undone, picture))
+    found = run(edited, Means(), [OTHER, KEY], Search(), size=SIZE)
+    reading = found.reading
+    assert reading.log10_p + math.log10(2 * found.tries) < -6 and reading.payload.unique_id == 77 and reading.mac_ok
+    assert said in found.transform and found.noise.shape == (4, 16, 16)
+    assert found.picture.shape == picture.shape and found.evaluations <= 256
+    blurred, original = (F.avg_pool2d(x[:, 32:96, 32:96], 8) for x in (found.picture, picture))
     assert torch.corrcoef(torch.stack([blurred.flatten(), original.flatten()]))[0, 1] > 0.7
 
 
 def test_sizes_other_than_square_and_the_signed_one():
     picture = _picture((96, 192))
-    found, *_ = run(picture.rot90(1, (1, 2)), Means(), [KEY], Search())
-    assert found[0][3] == "turned by 90 degrees" and found[0][2].shape == (3, 96, 192)
+    found = run(picture.rot90(1, (1, 2)), Means(), [KEY], Search())
+    assert found.transform == "turned by 90 degrees" and found.picture.shape == (3, 96, 192)
     small = attack(picture[None], "crop:0.8", torch.Generator().manual_seed(0))[0]
-    found, *_ = run(small, Means(), [KEY], Search(), size=(96, 192))
-    assert found[0][0].payload.unique_id == 77 and "cut out" in found[0][3]
+    found = run(small, Means(), [KEY], Search(), size=(96, 192))
+    assert found.reading.payload.unique_id == 77 and "cut out" in found.transform
     double = F.interpolate(picture[None], scale_factor=2, mode="bicubic")[0].clamp(0, 1)
-    found, *_ = run(double, Means(), [KEY], Search(), size=(96, 192))
-    assert found[0][0].payload.unique_id == 77 and found[0][3] == "as given"
+    found = run(double, Means(), [KEY], Search(), size=(96, 192))
+    assert found.reading.payload.unique_id == 77 and found.transform == "as given"
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_other_keys_and_their_p_values(seed):
     inverter = Means()
-    found, tries, evaluations = run(_picture(seed=seed), inverter, [OTHER], Search(budget=100), size=SIZE)
-    assert found[0][0].log10_p + math.log10(tries) > -2 and found[0][0].payload is None
-    assert evaluations == inverter.inverted <= 100
-    found, _, evaluations = run(_picture(seed=seed), inverter, [OTHER], Search(budget=1), size=SIZE)
-    assert evaluations == 1 and found[0][0].payload is None
+    found = run(_picture(seed=seed), inverter, [OTHER], Search(budget=100), size=SIZE)
+    assert found.reading.log10_p + math.log10(found.tries) > -2 and found.reading.payload is None
+    assert found.evaluations == inverter.inverted <= 100
+    found = run(_picture(seed=seed), inverter, [OTHER], Search(budget=1), size=SIZE)
+    assert found.evaluations == 1 and found.reading.payload is None
 
 
 def test_steps_are_counted():
     inverter = Means()
-    *_, evaluations = run(_picture().flip(2), inverter, [KEY], Search(steps=3))
-    assert evaluations == inverter.inverted == 24
-    *_, evaluations = run(_picture().flip(2), Means(), [KEY], Search(steps=0))
-    assert evaluations == 0
-    assert run(_picture(), Means(), [KEY], Search(steps=5, budget=3)) == ([], 1, 0)
+    found = run(_picture().flip(2), inverter, [KEY], Search(steps=3))
+    assert found.evaluations == inverter.inverted == 24
+    assert run(_picture().flip(2), Means(), [KEY], Search(steps=0)).evaluations == 0
+    assert run(_picture(), Means(), [KEY], Search(steps=5, budget=3)) is None
 
 
 @pytest.mark.parametrize(("cell", "phases"), [(8, 3), (8, 2), (16, 2)])
@@ -154,7 +154,7 @@ def test_plain_areas():
     assert torch.equal(filled[:, 11], picture[:, 12]) and torch.equal(filled[:, valid > 0], picture[:, valid > 0])
     blank = torch.zeros(3, *SIZE)
     assert without_flats(blank)[0] is blank  # nothing to fill it with
-    assert run(blank, Means(), [KEY], Search(budget=8))[0][0][0].payload is None
+    assert run(blank, Means(), [KEY], Search(budget=8)).reading.payload is None
 
 
 @pytest.mark.parametrize(
@@ -182,5 +182,5 @@ def test_on_the_canvas(edit):
     prompt = "an eared mascot in striped style on sky"
     (image,) = pipe(prompt, latents=noise, guidance_scale=DEFAULT_GUIDANCE, output_type="pt").images
     edited = attack(image[None], edit, torch.Generator().manual_seed(2))[0]
-    found, tries, _ = run(edited, PipelineInverter(pipe), [KEY], Search(), size=SIZE)
-    assert found[0][0].log10_p + math.log10(2 * tries) < -6 and found[0][0].payload.unique_id == 5
+    found = run(edited, PipelineInverter(pipe), [KEY], Search(), size=SIZE)
+    assert found.reading.log10_p + math.log10(2 * found.tries) < -6 and found.reading.payload.unique_id == 5

@@ -149,7 +149,7 @@ def test_the_map_is_green_where_the_mark_agrees_and_red_where_not(home):
     heat = importlib.import_module("semiperm.nodes.watermark.heatmap")
     evidence = np.random.default_rng(0).uniform(0.1, 1, (4, 16, 16)).astype(np.float32)
     evidence[:, :, 8:] *= -1
-    share = heat.agreement(evidence)
+    share = heat.sign_agreement(evidence)
     assert share.shape == (16, 16) and share[:, :5].min() > 0.99 and share[:, 11:].max() < -0.99
     images = torch.full((2, 128, 128, 3), 0.5)
     maps = heat.heat_maps(images, [result(evidence), result(None, verdict="absent")], "first\nsecond")

@@ -8,7 +8,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from semiperm.canvas import load_pipeline
 from semiperm.methods.attacks.pictures import ATTACKS, attack
-from semiperm.methods.errors import WatermarkError
+from semiperm.methods.errors import SemipermError, WatermarkError
 from semiperm.methods.watermark.keys import WatermarkKey
 from semiperm.methods.watermark.mark import KeyedMark, read
 from semiperm.methods.watermark.statistics import without_offset
@@ -115,7 +115,7 @@ def test_what_cannot_be_attacked():
         (lambda: vae_reencode(pipe, torch.rand(1, 3, 1, 32)), "at least 2 x 2"),
         (lambda: vae_reencode(pipe, pixels * 9), r"leave 0\.\.1"),
         (lambda: regenerate(pipe, pixels * 9, 0.5), r"leave 0\.\.1"),
-        (lambda: regenerate(pipe, "a.png", 0.5), "str was given"),
+        (lambda: regenerate(pipe, "a.png", 0.5), "is str; expected"),
         (lambda: reprompt(pipe, pixels, ["a"] * 3), "3 prompts were given for 2 stolen"),
         (lambda: reprompt(pipe, pixels[:1], []), "0 prompts"),
         (lambda: transplant(pipe, wide, pixels), "one size"),
@@ -125,7 +125,7 @@ def test_what_cannot_be_attacked():
         (lambda: imprint(pipe, pixels, pixels, -1), "steps >= 0"),
         (lambda: imprint(pipe, pixels, pixels, inversion_steps=0), "1 inversion step"),
     ):
-        with pytest.raises(WatermarkError, match=words):
+        with pytest.raises(SemipermError, match=words):
             call()
 
 

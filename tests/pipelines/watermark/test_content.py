@@ -25,7 +25,7 @@ SETTINGS = {"guidance_scale": DEFAULT_GUIDANCE, "num_inference_steps": DEFAULT_S
 def test_a_reprompted_picture_shows_something_else():
     pipe, key = load_pipeline(), WatermarkKey.new("studio", 1)
     bound = generate_bound(pipe, key, PROMPTS, generator=torch.Generator().manual_seed(0), **SETTINGS)
-    assert len(bound.images) == 3 and min(bound.agreement) > 0.75 and min(bound.draws) >= 2
+    assert len(bound.images) == 3 and min(bound.content_agreement) > 0.75 and min(bound.draws) >= 2
     genuine = detect_watermark(pipe, bound.images, [key])
     assert sum(r.verdict == "valid" for r in genuine) >= 2 and all(r.content_p_value is not None for r in genuine)
     forged = detect_watermark(pipe, pipe(OTHERS, latents=bound.latents, **SETTINGS).images, [key])
@@ -54,7 +54,7 @@ def test_every_family_can_be_bound(family):
         guidance_scale=1.0,
         **more,
     )
-    assert found.draws == [2, 2] and found.agreement == pytest.approx([1, 1], abs=1e-3)
+    assert found.draws == [2, 2] and found.content_agreement == pytest.approx([1, 1], abs=1e-3)
     assert shapes == [(2, 3, 32, 32)] * 2 and len(found.latents) == 2
 
 

@@ -7,7 +7,9 @@ import torch
 from PIL import Image
 from semiperm.methods.errors import SemipermError, WatermarkError
 from semiperm.pipelines.family import denoiser_of
-from semiperm.pipelines.watermark.inversion import check_scheduler, encode_images, invert, latent_shape
+from semiperm.pipelines.latents import latent_shape
+from semiperm.pipelines.watermark.inversion import encode_images, invert
+from semiperm.pipelines.watermark.samplers import check_scheduler
 from tiny_models import FAMILIES, build, build_wan
 
 ALL = (*FAMILIES, "wan")
@@ -72,7 +74,7 @@ def test_shapes_are_the_pipelines_own(family):
     assert encode_images(pipe, video).shape == (2, *shape)
     if family in ("sd15", "sd2", "sdxl"):
         assert latent_shape(pipe) == (4, 8, 8)
-    with pytest.raises(WatermarkError, match="multiples of"):
+    with pytest.raises(SemipermError, match="multiples of"):
         latent_shape(pipe, 33, 32, frames)
 
 

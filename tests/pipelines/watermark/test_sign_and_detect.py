@@ -9,7 +9,7 @@ import semiperm.pipelines.watermark.sign as face
 import torch
 from diffusers import StableDiffusionPipeline
 from semiperm.canvas import DEFAULT_GUIDANCE, DEFAULT_STEPS, load_pipeline
-from semiperm.methods.errors import WatermarkError
+from semiperm.methods.errors import SemipermError
 from semiperm.methods.watermark.keyring import Keyring
 from semiperm.methods.watermark.keys import WatermarkKey
 from semiperm.pipelines.watermark.detect import detect_watermark
@@ -149,8 +149,8 @@ def test_what_cannot_be_signed_or_searched(key):
         (lambda: detect_watermark(pipe, picture, [key], ladder=(5, 1)), "ladder"),
         (lambda: detect_watermark(pipe, [], [key]), "no pictures"),
     ):
-        with pytest.raises(WatermarkError, match=words):
+        with pytest.raises(SemipermError, match=words):
             call()
     pipe.scheduler = diffusers.EulerAncestralDiscreteScheduler.from_config(pipe.scheduler.config)
-    with pytest.raises(WatermarkError, match="EulerAncestral"):
+    with pytest.raises(SemipermError, match="EulerAncestral"):
         sign_noise(pipe, key, 1, 32, 32)
