@@ -17,7 +17,7 @@ from torch import Tensor
 from ..errors import WatermarkError
 from .content import Embedding, content_p_value, perceptual_hash
 from .edits import cells_inside, without_flats
-from .keys import WatermarkKey
+from .keys import FORMAT, WatermarkKey
 from .mark import Payload, Reading, read
 from .search import Search
 from .search import run as search_edits
@@ -63,14 +63,14 @@ class DetectionResult:
 
     verdict: "valid" (mark present, payload authenticated, and the content is what was signed where it is bound),
     "content differs" (an authentic mark in a picture that shows something else: a transplant), "unverified" (mark
-    present, but the payload did not decode, or its MAC is wrong, or the keyring has no MAC key: treat the payload as
-    a claim) or "absent".
+    present, but the payload did not decode, or its MAC is wrong, or the keyring has no MAC key, or content was bound in
+    format 1, which a holder of a detector's copy can forge: treat the payload as a claim) or "absent".
     p_value, log10_p: the chance that a picture made without the keys looks so marked; all keys, nonces, rungs of the
     ladder and edits undone are accounted for. payload: None if absent or not decoded. key_id, key_name: None if
     absent. bit_confidence: share of the payload field's weight that agrees with the decoded payload, about .5 without
     a mark. model_evaluations: of the denoiser, over all rungs and edits.
     content_p_value: the chance that a picture of unrelated content fits the bound one so well; None where no content
-    is bound or the payload was not decoded. transform: the edit that was undone, "as given" without one.
+    is bound or the payload was not authenticated. transform: the edit that was undone, "as given" without one.
     evidence: float32 in the latent's shape (C, h, w), positive where the mark agrees; None where nothing was decoded.
     """
 
@@ -345,12 +345,14 @@ class _Detector:
         if case.log10_p > self.config.log10_rate:
             return absent
         verdict, content = "valid" if reading.mac_ok else "unverified", None
-        if reading.bound:
+        if reading.bound and reading.mac_ok:  # a detector's copy cannot tell
             key = next(k for k in reversed(self.keys) if (k.key_id, k.name) == (reading.key_id, reading.key_name))
             features = self.config.embedding(best.pixels[None])[0]
             content = content_p_value(best.noise, reading, features, key, self.config.scope)
-            if verdict == "valid" and content > CONTENT:
+            if content > CONTENT:
                 verdict = "content differs"
+            elif reading.format < FORMAT:  # a holder of a detector's copy could have bound this content
+                verdict = "unverified"
         return replace(
             absent,
             verdict=verdict,

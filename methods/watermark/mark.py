@@ -5,8 +5,9 @@ N(0, I), and a fresh nonce for each image keeps images of one key unrelated. The
 (fields.py), the payload under an error-correcting code (code.py).
 
 Who can do what: a holder of the stream secret can read marks, forge their presence and copy a payload; only a holder
-of the MAC secret can make a payload that verifies. The MAC binds payload, key, nonce and shape, not the picture: who
-inverts a marked picture can carry its whole noise over to another (transplant), and content binding has to catch that.
+of the MAC secret can make a payload that verifies. The MAC binds payload, key, nonce, shape and format (keys.py), not
+the picture: who inverts a marked picture can carry its whole noise over to another (transplant), and content binding,
+which takes the content secret, has to catch that.
 The nonces of small latents are short (14 bits below 4,096 elements, 34..40 from 4,096 on): after some 100 images of
 1,024 elements two share a nonce and with it their signs up to the difference of their payloads.
 """
@@ -38,7 +39,7 @@ from .fields import (
     second_signs,
     split,
 )
-from .keys import WatermarkKey
+from .keys import FORMAT, WatermarkKey
 from .statistics import corrected, level_counts, log_chernoff, log_tail, quantise
 
 _SCREENED = 1 << 20  # elements of first fields, of all keys in one call: some 20 MB
@@ -113,6 +114,7 @@ class Reading:
             the fit of chance without a mark, 1 for untouched noise.
         nonce: the likeliest nonce.
         bound: whether the payload says that content is bound; None without a payload.
+        format: of the picture (`keys.FORMAT`), told by the MAC; None unless `mac_ok`.
         evidence: one image's latent of soft values times the signs that the mark says, float32: positive where the
             mark agrees, 0 where content is bound; None without a mark beyond chance.
     """
@@ -126,6 +128,7 @@ class Reading:
     bit_confidence: float
     nonce: int
     bound: bool | None = None
+    format: int | None = None
     evidence: np.ndarray | None = field(default=None, repr=False, compare=False)
 
 
@@ -160,8 +163,11 @@ def _bits(value: int, count: int) -> list[int]:
     return [value >> (count - 1 - i) & 1 for i in range(count)]
 
 
-def _mac(key: WatermarkKey, layout: Layout, body: Sequence[int], shape: tuple[int, ...], nonce: int, scope: str):
-    message = json.dumps(["payload", scope, *shape, key.key_id, nonce, "".join(map(str, body))])
+_MESSAGES = {1: "payload", 2: "payload 2"}  # by format
+
+
+def _mac(fields: Fields, layout: Layout, key: WatermarkKey, scope: str, nonce: int, body: Sequence[int], form=FORMAT):
+    message = json.dumps([_MESSAGES[form], scope, *fields.shape, key.key_id, nonce, "".join(map(str, body))])
     return _bits(key.mac(message.encode(), layout.mac), layout.mac)
 
 
@@ -246,7 +252,8 @@ class KeyedMark:
             else:
                 entry = payload if isinstance(payload, Payload) else payload[index]
             body = _body(entry, self.key, layout, bound)
-            code_bits = _code(fields, layout).encode(body + _mac(self.key, layout, body, image, nonce, self.scope))
+            sealed = body + _mac(fields, layout, self.key, self.scope, nonce, body)
+            code_bits = _code(fields, layout).encode(sealed)
             _lay(flips[index], fields, self.key, self.scope, nonce, code_bits, first)
         signs = torch.from_numpy(1 - 2 * flips.astype(np.int8)).reshape(shape)
         return (magnitude.abs_() * signs.to(source)).to(device=device, dtype=dtype)
@@ -366,14 +373,16 @@ def _reading(
     p_value, log10_p = corrected(min(log_first, log_joint - math.log(_JOINT)), tries)
     if log_joint + math.log(tries) >= _DECODED:
         return Reading(p_value, log10_p, key.key_id, key.name, None, None, confidence, nonce)
-    body, payload, mac_ok = decoded[: layout.payload], None, None
+    body, payload, mac_ok, form = decoded[: layout.payload], None, None, None
     if key.mac_key is not None:
-        mac_ok = _mac(key, layout, body.tolist(), fields.shape, nonce, scope) == decoded[layout.payload :].tolist()
+        seal, about = decoded[layout.payload :].tolist(), (fields, layout, key, scope, nonce, body.tolist())
+        form = next((n for n in key.formats if _mac(*about, n) == seal), None)
+        mac_ok = form is not None
     # A weak mark is decoded to a neighbour of its codeword, which is just as far beyond chance.
     soft = row[places].astype(np.float64)
     fit = (2 * confidence - 1) * np.abs(soft).sum()
     if mac_ok or fit**2 > _CLEAR * code.steps * (soft @ soft):
         payload = _payload(body, layout)
     evidence = evidence.reshape(fields.shape).astype(np.float32)
-    said = payload, mac_ok, confidence, nonce, bound if payload else None, evidence
+    said = payload, mac_ok, confidence, nonce, bound if payload else None, form, evidence
     return Reading(p_value, log10_p, key.key_id, key.name, *said)
