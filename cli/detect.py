@@ -68,7 +68,7 @@ def run(
             for file in part:
                 if isinstance(found[file], Exception):
                     failed += 1
-                    typer.echo(f"error: {file}: {common.one_line(found[file])}", err=True)
+                    common.complain(found[file], file)
                     continue
                 if file in pictures:
                     finished.put(digests[file], found[file])
@@ -191,8 +191,7 @@ def show(console, rows: list[dict], ring) -> None:
         made = payload.get("time")
         made = datetime.fromtimestamp(made, timezone.utc).strftime("%Y-%m-%d %H:%M") if made else ""
         p = f"{row['p_value']:.2g}" if row["p_value"] > 1e-99 else f"1e{row['log10_p']:.0f}"
-        file = row["file"].encode("utf-8", "backslashreplace").decode()
         key = names.get(row["key_id"], "")
-        said = (file, row["verdict"], p, key, str(payload.get("unique_id", "")), made)
-        table.add_row(*map(Text, (*said, row.get("transform", ""))))
+        said = (row["file"], row["verdict"], p, key, str(payload.get("unique_id", "")), made)
+        table.add_row(*map(Text, map(common.printable, (*said, row.get("transform", "")))))
     console.print(table)
