@@ -10,10 +10,11 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from ...methods.pictures import mask_of
+from ...methods.pictures import as_exif_says, mask_of
 from ...methods.watermark.detection import DetectionConfig, DetectionResult, detect_in
 from ...methods.watermark.keys import WatermarkKey
-from ..latents import multiple_of
+from ..family import family_of
+from ..latents import latent_shape, multiple_of, pixels_per_latent
 from .inversion import encode_images, invert, pixels_of
 
 __all__ = ["PipelineInverter", "detect_watermark"]
@@ -30,6 +31,7 @@ class PipelineInverter:
     def __init__(self, pipe, batch_size: int = 16):
         self._pipe, self._batch_size = pipe, batch_size
         self.multiple = multiple_of(pipe)
+        self.native = None if family_of(pipe).video else latent_shape(pipe)[-1] * pixels_per_latent(pipe)
 
     def encode(self, pixels: list[Tensor]) -> Tensor:
         return encode_images(self._pipe, pixels, self._batch_size)
@@ -48,6 +50,9 @@ def detect_watermark(
     **settings,
 ) -> list[DetectionResult]:
     """Look for the mark of any key in pictures, taking more inversion steps only where fewer do not settle it.
+
+    Pictures need not have the size that was signed: their own and the model's are both looked at, and so is what the
+    EXIF orientation of PIL images says.
 
     Args:
         pipe: a pipeline of the model that drew them; which scheduler it has does not matter.
@@ -69,4 +74,9 @@ def detect_watermark(
     config = replace(config or DetectionConfig(), **settings)
     inverter = PipelineInverter(pipe, config.batch_size)
     mask = None if mask is None else mask_of(mask)
-    return detect_in(pixels_of(pipe, images), inverter, keyring, config, mask=mask)
+    pixels = pixels_of(pipe, images)
+    if not family_of(pipe).video:
+        files = [images] if len(pixels) == 1 and hasattr(images, "convert") else images
+        turned = [as_exif_says(file) for file in files] if len(files) == len(pixels) else [None] * len(pixels)
+        pixels = [one if other is None else (one, other) for one, other in zip(pixels, turned, strict=True)]
+    return detect_in(pixels, inverter, keyring, config, mask=mask)
