@@ -104,12 +104,16 @@ def console():
 
 @contextmanager
 def progress(label: str, total: int | None):
-    """A progress bar on stderr; yields `advance(n=1)`."""
+    """A progress bar on stderr, with what is printed meanwhile above it; yields `advance(n=1)`."""
+    import sys
+
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    # Lines for another program must go to stdout itself, not through the bar's console.
+    how = {"transient": True, "redirect_stdout": sys.stdout.isatty()}
+    with Progress(*columns, console=Console(stderr=True), **how) as bar:
         task = bar.add_task(label, total=total)
         yield lambda n=1: bar.advance(task, n)
 

@@ -57,8 +57,8 @@ def look(file: Path, keyring: Path, model: str, device: str, dtype: str) -> dict
     from ..methods.watermark.keyring import load_keyring
     from . import detect
 
-    ring, picture = load_keyring(keyring), detect.read_picture(file)
-    row = detect.look(common.load_model(model, device, dtype), ring, {file: picture})[file]
+    ring, opened = load_keyring(keyring), detect.open_picture(file)
+    row = detect.look_into(common.load_model(model, device, dtype), ring, opened)
     if isinstance(row, Exception):
         raise common.CliError(f"{file}: {common.one_line(row)}") from row
     payload = row["payload"] or {}

@@ -60,8 +60,8 @@ def as_rgb(image):
         values = np.asarray(image, dtype=np.float64)
         if not np.isfinite(values).all():
             raise SemipermError("a picture of floats holds NaN or Inf; expected grey from 0 (black) to 1")
-        top = float(values.max(initial=0))
-        scale = 1 if image.mode == "F" and top <= 1 else 255 if top <= 255 and image.mode != "I;16" else 65535
+        top, floats = float(values.max(initial=0)), image.mode == "F"
+        scale = 1 if floats and top <= 1 else 255 if top <= 255 and image.mode in ("F", "I") else max(65535, top)
         grey = np.rint(np.clip(values / scale, 0, 1) * 255).astype(np.uint8)
         from PIL import Image
 
