@@ -1,4 +1,5 @@
-"""Classifiers that try to tell marked from plain noise: of means, of pairs of elements, and of neighbourhoods."""
+"""Classifiers that try to tell marked from plain noise: of means, of pairs of elements, of neighbourhoods, and of known
+latents: pictures of one key can be linked, see docs/watermark.md."""
 
 from __future__ import annotations
 
@@ -55,6 +56,23 @@ def _pairs(x: Tensor, y: Tensor) -> Callable[[Tensor], Tensor]:
     return score
 
 
+def _nearest(x: Tensor, y: Tensor) -> Callable[[Tensor], Tensor]:
+    """The largest agreement of signs with any marked latent that is known, less that with any plain one."""
+    signs = x.flatten(1).sign()
+    known, others = signs[y > 0], signs[y == 0]
+
+    def score(z: Tensor) -> Tensor:
+        z = z.flatten(1).sign()
+        nearest = []
+        for group in (known, others):
+            agreement = z @ group.T
+            agreement[agreement == z.shape[1]] = -z.shape[1]  # itself, where what was learned from is asked
+            nearest.append(agreement.amax(1))
+        return nearest[0] - nearest[1]
+
+    return score
+
+
 def _trained(model: nn.Sequential, x: Tensor, y: Tensor) -> Callable[[Tensor], Tensor]:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -77,4 +95,4 @@ def _trained(model: nn.Sequential, x: Tensor, y: Tensor) -> Callable[[Tensor], T
     return score
 
 
-CLASSIFIERS = {"logistic": _logistic, "pairs": _pairs, "convolutional": _convolutional}
+CLASSIFIERS = {"logistic": _logistic, "pairs": _pairs, "convolutional": _convolutional, "nearest": _nearest}

@@ -1,15 +1,18 @@
 """Keyed payload mark in the initial noise, with exact statistics and no database.
 
 sign(z_i) = keystream_i XOR codeword_i and |z_i| half-normal: under a random key the noise of each image is exactly
-N(0, I), and a fresh nonce for each image keeps images of one key unrelated. The nonce lies in the latent itself
-(fields.py), the payload under an error-correcting code (code.py).
+N(0, I). The nonce, fresh for each image, lies in the latent itself (fields.py), the payload under an error-correcting
+code (code.py).
 
 Who can do what: a holder of the stream secret can read marks, forge their presence and copy a payload; only a holder
 of the MAC secret can make a payload that verifies. The MAC binds payload, key, nonce, shape and format (keys.py), not
 the picture: who inverts a marked picture can carry its whole noise over to another (transplant), and content binding,
 which takes the content secret, has to catch that.
-The nonces of small latents are short (14 bits below 4,096 elements, 34..40 from 4,096 on): after some 100 images of
-1,024 elements two share a nonce and with it their signs up to the difference of their payloads.
+
+Images of one key can be linked without it: the first field says 14 bits of the nonce (16 from 65,536 elements on) with
+one of as many fixed patterns, so that of some hundred images two share one, and who compares their noise sees it.
+Latents below 4,096 elements have no second field: there such a pair shares all signs up to the difference of its
+payloads.
 """
 
 from __future__ import annotations

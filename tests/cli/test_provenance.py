@@ -163,7 +163,12 @@ def test_signed_pictures_with_a_manifest(untrained_canvas, keyring, certificate,
         assert manifest["binding"] == f"{record['key_id']:03x}-{record['unique_id']}"
         written = file.read_bytes()
         key = load_keyring(keyring).get("studio")
-        secrets = key.stream_key, key.mac_key, (tmp_path / "private_key.pem").read_bytes().splitlines()[1]
+        secrets = (
+            key.stream_key,
+            key.mac_key,
+            key.content_key,
+            (tmp_path / "private_key.pem").read_bytes().splitlines()[1],
+        )
         assert not [secret for secret in secrets if secret in written]
     table = "".join(runs("provenance", file).split())
     assert "Signer,Tests" in table and "Valid" in table
