@@ -57,18 +57,13 @@ def _pairs(x: Tensor, y: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def _nearest(x: Tensor, y: Tensor) -> Callable[[Tensor], Tensor]:
-    """The largest agreement of signs with any marked latent that is known, less that with any plain one."""
-    signs = x.flatten(1).sign()
-    known, others = signs[y > 0], signs[y == 0]
+    """The largest agreement of signs with any marked latent that is known: finds those that share a pattern."""
+    known = x[y > 0].flatten(1).sign()
 
     def score(z: Tensor) -> Tensor:
-        z = z.flatten(1).sign()
-        nearest = []
-        for group in (known, others):
-            agreement = z @ group.T
-            agreement[agreement == z.shape[1]] = -z.shape[1]  # itself, where what was learned from is asked
-            nearest.append(agreement.amax(1))
-        return nearest[0] - nearest[1]
+        agreement = z.flatten(1).sign() @ known.T
+        agreement[agreement == known.shape[1]] = -known.shape[1]  # itself, where what was learned from is asked
+        return agreement.amax(1)
 
     return score
 

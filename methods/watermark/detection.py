@@ -217,12 +217,15 @@ def detect_in(
         raise WatermarkError("a search for edits was asked for with a mask or in videos; it works on whole pictures")
     detector = _Detector(inverter, keys, config, mask)
     seen = [detector.cases(readings) for readings in files]
-    for turn in range(max(map(len, seen), default=0)):
-        left = [cases for cases in seen if turn < len(cases) and not any(c.settled(config.log10_rate) for c in cases)]
-        for part in _batches([cases[turn] for cases in left], config.batch_size):
-            detector.climb(part)
-            if part := [case for case in part if case.filled and not case.settled(config.log10_rate)]:
-                detector.climb(part, filled=True)
+    several = max(map(len, seen), default=0)
+    # All views up to a few steps before any of them goes higher, which takes ten times as long.
+    for rungs in filter(None, (config.ladder[:2], config.ladder[2:]) if several > 1 else (config.ladder,)):
+        for turn in range(several):
+            left = [cases for cases in seen if not any(case.settled(config.log10_rate) for case in cases)]
+            for part in _batches([cases[turn] for cases in left if turn < len(cases)], config.batch_size):
+                detector.climb(part, rungs)
+                if part := [case for case in part if case.filled and not case.settled(config.log10_rate)]:
+                    detector.climb(part, rungs, filled=True)
     results = []
     for cases, readings in zip(seen, files, strict=True):
         case = replace(cases[0], looks=[look for c in cases for look in c.looks])
@@ -294,14 +297,14 @@ class _Detector:
             self._elements[shape] = self.inverter.encode([pixels])[0].numel()
         return self._elements[shape]
 
-    def climb(self, cases: list[_Case], *, filled: bool = False) -> None:
-        """Up the ladder, with areas of one colour as they are or filled."""
+    def climb(self, cases: list[_Case], rungs: Sequence[int], *, filled: bool = False) -> None:
+        """Up these rungs of the ladder, with areas of one colour as they are or filled."""
         config, inverter = self.config, self.inverter
         pictures = [case.filled[0] if filled else case.pixels for case in cases]
         latents, pending = inverter.encode(pictures), list(range(len(cases)))
         inside = self._inside(cases, latents, filled)
         share = len(config.ladder) * (1 if config.search is None else 2)
-        for steps in config.ladder:
+        for steps in rungs:
             noise = levelled(inverter.invert(latents[pending], steps), inside[pending])
             for row, i, reading in zip(noise, pending, read(noise, self.keys, scope=config.scope), strict=True):
                 case = cases[i]
