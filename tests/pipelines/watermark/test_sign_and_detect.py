@@ -63,7 +63,7 @@ def test_unmodified_pipelines_take_the_noise(family, dtype, key):
 def test_pictures_of_every_family_can_be_searched(family, key):
     pipe = build_wan() if family == "wan" else build(family)
     pictures = torch.rand(2, 5, 3, 64, 64) if family == "wan" else torch.rand(2, 3, 32, 32)
-    results = detect_watermark(pipe, pictures, [key], ladder=(0, 2))
+    results = detect_watermark(pipe, pictures, [key], ladder=(0, 2), size=tuple(pictures.shape[-2:]))
     assert [r.verdict for r in results] == ["absent", "absent"]
     assert all(r.model_evaluations == 2 and r.payload is None and r.key_id is None for r in results)
     assert all(0 < r.p_value <= 1 for r in results)
