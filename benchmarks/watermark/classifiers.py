@@ -57,12 +57,13 @@ def _pairs(x: Tensor, y: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def _nearest(x: Tensor, y: Tensor) -> Callable[[Tensor], Tensor]:
-    """The largest agreement of signs with any marked latent that is known: finds those that share a pattern."""
+    """The largest agreement of signs, or disagreement, with any marked latent that is known: of those that share a
+    pattern, half have it the other way round."""
     known = x[y > 0].flatten(1).sign()
 
     def score(z: Tensor) -> Tensor:
-        agreement = z.flatten(1).sign() @ known.T
-        agreement[agreement == known.shape[1]] = -known.shape[1]  # itself, where what was learned from is asked
+        agreement = (z.flatten(1).sign() @ known.T).abs()
+        agreement[agreement == known.shape[1]] = 0  # itself, where what was learned from is asked
         return agreement.amax(1)
 
     return score

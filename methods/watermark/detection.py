@@ -101,7 +101,8 @@ class DetectionConfig:
         batch_size: pictures in the model at a time, at least 1.
         search: edits to undo where the ladder finds nothing (flips, turns, shifts, crops); True for the usual ones,
             None or False for none.
-        size: (height, width) that was signed, in pixels, where pictures may have been resized or cropped since.
+        size: (height, width) that was signed, in pixels. None tries the picture's own and, where the inverter knows
+            it, the model's; a search then divides its budget among them.
         embedding: as when the content was bound.
 
     Raises:

@@ -118,7 +118,7 @@ def test_the_ladder_stops_early_and_pays_for_every_rung(key, monkeypatch):
         return [SimpleNamespace(p_value=10**v, log10_p=v, mac_ok=v < -8, **said) for v in values]
 
     monkeypatch.setattr(core, "read", read)
-    first, second = detect_watermark(pipe, torch.rand(2, 3, 32, 32), [key], ladder=(0, 1, 5))
+    first, second = detect_watermark(pipe, torch.rand(2, 3, 32, 32), [key], ladder=(0, 1, 5), size=(32, 32))
     assert rows == [2, 2, 1]
     assert first.verdict == "valid" and first.model_evaluations == 1
     assert first.log10_p == pytest.approx(-9 + torch.tensor(3.0).log10().item())
