@@ -235,6 +235,15 @@ def test_a_detector_and_bound_pictures_forge_no_other_content(key, how):
     assert all(r.verdict == "content differs" and r.log10_p < -6 for r in found)  # the lifted seal itself is right
 
 
+def test_what_binding_cannot_do_is_as_the_page_says(key):
+    """The negative of a picture says the opposite of each bit, so whoever knows where they lie turns all of them."""
+    shown = contents(6, 2)
+    noise = signed_and_bound(key, shown)
+    positions = split(fields_of(SHAPE), first_field(fields_of(SHAPE), [key.detector()], "")[0][0])[1]
+    noise.view(2, -1)[:, positions] *= -1
+    assert verdicts(draw(noise, 1 - shown), key) == ["valid"] * 2
+
+
 def test_a_detector_does_not_vouch_for_content(key):
     shown = contents(6)
     bound = draw(signed_and_bound(key, shown), shown)
