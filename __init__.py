@@ -7,6 +7,41 @@ a module name that is a file path: no relative import may stand at module level.
 
 import importlib
 
+TYPE_CHECKING = False  # as in `typing`, which is not worth its import here
+if TYPE_CHECKING:  # for editors and type checkers, which cannot follow `__getattr__`
+    from .kernels.errors import KernelError
+    from .methods.errors import MembraneError, ModelError, SemipermError, TokenMergingError, WatermarkError
+    from .methods.membranes.closed_form import ClosedFormConfig
+    from .methods.membranes.config import MembraneConfig
+    from .methods.membranes.file import load_membranes, save_membranes
+    from .methods.membranes.types import GateProbe, LowRank, Membrane, Membranes
+    from .methods.provenance.record import Provenance, read_provenance, write_provenance
+    from .methods.schedule import Window
+    from .methods.token_merging.config import NegativeTokenMergingConfig
+    from .methods.watermark.detection import DetectionConfig, DetectionResult
+    from .methods.watermark.keyring import Keyring, load_keyring, save_keyring, update_keyring
+    from .methods.watermark.keys import WatermarkKey
+    from .methods.watermark.mark import Payload
+    from .methods.watermark.search import Search
+    from .pipelines.loaders import load_pipeline
+    from .pipelines.membranes.adapters import export_lora, import_membranes
+    from .pipelines.membranes.apply import apply_membranes, remove_membranes
+    from .pipelines.membranes.erase import erase_concepts
+    from .pipelines.membranes.pipelines import (
+        MembraneFluxPipeline,
+        MembraneMixin,
+        MembraneStableDiffusion3Pipeline,
+        MembraneStableDiffusionPipeline,
+        MembraneStableDiffusionXLPipeline,
+    )
+    from .pipelines.token_merging.apply import apply_negative_token_merging, remove_negative_token_merging
+    from .pipelines.token_merging.mixin import TokenMergingMixin
+    from .pipelines.watermark.content import BoundImages, generate_bound
+    from .pipelines.watermark.detect import detect_watermark
+    from .pipelines.watermark.mixin import WatermarkMixin
+    from .pipelines.watermark.noise import replace_noise
+    from .pipelines.watermark.sign import sign_noise
+
 WEB_DIRECTORY = "./web"
 _EXPORTS = {
     # errors, and what several families share
@@ -59,15 +94,67 @@ _EXPORTS = {
     "replace_noise": "pipelines.watermark.noise",
     "save_keyring": "methods.watermark.keyring",
     "sign_noise": "pipelines.watermark.sign",
+    "update_keyring": "methods.watermark.keyring",
     "write_provenance": "methods.provenance.record",
 }
-__all__ = sorted(_EXPORTS)
+__all__ = [
+    "BoundImages",
+    "ClosedFormConfig",
+    "DetectionConfig",
+    "DetectionResult",
+    "GateProbe",
+    "KernelError",
+    "Keyring",
+    "LowRank",
+    "Membrane",
+    "MembraneConfig",
+    "MembraneError",
+    "MembraneFluxPipeline",
+    "MembraneMixin",
+    "MembraneStableDiffusion3Pipeline",
+    "MembraneStableDiffusionPipeline",
+    "MembraneStableDiffusionXLPipeline",
+    "Membranes",
+    "ModelError",
+    "NegativeTokenMergingConfig",
+    "Payload",
+    "Provenance",
+    "Search",
+    "SemipermError",
+    "TokenMergingError",
+    "TokenMergingMixin",
+    "WatermarkError",
+    "WatermarkKey",
+    "WatermarkMixin",
+    "Window",
+    "apply_membranes",
+    "apply_negative_token_merging",
+    "detect_watermark",
+    "erase_concepts",
+    "export_lora",
+    "generate_bound",
+    "import_membranes",
+    "load_keyring",
+    "load_membranes",
+    "load_pipeline",
+    "read_provenance",
+    "remove_membranes",
+    "remove_negative_token_merging",
+    "replace_noise",
+    "save_keyring",
+    "save_membranes",
+    "sign_noise",
+    "update_keyring",
+    "write_provenance",
+]
 
 
-def __getattr__(name):
-    if name in _EXPORTS:
-        return getattr(importlib.import_module(f".{_EXPORTS[name]}", __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+if not TYPE_CHECKING:  # a type checker would take every name for one of ours
+
+    def __getattr__(name):
+        if name in _EXPORTS:
+            return getattr(importlib.import_module(f".{_EXPORTS[name]}", __name__), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__():

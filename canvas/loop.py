@@ -2,24 +2,20 @@
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from ..methods.files import save_safetensors
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write safetensors through a temporary file, so that a stopped run leaves the previous file whole."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".partial")
-    save_file({k: v.detach().contiguous().clone() for k, v in tensors.items()}, str(temporary), metadata=metadata)
-    os.replace(temporary, path)
+    """Write safetensors; a stopped run leaves the previous file whole."""
+    save_safetensors(tensors, path, metadata)
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:

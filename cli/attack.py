@@ -64,7 +64,7 @@ def run(
     standard error and left out; the exit code is then 1. The originals stay as they are.
     """
     from ..methods.attacks.pictures import ATTACKS, SUITE, parse_attack
-    from ..methods.errors import WatermarkError
+    from ..methods.errors import SemipermError
     from ..pipelines.attacks.pictures import model_attacks
 
     known = ATTACKS | model_attacks(None)
@@ -90,7 +90,7 @@ def run(
                     row.append(thumbnail(image))
                     written += 1
                     advance()
-            except (common.CliError, WatermarkError) as error:
+            except (common.CliError, SemipermError) as error:
                 failed += 1
                 typer.echo(f"error: {file}: {common.one_line(error)}", err=True)
                 continue

@@ -6,9 +6,10 @@ from typing import Annotated
 
 import typer
 
-from . import common
+from . import common, worlds
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Render, train and check the embedded model.")
+app.add_typer(worlds.app, name="worlds")
 
 
 @app.command(epilog="Example: semiperm canvas render --object robot --style sketch -o robot.png")

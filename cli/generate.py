@@ -3,6 +3,7 @@
 import io
 import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -59,44 +60,85 @@ def run(
     the key's id and a unique id, which `semiperm provenance` shows.
     """
     paths = output_paths(output, prompt)
-    key = signing_key(sign, keyring, seed)
-    credentials = c2pa_credentials(c2pa_cert, c2pa_key, key)
-    if provider is not None and key is None:
-        raise common.CliError("--provider needs --sign and --keyring: the provenance record comes with the mark")
-    if bind_content and key is None:
-        raise common.CliError("--bind-content needs --sign and --keyring: it is the mark that content is bound to")
+    signing = signing_options(sign, keyring, seed, bind_content, provider, c2pa_cert, c2pa_key)
     for text in membrane or ():
         common.split_strength(text)
     pipe = common.load_model(model, device, dtype)
     stack = common.load_stack(pipe, membrane or [])
     sampling = common.sampling(model, steps, guidance)
-    noises = (
-        seeded(seed or 0, len(prompt)) if key is None else signed(pipe, key, model, provider, len(prompt), bind_content)
-    )
-
-    from ..methods.membranes.config import MembraneConfig
-    from ..pipelines.membranes.apply import apply_membranes
-
-    handle = apply_membranes(pipe, stack, MembraneConfig(gate=gate)) if len(stack) else None
+    starts = seeded(seed or 0, len(prompt)) if signing is None else signed(pipe, signing, model, len(prompt))
     if negative is not None:
         sampling["negative_prompt"] = negative
+    handle = applied(pipe, stack, gate)
     with common.progress("generating", len(prompt)) as advance:
-        for words, path, (noise, origin, provenance) in zip(prompt, paths, noises, strict=True):
-            if bind_content:
-                image = bound(pipe, key, words, **noise, **sampling)
-            else:
-                image = pipe(words, **noise, **sampling).images[0]
-            record = {"model": model, "prompt": words, **origin, **sampling}
+        for words, path, start in zip(prompt, paths, starts, strict=True):
+            image = drawn(pipe, words, start, signing, sampling)
+            record = {"model": model, "prompt": words, **start.origin, **sampling}
             if handle is not None:
                 record |= {"membranes": list(stack.concepts), "fired": handle.report()}
-            if provenance is None:
+            if signing is None:
                 common.write_png(path, image, record)
             else:
-                common.write_file(path, sealed(image, record, provenance, credentials))
+                common.write_file(path, sealed(image, record, start.provenance, signing.credentials))
             advance()
     console = common.console()
     for path in paths:
         console.print(str(path), markup=False)
+
+
+@dataclass(frozen=True)
+class Signing:
+    """How pictures are signed; whole and right before a model is loaded.
+
+    Args:
+        key: a `WatermarkKey` that can sign.
+        bind_content: whether the mark says what the picture shows.
+        provider: who offers the program, or None.
+        credentials: what signs C2PA manifests, or None.
+    """
+
+    key: object
+    bind_content: bool
+    provider: str | None
+    credentials: object
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where one picture begins.
+
+    Args:
+        arguments: for the call that draws it: a generator, marked latents, or the payload where content is bound.
+        origin: what the picture's record says of it; no secrets.
+        provenance: its provenance record; None for unsigned pictures.
+    """
+
+    arguments: dict
+    origin: dict
+    provenance: object = None
+
+
+def signing_options(
+    sign: str | None,
+    keyring: Path | None,
+    seed: int | None,
+    bind_content: bool,
+    provider: str | None,
+    certificate: Path | None,
+    private_key: Path | None,
+) -> Signing | None:
+    """What --sign and all that needs it ask for; None without --sign.
+
+    Raises:
+        CliError: options that do not go together, or a key that cannot sign.
+    """
+    key = signing_key(sign, keyring, seed)
+    credentials = c2pa_credentials(certificate, private_key, key)
+    if provider is not None and key is None:
+        raise common.CliError("--provider needs --sign and --keyring: the provenance record comes with the mark")
+    if bind_content and key is None:
+        raise common.CliError("--bind-content needs --sign and --keyring: it is the mark that content is bound to")
+    return None if key is None else Signing(key, bind_content, provider, credentials)
 
 
 def signing_key(name: str | None, keyring: Path | None, seed: int | None):
@@ -139,6 +181,69 @@ def c2pa_credentials(certificate: Path | None, private_key: Path | None, key):
     return load_credentials(certificate, private_key)
 
 
+def applied(pipe, stack, gate: str):
+    """The handle of the membranes, or None without any."""
+    if not len(stack):
+        return None
+    from ..methods.membranes.config import MembraneConfig
+    from ..pipelines.membranes.apply import apply_membranes
+
+    return apply_membranes(pipe, stack, MembraneConfig(gate=gate))
+
+
+def seeded(seed: int, count: int) -> list[Start]:
+    """Plain noise for each picture, from seeds that count up."""
+    return [Start({"generator": common.generators([seed + i])}, {"seed": seed + i}) for i in range(count)]
+
+
+def signed(pipe, signing: Signing, model: str, count: int) -> list[Start]:
+    """Marked noise for each picture, or its payload where `generate_bound` draws the noise."""
+    from ..methods.provenance.record import describe
+    from ..pipelines.watermark.samplers import check_scheduler
+    from ..pipelines.watermark.sign import sign_noise
+
+    check_scheduler(pipe)
+    payloads = payloads_for(pipe, count)
+    if signing.bind_content:
+        noises = [{"payload": payload} for payload in payloads]
+    else:
+        noises = [{"latents": noise[None]} for noise in sign_noise(pipe, signing.key, count, payload=payloads)]
+    starts = []
+    for arguments, payload in zip(noises, payloads, strict=True):
+        provenance = describe(model, signing.key, payload, provider=signing.provider)
+        origin = {"key_id": provenance.key_id, "unique_id": provenance.unique_id}
+        starts.append(Start(arguments, origin, provenance))
+    return starts
+
+
+def payloads_for(pipe, count: int) -> list:
+    """A payload for each picture: a fresh unique id, and time and model where its latent carries them."""
+    import secrets
+    from time import time
+
+    from ..methods.membranes.base_model import base_model_hash
+    from ..methods.watermark.mark import Payload, capacity
+    from ..pipelines.family import denoiser_of
+    from ..pipelines.latents import latent_shape
+
+    bits, said = capacity(latent_shape(pipe)), {}  # a small latent carries some fields only
+    if bits.time:
+        said["time"] = int(time())
+    if bits.model:
+        weights = {name: value for name, value in denoiser_of(pipe)[0].state_dict().items() if value.ndim == 2}
+        said["model"] = int(base_model_hash(weights), 16) >> (64 - bits.model)
+    return [Payload(secrets.randbits(bits.unique_id), **said) for _ in range(count)]
+
+
+def drawn(pipe, prompt: str, start: Start, signing: Signing | None, sampling: dict):
+    """One picture."""
+    if signing is None or not signing.bind_content:
+        return pipe(prompt, **start.arguments, **sampling).images[0]
+    from ..pipelines.watermark.content import generate_bound
+
+    return generate_bound(pipe, signing.key, prompt, **start.arguments, **sampling).images[0]
+
+
 def sealed(image, record: dict, provenance, credentials) -> bytes:
     """A PNG with the record, the provenance record and, signed last, the C2PA manifest: whole before it is written."""
     from ..methods.provenance.picture_file import parse
@@ -152,52 +257,6 @@ def sealed(image, record: dict, provenance, credentials) -> bytes:
 
         data = sign(data, credentials)
     return data
-
-
-def seeded(seed: int, count: int) -> list[tuple[dict, dict, None]]:
-    """For each picture the pipeline's argument for plain noise, and what the record says of it."""
-    return [({"generator": common.generators([seed + i])}, {"seed": seed + i}, None) for i in range(count)]
-
-
-def bound(pipe, key, prompt: str, **options):
-    """A picture whose mark knows what it shows."""
-    from ..pipelines.watermark.content import generate_bound
-
-    return generate_bound(pipe, key, prompt, **options).images[0]
-
-
-def signed(pipe, key, model: str, provider: str | None, count: int, bind_content: bool) -> list[tuple]:
-    """For each picture the argument for marked noise (or the payload, where `bound` draws the noise), what the record
-    says of it, and its provenance: no secrets."""
-    import secrets
-    from time import time
-
-    from ..methods.membranes.base_model import base_model_hash
-    from ..methods.provenance.record import describe
-    from ..methods.watermark.mark import Payload, capacity
-    from ..pipelines.family import denoiser_of
-    from ..pipelines.latents import latent_shape
-    from ..pipelines.watermark.samplers import check_scheduler
-    from ..pipelines.watermark.sign import sign_noise
-
-    check_scheduler(pipe)
-    bits, said = capacity(latent_shape(pipe)), {}  # a small latent carries some fields only
-    if bits.time:
-        said["time"] = int(time())
-    if bits.model:
-        weights = {name: value for name, value in denoiser_of(pipe)[0].state_dict().items() if value.ndim == 2}
-        said["model"] = int(base_model_hash(weights), 16) >> (64 - bits.model)
-    payloads = [Payload(secrets.randbits(bits.unique_id), **said) for _ in range(count)]
-    if bind_content:
-        noises = [{"payload": payload} for payload in payloads]
-    else:
-        noises = [{"latents": noise[None]} for noise in sign_noise(pipe, key, count, payload=payloads)]
-    pictures = []
-    for noise, payload in zip(noises, payloads, strict=True):
-        provenance = describe(model, key, payload, provider=provider)
-        origin = {"key_id": provenance.key_id, "unique_id": provenance.unique_id}
-        pictures.append((noise, origin, provenance))
-    return pictures
 
 
 def output_paths(output: Path, prompts: list[str]) -> list[Path]:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 
 import torch
@@ -28,6 +29,7 @@ __all__ = [
     "next_power_of_2",
     "tl",
     "triton",
+    "without_autocast",
 ]
 
 
@@ -67,6 +69,19 @@ def interpreted() -> bool:
 @jit
 def _probe():
     pass
+
+
+def without_autocast(function):
+    """The function with autocast off: its matmuls run in the precision that it says, not in the caller's."""
+
+    @functools.wraps(function)
+    def exact(first: Tensor, *args, **kwargs):
+        if not torch.is_autocast_enabled(first.device.type):
+            return function(first, *args, **kwargs)
+        with torch.autocast(first.device.type, enabled=False):
+            return function(first, *args, **kwargs)
+
+    return exact
 
 
 def needs_grad(*tensors: Tensor) -> bool:

@@ -17,6 +17,7 @@ from __future__ import annotations
 from itertools import groupby
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from .dispatch import check_tensors, interpreted, jit, kernel_path, needs_grad, next_power_of_2, tl, triton
@@ -52,13 +53,14 @@ def _formula(y: Tensor, x: Tensor, down: Tensor, up: Tensor, gamma: Tensor) -> T
     rows, dtype = x.shape[0], y.dtype
     if dtype is torch.float16 and x.device.type == "cpu":
         y, x, down, up = y.float(), x.float(), down.float(), up.float()
-    h = (x.reshape(-1, x.shape[-1]) @ down.T).view(rows, -1, down.shape[0])
+    h = rearrange(x.reshape(-1, x.shape[-1]) @ down.T, "(b n) r -> b n r", b=rows)
     gates = gamma.to(x.dtype).unsqueeze(1)
     h = h * gates if needs_grad(h, gates) else h.mul_(gates)
-    return torch.addmm(y.reshape(-1, y.shape[-1]), h.flatten(0, 1), up).view(y.shape).to(dtype)
+    return torch.addmm(y.reshape(-1, y.shape[-1]), rearrange(h, "b n r -> (b n) r"), up).view(y.shape).to(dtype)
 
 
-# tile of ranks -> (tokens, features of out, features of in, warps, stages)
+# tile of ranks -> (tokens, features of out, features of in, warps, stages): the more ranks, the less beside them, so
+# that nothing spills (tests/kernels/test_resources.py)
 _CONFIGS = {16: (64, 128, 64, 4, 3), 32: (64, 128, 32, 4, 3), 64: (64, 128, 64, 4, 3), 128: (64, 64, 32, 8, 3)}
 
 

@@ -19,6 +19,7 @@ On a CPU: butterflies in the narrowest integers that hold them, in blocks that s
 from __future__ import annotations
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from .dispatch import jit, kernel_path, tl, triton
@@ -27,10 +28,10 @@ from .errors import KernelError
 __all__ = ["compile_cases", "keyed_correlation", "keyed_correlation_reference", "walsh_scores"]
 
 LARGEST = 15  # magnitude of a value: see the proof above
-_LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
+_LENGTHS = (256, 512, 1024, 2048, 4096, 8192)  # 16,384 would take P = 4, and float16 would round
 _KEYS = 32  # of a block on a CPU: butterflies run over this many neighbours or more
-_SCORES = 1 << 20  # of a block on a CPU
-_CHUNKS = 16  # of a stream's scores, where its peak is looked for
+_SCORES = 1 << 20  # of a block on a CPU: 2 MiB in int16, about a core's cache
+_CHUNKS = 16  # of a stream's scores: only the best one is searched again for its peak's place; chosen by hand
 
 
 def walsh_scores(values: Tensor, signs: Tensor) -> Tensor:
@@ -54,10 +55,10 @@ def _scratch(scores: int, device: torch.device) -> Tensor:
 
 def _plus_minus(signs: Tensor) -> Tensor:
     """(K, cosets, L / 8) bytes of bits -> (L, cosets, K) int8, 1 or -1."""
-    keys, cosets, width = signs.shape
-    shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=signs.device).view(1, 8, 1, 1)
-    bits = (signs.permute(2, 1, 0).contiguous().unsqueeze(1) >> shifts).bitwise_and_(1)
-    return bits.view(torch.int8).mul_(-2).add_(1).reshape(8 * width, cosets, keys)
+    shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=signs.device)
+    octets = rearrange(signs, "key coset octet -> octet 1 coset key").contiguous()
+    bits = (octets >> rearrange(shifts, "bit -> 1 bit 1 1")).bitwise_and_(1)
+    return rearrange(bits.view(torch.int8).mul_(-2).add_(1), "octet bit coset key -> (octet bit) coset key")
 
 
 def _butterflies(field: Tensor, streams: Tensor, scratch: Tensor) -> Tensor:
@@ -109,9 +110,9 @@ def keyed_correlation_reference(values: Tensor, positions: Tensor, signs: Tensor
 def _best(scores: Tensor) -> tuple[Tensor, Tensor]:
     """(L, cosets, K) -> (K,) peaks and pattern numbers: the best chunk of each stream, then the place in it."""
     length, cosets, keys = scores.shape
-    chunks = scores.view(_CHUNKS, length // _CHUNKS, cosets, keys)
+    chunks = rearrange(scores, "(chunk place) coset key -> chunk place coset key", chunk=_CHUNKS)
     tops = torch.maximum(chunks.amax(1), -chunks.amin(1))
-    top, place = tops.transpose(0, 1).reshape(cosets * _CHUNKS, keys).max(0)  # the first
+    top, place = rearrange(tops, "chunk coset key -> (coset chunk) key").max(0)  # the first
     coset, chunk = place // _CHUNKS, place % _CHUNKS
     line = chunks[chunk, :, coset, torch.arange(keys, device=scores.device)]
     within = (line.abs() == top[:, None]).to(torch.uint8).argmax(1)
@@ -121,8 +122,8 @@ def _best(scores: Tensor) -> tuple[Tensor, Tensor]:
 
 
 _ELEMENTS = 8192  # of a step: one stream of 8,192, or as many shorter ones as make that
-_WARPS, _STAGES = 8, 1
-_IMAGES = 16  # at most, of one program
+_WARPS, _STAGES = 8, 1  # spill nothing (tests/kernels/test_resources.py)
+_IMAGES = 16  # at most, of one program, which then reads a key's streams once for all of them
 _PROGRAMS = 1024  # enough to fill a GPU
 
 

@@ -20,18 +20,22 @@ Extra memory: one block of keys in bfloat16 and one tile of scores, whatever N a
 from __future__ import annotations
 
 import torch
+from einops import rearrange
 from torch import Tensor
+
+from .dispatch import without_autocast
 
 __all__ = ["best_match_reference", "token_match_merge_reference"]
 
-QUERY_BLOCK = 256
+QUERY_BLOCK = 256  # with these keys a tile of bfloat16 scores is 2 MiB: about a core's cache
 KEY_BLOCK = 4096
 SMALL = 2**20  # scores of one query row, and elements to blend, up to which one step is quicker than blocks
 CHUNK = 1024  # rows of C channels that are worked on in float32 at once
-MAX_CANDIDATES = 16
+MAX_CANDIDATES = 16  # of a query, eight times the usual number; chosen by hand
 EPSILON = 1e-12  # a shorter vector has cosine 0 with everything
 
 
+@without_autocast
 def best_match_reference(
     queries: Tensor,
     keys: Tensor,
@@ -89,11 +93,11 @@ def _best_match_small(queries, keys, pairs, key_mask, gate) -> tuple[Tensor, Ten
     unit = unit * _inverse_norm(unit)[:, :, None]
     for used, rows in groups.items():
         at, of = torch.tensor(rows, device=queries.device), torch.tensor(used, device=queries.device)
-        mine = queries.index_select(0, at).float().flatten(0, 1)
-        cosine = mine @ unit.index_select(0, of).flatten(0, 1).t()
+        mine = rearrange(queries.index_select(0, at).float(), "b n c -> (b n) c")
+        cosine = mine @ rearrange(unit.index_select(0, of), "r m c -> c (r m)")
         if key_mask is not None:
             cosine.masked_fill_(~key_mask.index_select(0, of).flatten(), -torch.inf)
-        tiles = cosine.view(len(rows), tokens, len(used), length)
+        tiles = rearrange(cosine, "(b n) (r m) -> b n r m", n=tokens, m=length)  # a view: cosine is written to
         for i, b in enumerate(rows):
             for k, r in enumerate(used):
                 if not allowed[b][r]:
@@ -101,8 +105,8 @@ def _best_match_small(queries, keys, pairs, key_mask, gate) -> tuple[Tensor, Ten
         found, column = cosine.max(1)
         found *= _inverse_norm(mine)
         column = (of[column // length] * length + column % length).masked_fill_(found == -torch.inf, -1)
-        score.index_copy_(0, at, found.view(-1, tokens))
-        index.index_copy_(0, at, column.view(-1, tokens))
+        score.index_copy_(0, at, rearrange(found, "(b n) -> b n", n=tokens))
+        index.index_copy_(0, at, rearrange(column, "(b n) -> b n", n=tokens))
     return score, index
 
 

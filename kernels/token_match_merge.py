@@ -27,7 +27,7 @@ CONFIGS = {
     "half": {"BM": 128, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 3},
     "half_short": {"BM": 64, "BN": 128, "BK": 64, "num_warps": 4, "num_stages": 3},  # few tokens: more programs
 }
-SHORT = 2048
+SHORT = 2048  # tokens, up to which tiles of 128 make 16 programs a row or fewer: too few for a GPU of a hundred cores
 
 
 def _config(dtype: torch.dtype, tokens: int, channels: int) -> dict[str, int]:

@@ -13,15 +13,17 @@ import secrets
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from .errors import SemipermError
 
-__all__ = ["locked", "read_safetensors", "save_safetensors", "whole_file", "write_file"]
+__all__ = ["PICKLES", "locked", "open_safetensors", "read_safetensors", "save_safetensors", "whole_file", "write_file"]
 
 _PATIENCE = 60.0  # seconds that a lock is waited for: others hold it for the time of one read and one write
-_PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
+# Names that pickles usually have; what begins as a pickle is refused under any name.
+PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
 
 
 @contextlib.contextmanager
@@ -128,7 +130,9 @@ def _same(descriptor: int, path: Path) -> bool:
         return False
 
 
-def save_safetensors(tensors: Mapping[str, Tensor], path: str | os.PathLike, metadata: dict[str, str]) -> Path:
+def save_safetensors(
+    tensors: Mapping[str, Tensor], path: str | os.PathLike, metadata: dict[str, str] | None = None
+) -> Path:
     """Write tensors as `whole_file` does; they may be views and may lie on a GPU."""
     from safetensors.torch import save_file
 
@@ -138,8 +142,9 @@ def save_safetensors(tensors: Mapping[str, Tensor], path: str | os.PathLike, met
     return Path(path)
 
 
-def read_safetensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read all tensors and the metadata of a safetensors file.
+@contextlib.contextmanager
+def open_safetensors(path: str | os.PathLike) -> Iterator[Any]:
+    """Open a safetensors file, whose keys, metadata and tensors are then read one by one (safetensors' `safe_open`).
 
     Raises:
         SemipermError: no such file, a pickle (which can run any code when loaded), or no readable safetensors file.
@@ -152,13 +157,23 @@ def read_safetensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[s
     with path.open("rb") as file:
         head = file.read(9)
     pickled = head.startswith((b"\x80", b"PK\x03\x04")) and head[8:] != b"{"  # a safetensors header may be 128 long
-    if path.suffix.lower() in _PICKLES or pickled:
+    if path.suffix.lower() in PICKLES or pickled:
         raise SemipermError(
             f"{str(path)!r} is a pickle, which can run any code when loaded; expected safetensors: convert it where you"
             " trust it (torch.load(..., weights_only=True), then safetensors.torch.save_file)"
         )
     try:
         with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118 (not a dict)
+            yield file
     except (SafetensorError, OSError) as error:
         raise SemipermError(f"{str(path)!r} is not a readable safetensors file ({error})") from None
+
+
+def read_safetensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read all tensors and the metadata of a safetensors file.
+
+    Raises:
+        SemipermError: as `open_safetensors`.
+    """
+    with open_safetensors(path) as file:
+        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118 (not a dict)

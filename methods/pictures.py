@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, TypeAlias
+
 import numpy as np
 import torch
 from einops import rearrange
@@ -9,13 +12,20 @@ from torch import Tensor
 
 from .errors import SemipermError
 
-__all__ = ["as_exif_says", "as_rgb", "check_pixels", "from_pil", "mask_of", "picture_of"]
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = ["Mask", "Picture", "Pictures", "as_exif_says", "as_rgb", "check_pixels", "from_pil", "mask_of", "picture_of"]
 
 # What decoders and resizers in float16 leave beyond 0..1; more is another range, such as -1..1 or 0..255.
 _ROUNDING = 1e-3
 _ORIENTATION = 0x0112  # in EXIF: how a picture is to be turned before it is shown,
 # here as quarters counter-clockwise, and then whether it is mirrored from left to right.
 _TURNS = {2: (0, True), 3: (2, False), 4: (2, True), 5: (3, True), 6: (3, False), 7: (1, True), 8: (1, False)}
+
+Picture: TypeAlias = "Image | Tensor | np.ndarray"  # as `picture_of` takes it
+Pictures: TypeAlias = "Picture | Sequence[Picture | Sequence[Picture]]"  # one, several, or videos
+Mask: TypeAlias = "Image | Tensor"  # as `mask_of` takes it
 
 
 def from_pil(image) -> Tensor:

@@ -10,6 +10,7 @@ the timestep t of T; for flow models 1 - u, where u is the noise level before th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -32,6 +33,9 @@ class Window:
 
     Raises:
         SemipermError: values out of order or out of range.
+
+    >>> [share for share in (0.0, 0.2, 0.4, 0.6, 0.8) if Window(0.2, 0.6).contains(share)]
+    [0.2, 0.4]
     """
 
     start: float = 0.0
@@ -48,6 +52,21 @@ class Window:
     def whole(self) -> bool:
         """Whether every step is inside."""
         return (self.start, self.end) == (0.0, 1.0)
+
+    def missed(self, steps: Sequence[dict]) -> str | None:
+        """What is wrong where none of a run's steps was active; None where one was.
+
+        Args:
+            steps: {"share", "active", ...} of each step, as reports have them.
+        """
+        if not steps or any(step["active"] for step in steps):
+            return None
+        shares = [step["share"] for step in steps]
+        return (
+            f"none of the {len(steps)} steps of this run (from {min(shares):.3g} to {max(shares):.3g} of the noise"
+            f" schedule) lay inside the window [{self.start:g}, {self.end:g}], so the picture is the untouched model's:"
+            " widen start and end, or take more steps"
+        )
 
     def contains(self, share: float | Tensor) -> bool | Tensor:
         """Whether a step at this share of the schedule is inside; a number, or a tensor, for graphs."""

@@ -12,5 +12,12 @@ from .watermark import node as watermark
 
 class SemipermExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        modules = canvas, membranes, negative_token_merging, watermark, image_attacks, provenance
+        modules = (
+            canvas,
+            membranes,
+            negative_token_merging,
+            watermark,
+            image_attacks,
+            provenance,
+        )
         return [node for module in modules for node in module.NODES]

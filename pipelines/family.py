@@ -7,13 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from ..methods.errors import ModelError
 
-__all__ = ["FAMILIES", "Family", "Segments", "denoiser_of", "device_of", "family_of", "unwrap"]
+__all__ = ["FAMILIES", "Denoiser", "Family", "Pipeline", "Segments", "denoiser_of", "device_of", "family_of", "unwrap"]
+
+# A pipeline is told by what it holds (`denoiser_of`, `family_of`), whatever its class: diffusers', custom ones, ours.
+# No Protocol names what they share: one has `unet`, another `transformer`, one tokenizer or three.
+Pipeline: TypeAlias = Any
+# An nn.Module, whose `config`, `dtype` and `device` type checkers take for "Tensor | Module".
+Denoiser: TypeAlias = Any
 
 
 @dataclass(frozen=True)
@@ -187,7 +194,7 @@ def unwrap(module: nn.Module) -> nn.Module:
     return getattr(module, "_orig_mod", module)
 
 
-def denoiser_of(pipe) -> tuple[nn.Module, str]:
+def denoiser_of(pipe: Pipeline) -> tuple[Denoiser, str]:
     """Return the pipeline's denoiser (unwrapped from `torch.compile`) and its attribute: "unet" or "transformer".
 
     Raises:
@@ -202,7 +209,7 @@ def denoiser_of(pipe) -> tuple[nn.Module, str]:
     )
 
 
-def family_of(pipe, *, video: bool = True) -> Family:
+def family_of(pipe: Pipeline, *, video: bool = True) -> Family:
     """The row of a pipeline.
 
     Args:
@@ -224,6 +231,6 @@ def family_of(pipe, *, video: bool = True) -> Family:
     )
 
 
-def device_of(pipe) -> torch.device:
+def device_of(pipe: Pipeline) -> torch.device:
     """The device on which the pipeline computes, offloading included."""
     return getattr(pipe, "_execution_device", None) or denoiser_of(pipe)[0].device

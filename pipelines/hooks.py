@@ -1,15 +1,17 @@
-"""Putting hooks on modules and taking them off again, without a trace."""
+"""Putting hooks on modules, listening to methods of a pipeline, and taking both off again, without a trace."""
 
 from __future__ import annotations
 
+import functools
 import inspect
+from collections.abc import Callable
 
 from diffusers.hooks import HookRegistry, ModelHook
 from torch import nn
 
 from ..methods.modules import is_own_forward
 
-__all__ = ["install", "parameters_of", "uninstall"]
+__all__ = ["install", "listen", "parameters_of", "uninstall", "unlisten"]
 
 
 def parameters_of(module: nn.Module) -> tuple[str, ...]:
@@ -42,3 +44,38 @@ def uninstall(module: nn.Module, name: str) -> None:
     if not registry.hooks and is_own_forward(module):
         module.__dict__.pop("forward", None)
         del module._diffusers_hook
+
+
+def listen(target, name: str, listener: Callable) -> None:
+    """Call `listener(result, arguments by name)` after each call of this method of this object, until `unlisten`.
+
+    Several listeners share one wrapper, so that they may go in any order. Where there is no such method: nothing.
+    """
+    if not hasattr(target, name):
+        return
+    if not hasattr(vars(target).get(name), "listeners"):
+        before, original = vars(target).get(name), getattr(target, name)
+        signature = inspect.signature(original)
+
+        @functools.wraps(original)
+        def told(*args, **kwargs):
+            result = original(*args, **kwargs)
+            for one in list(told.listeners):
+                one(result, signature.bind(*args, **kwargs).arguments)
+            return result
+
+        told.listeners, told.before = [], before
+        setattr(target, name, told)
+    getattr(target, name).listeners.append(listener)
+
+
+def unlisten(target, name: str, listener: Callable) -> None:
+    """Undo `listen`; the last one leaves the object as it was."""
+    told = vars(target).get(name)
+    listeners = getattr(told, "listeners", [])
+    if listener in listeners:
+        listeners.remove(listener)
+        if not listeners:
+            delattr(target, name)
+            if told.before is not None:
+                setattr(target, name, told.before)

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterable, Iterator
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from ..methods.errors import SemipermError
@@ -66,7 +67,7 @@ def encode_pixels(pipe, batches: Iterable[Tensor]) -> Tensor:
     latents = torch.cat(parts).float()
     if family_of(pipe).video:
         mean, std = (
-            torch.tensor(values, device=device).view(1, -1, 1, 1, 1)
+            rearrange(torch.tensor(values, device=device), "c -> 1 c 1 1 1")
             for values in (vae.config.latents_mean, vae.config.latents_std)
         )
         return (latents - mean) / std

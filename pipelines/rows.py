@@ -17,7 +17,8 @@ from .hooks import parameters_of
 
 __all__ = ["ExtraRows", "RowsHook", "with_rows"]
 
-_UNBATCHED = ("img_ids", "txt_ids")  # positions of tokens, one row each: no images
+# Positions of tokens, one row a token: they belong to no image, even where there are as many as rows.
+_UNBATCHED = ("img_ids", "txt_ids")
 
 
 @dataclass(eq=False)

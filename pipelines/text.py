@@ -6,6 +6,7 @@ import functools
 import inspect
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +15,12 @@ from ..methods.errors import ModelError, SemipermError
 from ..methods.text_space import Segment, TextFeatures
 from .family import denoiser_of, device_of, family_of
 
-_CHUNK = 32  # prompts per text-encoder call: bounds memory, and costs nothing on a GPU
+_CHUNK = 32  # prompts per text-encoder call: it bounds memory; chosen by hand
 _TEXT_TOKEN_MODULES = re.compile(r"(^|\.)(attn2\.to_[kv]|context_embedder)$")
 _TEXT_POOLED_MODULES = re.compile(r"(^|\.)time_text_embed\.text_embedder\.linear_1$")
 
 
-def module_keys(denoiser: nn.Module, attribute: str) -> dict[str, tuple[str, nn.Module]]:
+def module_keys(denoiser: nn.Module, attribute: str) -> dict[str, tuple[str, Any]]:
     """Map kohya/SPM keys ("lora_unet_...", "lora_transformer_...") to (path, module) for every projection."""
     found = {}
     for path, module in denoiser.named_modules():
@@ -28,7 +29,7 @@ def module_keys(denoiser: nn.Module, attribute: str) -> dict[str, tuple[str, nn.
     return found
 
 
-def text_projections(pipe) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
+def text_projections(pipe) -> tuple[dict[str, Any], dict[str, Any]]:
     """The projections that read text only: (those of token embeddings, those of the pooled embedding).
 
     attn2.to_k / to_v (SD, SD2, SDXL), context_embedder and time_text_embed.text_embedder.linear_1 (SD3, Flux).

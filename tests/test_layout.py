@@ -163,8 +163,8 @@ def test_house_style(path):
     assert "block_ptr" not in text, f"{relative}: block pointers are gone from newer Triton"
 
 
-def test_the_root_imports_nothing_of_ours():
-    assert _imports(ROOT / "__init__.py") == (set(), {"importlib"})
+def test_the_root_holds_no_code():
+    """What the door itself may import: test_public_door.py."""
     assert {path.name for path in ROOT.glob("*.py")} == {"__init__.py", "__main__.py"}
 
 
@@ -198,18 +198,6 @@ def test_the_comfyui_registry_finds_what_it_reads():
     about = PROJECT["tool"]["comfy"]
     assert about["PublisherId"] == about["DisplayName"] == "semiperm" and about["requires-comfyui"] == ">=0.3.64"
     assert (ROOT / about["Icon"]).read_text(encoding="utf-8").startswith("<svg")
-
-
-def test_public_names_resolve():
-    import semiperm
-
-    wanted = {"SemipermError", "Window", "load_pipeline", "apply_membranes", "Keyring", "Payload", "Search"}
-    assert wanted <= set(semiperm.__all__)
-    for name in semiperm.__all__:
-        assert callable(getattr(semiperm, name)), name
-        assert name in dir(semiperm)
-    with pytest.raises(AttributeError, match="no_such_name"):
-        semiperm.no_such_name  # noqa: B018
 
 
 @pytest.mark.parametrize("name", ["load_pipeline", "Judge", "render", "captions"])

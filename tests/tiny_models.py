@@ -288,9 +288,23 @@ def build_wan(seed: int = 0):
     return pipe
 
 
-def call(pipe, prompt, *, negative_prompt=None, seed: int = 0, steps: int = 2, guidance_scale: float = 3.0, **kwargs):
-    """Run `pipe` on CPU and return its latents (B, ...); image i starts from the noise of seed + i."""
-    count, size = len(prompt) if isinstance(prompt, list) else 1, SIZE
+def call(
+    pipe,
+    prompt,
+    *,
+    negative_prompt=None,
+    seed: int = 0,
+    steps: int = 2,
+    guidance_scale: float = 3.0,
+    size: int = SIZE,
+    **kwargs,
+):
+    """Run `pipe` on CPU and return its latents (B, ...); image i starts from the noise of seed + i.
+
+    Args:
+        size: of the picture, in pixels; Wan, whose latents are an eighth, draws twice that.
+    """
+    count = len(prompt) if isinstance(prompt, list) else 1
     if prompt is None:
         count = kwargs["prompt_embeds"].shape[0]
     generators = [torch.Generator().manual_seed(seed + i) for i in range(count)]
@@ -305,7 +319,7 @@ def call(pipe, prompt, *, negative_prompt=None, seed: int = 0, steps: int = 2, g
         kwargs |= {"max_sequence_length": LENGTH}
     if "Wan" in type(pipe).__name__:
         kwargs |= {"num_frames": 5}
-        size = 2 * SIZE  # of latents an eighth
+        size *= 2
     return pipe(
         prompt,
         negative_prompt=negative_prompt,

@@ -57,8 +57,8 @@ def run(model="canvas", quick: bool = False) -> list[dict]:
         for mode, image in (("diversity", None), ("reference", picture))
     }
     if not quick and hasattr(pipe, "unet"):
-        variants["negtome/diversity", default] = _released(pipe, default, None)
-        variants["negtome/reference", default] = _released(pipe, default, picture)
+        variants["negtome/diversity", default] = released(pipe, default, None)
+        variants["negtome/reference", default] = released(pipe, default, picture)
     _check_agreement(pipe)
     bare, ratios = [], {name: [] for name in variants}
     _seconds(pipe, steps, BATCH)
@@ -107,7 +107,7 @@ def naive_merge(x: Tensor, alpha: float = 0.9, threshold: float = 0.7, axis: int
     return torch.where((score > threshold)[..., None], (1 + alpha) * x - alpha * match, x)
 
 
-def _released(pipe, end: float, picture: Tensor | None) -> Callable:
+def released(pipe, end: float, picture: Tensor | None) -> Callable:
     """Both attentions of the up blocks, each half of guidance by itself; the reference is encoded at every step, and
     is denoised as one more image, in every step."""
 

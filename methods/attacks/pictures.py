@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from ..errors import WatermarkError
@@ -176,12 +177,12 @@ def _jpeg(picture: Tensor, quality: float, _: Generator) -> Tensor:
     import numpy as np
     from PIL import Image
 
-    array = (picture.permute(1, 2, 0).cpu() * 255).round().to(torch.uint8).numpy()
+    array = (rearrange(picture, "c h w -> h w c").cpu() * 255).round().to(torch.uint8).numpy()
     buffer = io.BytesIO()
     Image.fromarray(array).save(buffer, "JPEG", quality=int(quality))
     with Image.open(buffer) as image:
         decoded = np.array(image.convert("RGB"))
-    return (torch.from_numpy(decoded).permute(2, 0, 1).float() / 255).to(picture.device)
+    return (rearrange(torch.from_numpy(decoded), "h w c -> c h w").float() / 255).to(picture.device)
 
 
 def _resized(pixels: Tensor, height: int, width: int) -> Tensor:
@@ -278,6 +279,7 @@ def _translate(pixels: Tensor, distance: float, _: Generator) -> Tensor:
     return out
 
 
+# Default strengths are chosen by hand; ranges say what a strength means, and large ends only bound time and memory.
 ATTACKS: dict[str, Attack] = {
     one.name: one
     for one in (
@@ -301,6 +303,7 @@ ATTACKS: dict[str, Attack] = {
     )
 }
 
+# One or two strengths of each kind of edit that pictures meet online, and the edits that papers test; chosen by hand.
 SUITE = (
     "none",
     "jpeg:50",

@@ -11,9 +11,7 @@ from torch import Tensor
 from ..errors import MembraneError
 from .types import Membrane
 
-_HASH_BITS = 64
-
-
+_HASH_BITS = 64  # 16 hex digits in a file; between unrelated models 32 differ, give or take 4
 _SAME_BASE_BITS = 12  # two unrelated models agree this closely with probability 2e-7; fine-tunes differ by a few bits
 
 

@@ -61,6 +61,9 @@ class ClosedFormConfig:
             this share of the average over all directions; > 0.
         rece_epochs: "rece" derives embeddings this many times, >= 1.
         rece_ridge: how close derived embeddings stay to 0, as a share of the mean squared weight; > 0.
+
+    Raises:
+        MembraneError: a value outside its range.
     """
 
     method: str = "uce"
@@ -126,12 +129,12 @@ def closed_form_edits(
         MembraneError: no rows, shapes that disagree, NaN or Inf.
     """
     config = config or ClosedFormConfig()
-    rows, targets, preserve = _checked(concepts, targets, preserve)
+    rows, aims, preserve = _checked(concepts, targets, preserve)
     moved = preserve.T @ preserve / max(len(preserve), 1)
     basis = _null_basis(moved, config.null_threshold) if config.method == "null_space" else None
     if config.method == "rece":
-        rows, targets = _with_derived(rows, targets, moved, config, gram)
-    return _regress(rows, targets, moved, basis, config)
+        rows, aims = _with_derived(rows, aims, moved, config, gram)
+    return _regress(rows, aims, moved, basis, config)
 
 
 def _with_derived(rows, targets, moved, config, gram):
@@ -308,15 +311,20 @@ def _apply_inverse(factor: Tensor, rows: list[Tensor]) -> tuple[Tensor, ...]:
     return torch.cholesky_solve(torch.cat(rows).T, factor).T.split([len(row) for row in rows])
 
 
-def _leading(delta: Tensor, solved: Tensor, row: Tensor, rank: int, oversample: int = 4, iterations: int = 12):
+# Further directions that a block power iteration carries, and its steps. What it misses falls with the 12th power of
+# the ratio of the first eigenvalue left out to the last one wanted; both chosen by hand.
+_OVERSAMPLE, _ITERATIONS = 4, 12
+
+
+def _leading(delta: Tensor, solved: Tensor, row: Tensor, rank: int):
     """The `rank` leading eigenvectors (d, r) of delta^T (solved row^T) delta, by block power iteration.
 
-    Exact once rank + oversample reaches the number of rows; never forms a (d, d) product.
+    Exact once rank + `_OVERSAMPLE` reaches the number of rows; never forms a (d, d) product.
     """
-    width = min(rank + oversample, *delta.shape)
+    width = min(rank + _OVERSAMPLE, *delta.shape)
     generator = torch.Generator().manual_seed(0)  # its own: the user's random stream stays untouched
     block = torch.randn(delta.shape[1], width, dtype=delta.dtype, generator=generator)
-    for _ in range(iterations):
+    for _ in range(_ITERATIONS):
         block = torch.linalg.qr(delta.T @ (solved @ (row.T @ (delta @ block))))[0]
     small = (block.T @ delta.T) @ solved @ (row.T @ (delta @ block))
     return block @ torch.linalg.eigh((small + small.T) / 2)[1][:, -min(rank, width) :].flip(1)

@@ -21,10 +21,11 @@ from .closed_form import ClosedFormConfig, aligned_pairs, closed_form_edits, clo
 from .gates import fit_probe
 from .types import Membranes
 
-T5_POSITIONS = 64  # kept of a sequence that may be 512 long; captions are shorter
-_CAPTIONS = 80  # concept captions per concept, over all phrases and templates
-_PRESERVED = 300  # of the canvas's captions
-_T5_PADDING = 4  # positions after the end of a T5 sentence that still count
+T5_POSITIONS = 64  # kept of a sequence that may be 512 long; all captions here are shorter
+_CAPTIONS = 80  # concept captions per concept, over all phrases and templates; chosen by hand on the canvas
+_PRESERVED = 300  # of the canvas's captions; chosen by hand there
+_DRAWN = 4 * _PRESERVED  # of which those that name what is erased are dropped: enough where three in four do
+_T5_PADDING = 4  # positions after the end of a T5 sentence that still count; chosen by hand
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +94,7 @@ def _captions_of(captions, phrases: Mapping[str, tuple[str, ...]], preserve: Ite
         else:
             phrases[name] = tuple(dict.fromkeys((*own, *captions.phrases(name))))
     named = [phrase for own in phrases.values() for phrase in own]
-    return phrases, templates, [*_kept(captions.preserve(n=1200), named)[:_PRESERVED], *(preserve or ())]
+    return phrases, templates, [*_kept(captions.preserve(n=_DRAWN), named)[:_PRESERVED], *(preserve or ())]
 
 
 def _phrases(concepts: str | Sequence[str], synonyms: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:

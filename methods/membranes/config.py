@@ -27,7 +27,11 @@ class MembraneConfig:
         check_base: refuse membranes whose `base_model` differs from this model's weights.
 
     Raises:
-        SemipermError: a value outside its range.
+        MembraneError: a value outside its range.
+        SemipermError: a window out of order.
+
+    >>> MembraneConfig(strength=0.5, end=0.8).window
+    Window(start=0.0, end=0.8)
     """
 
     strength: float = 1.0

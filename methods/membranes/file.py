@@ -25,15 +25,20 @@ from .types import GateProbe, LowRank, Membrane, Membranes
 
 FORMAT_VERSION = 1
 _PARTS = (".lora_down.weight", ".lora_up.weight", ".alpha")
+_Kind = tuple[int, float, str, str]  # of a low-rank pair: rank, alpha, dtype of down, dtype of up
 _OURS = ("format", "format_version", "semiperm", "prompts", "rank", "alpha")
 
 
 def load_membranes(paths: str | Path | Iterable[str | Path]) -> Membranes:
     """Read membranes from one safetensors file, or from several in order; one file may hold several membranes.
 
+    Args:
+        paths: membrane files, SPM's published ones, or kohya LoRAs; `import_membranes` reads others, too.
+
     Raises:
-        SemipermError: no such file, pickle, not safetensors, unknown keys, incomplete or mismatched pairs, NaN or Inf,
-            a newer format. Each message names the file.
+        SemipermError: no such file, a pickle, or not safetensors.
+        MembraneError: unknown keys, incomplete or mismatched pairs, NaN or Inf, a newer format. Each message names the
+            file.
     """
     paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
     return Membranes(membrane for path in paths for membrane in _load_file(Path(path)))
@@ -44,16 +49,30 @@ def save_membranes(membranes: Membrane | Iterable[Membrane], path: str | Path) -
 
     The file appears whole or not at all, and is a valid kohya LoRA.
 
+    Args:
+        membranes: one or more.
+        path: ends in .safetensors; missing folders are made.
+
+    Returns:
+        The path.
+
     Raises:
         MembraneError: no membranes, a name that does not end in .safetensors, or pairs that cannot share a file:
             different shapes on one module, or scales alpha / rank whose folding would lose bits.
+        SemipermError: the path is a folder.
+        OSError: it cannot be written.
+
+    >>> pair = LowRank(down=torch.zeros(1, 8), up=torch.ones(4, 1), alpha=1.0)
+    >>> path = save_membranes(Membrane("robot", {"lora_unet_to_k": pair}), "robot.safetensors")
+    >>> load_membranes(path)
+    Membranes(robot [spm, 1 modules])
     """
     path, membranes = Path(path), Membranes(membranes)
     if path.suffix != ".safetensors":
         raise MembraneError(f"cannot save to {str(path)!r}; expected a name ending in .safetensors")
     if not membranes:
         raise MembraneError(f"no membranes to save to {str(path)!r}; expected at least one")
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for key in membranes.module_keys:
         tensors |= _stack(key, [m.modules[key] for m in membranes if key in m.modules])
     return save_safetensors(tensors, path, _metadata(membranes))
@@ -113,7 +132,7 @@ def _describe(membrane: Membrane, keys: dict[str, int]) -> dict:
     for key, pair in membrane.modules.items():
         kind = (pair.rank, float(pair.alpha), _dtype_name(pair.down), _dtype_name(pair.up))
         groups.setdefault(kind, []).append(keys[key])
-    described = {
+    described: dict[str, object] = {
         "concept": membrane.concept,
         "phrases": membrane.phrases,
         "surrogate": membrane.surrogate,
@@ -203,11 +222,11 @@ def _unpack(modules: dict[str, LowRank], metadata: dict[str, str]) -> list[Membr
             )
         described = json.loads(metadata["semiperm"])
         keys, entries = described["modules"], described["membranes"]
-        plans = []  # per membrane: {key: (rank, alpha, down dtype, up dtype)}
+        plans = []  # one a membrane
         for entry in entries:
-            plan = {}
-            for *kind, indexes in entry["pairs"]:
-                plan |= dict.fromkeys(keys if indexes is None else (keys[i] for i in indexes), kind)
+            plan: dict[str, _Kind] = {}
+            for rank, alpha, down, up, indexes in entry["pairs"]:
+                plan |= dict.fromkeys(keys if indexes is None else (keys[i] for i in indexes), (rank, alpha, down, up))
             plans.append(plan)
         shares: list[dict[str, LowRank]] = [{} for _ in entries]
         for key, pair in modules.items():
@@ -225,7 +244,7 @@ def _unpack(modules: dict[str, LowRank], metadata: dict[str, str]) -> list[Membr
         raise MembraneError(f"the membrane metadata is damaged ({error!r}); load a fresh copy of the file") from None
 
 
-def _split(key: str, pair: LowRank, kinds: list[tuple[int, float, str, str]]) -> list[LowRank]:
+def _split(key: str, pair: LowRank, kinds: list[_Kind]) -> list[LowRank]:
     """Undo `_stack`: the rank rows of each membrane, in its own dtypes and with its own alpha."""
     ranks = [kind[0] for kind in kinds]
     if sum(ranks) != pair.rank or min(ranks, default=0) < 1:

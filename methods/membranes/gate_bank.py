@@ -18,7 +18,7 @@ from ..text_space import TextFeatures
 from .gates import facilitated_transport, official_gamma, probe_gate
 from .types import GateProbe, Membrane
 
-_REMEMBERED = 32  # recorded rows; a run needs two per image
+_REMEMBERED = 32  # recorded rows: a run needs two for each image of a batch, and 16 are a large batch
 
 
 @dataclass(eq=False)
@@ -27,6 +27,13 @@ class _Recorded:
     gamma: Tensor | None  # (K,), or None where no gate needs token ids
     prompt: str
     negative: bool
+
+    def same(self, other: _Recorded) -> bool:
+        """Whether both say the same of the same embedding."""
+        if (self.prompt, self.negative) != (other.prompt, other.negative):
+            return False
+        a, b = self.embedding, other.embedding
+        return (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device) and torch.equal(a, b)
 
 
 def resolve_gate(membrane: Membrane, gate: str) -> str:
@@ -86,12 +93,18 @@ class GateBank:
             _Recorded(row, None if gamma is None else gamma[i], prompt, negative)
             for i, (row, prompt) in enumerate(zip(rows, prompts, strict=True))
         ]
-        self.recorded = (fresh + self.recorded)[:_REMEMBERED]
+        kept: list[_Recorded] = []
+        for entry in fresh + self.recorded:  # each once: a compiled step sees as many rows in the next run
+            if not any(entry.same(other) for other in kept):
+                kept.append(entry)
+        self.recorded = kept[:_REMEMBERED]
         if self._needs_ids:
             same = [
                 r for r in self.recorded if r.embedding.shape == rows.shape[1:] and r.embedding.device == rows.device
             ]
             self._table = torch.stack([r.embedding for r in same]), torch.stack([r.gamma for r in same])
+            for part in self._table:  # other prompts than these are no reason to compile again
+                torch._dynamo.maybe_mark_dynamic(part, 0)
 
     def named(self, gamma: list[float]) -> dict[str, float]:
         """One row of Gamma by concept; the widest gate of membranes that share a name."""

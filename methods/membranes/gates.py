@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from ..errors import MembraneError
 from .types import GateProbe
 
 GATES = ("probe", "paper", "official", "always")
+_GAIN = 1e-3  # of a probe's separation, which is a share: a round that adds less is the last; chosen by hand
 
 
 def facilitated_transport(
@@ -62,7 +64,7 @@ def official_gamma(gamma: Tensor) -> Tensor:
     membrane acts with gamma^2 and several act through each other's directions. Kept to reproduce old images.
     Source: Con6924/SPM @3dd762e, infer_spm.py.
     """
-    return (gamma[:, :, None] * gamma[:, None, :]).flatten(1)
+    return rearrange(gamma[:, :, None] * gamma[:, None, :], "b i j -> b (i j)")
 
 
 def probe_gate(hidden: Tensor, probe: GateProbe) -> Tensor:
@@ -127,7 +129,7 @@ def fit_probe(concept_hidden: Tensor, other_hidden: Tensor, *, ridge: float = 1e
         weight = _discriminant(chosen, hard, spread, ridge).float()  # the precision it is stored and used in
         on, off = ((h.float() @ weight).double() for h in (concept, other))
         probe = _with_thresholds(weight, on.amax(dim=1), off.amax(dim=1))
-        if best is not None and probe.separation <= best.separation + 1e-3:
+        if best is not None and probe.separation <= best.separation + _GAIN:
             break
         best = probe
         chosen = concept[torch.arange(len(concept)), on.argmax(dim=1)]

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from ...kernels.gated_low_rank import gated_low_rank
@@ -30,15 +31,15 @@ from .packing import fold
 class Plan:
     """What one text batch asks for. Its tensors are held, so their identity cannot be recycled."""
 
-    hidden: Tensor
-    pooled: Tensor | None
-    stamps: tuple
+    hidden: Tensor  # (B, N, d)
+    pooled: Tensor | None  # (B, p)
+    stamps: tuple  # of hidden and pooled: whether they were changed in place since
     gates: Tensor  # (B, K)
     gamma: Tensor  # (B, K), gates times strength
     mode: str
-    neutral: bool
-    uniform: bool
-    grad: bool
+    neutral: bool  # no gate is open: every bit of the untouched model stays
+    uniform: bool  # all rows have the same gates, so that weights can be folded
+    grad: bool  # whether gradients were wanted when it was made
     outputs: dict = field(default_factory=dict)  # site -> cached projection of the text
     fused: dict = field(default_factory=dict)  # site -> (down, up, gamma per row and rank)
     folds: bool | None = None  # whether folded weights are its own; None before it asked for them
@@ -175,8 +176,9 @@ class Site:
                     f"{self.key} got a batch of {x.shape[0]}, but the prompts are {gamma_rows.shape[0]}; expected a"
                     " multiple (frames of one prompt side by side)"
                 )
-            gamma_rows = gamma_rows.repeat_interleave(x.shape[0] // gamma_rows.shape[0], dim=0)
+            gamma_rows = repeat(gamma_rows, "b r -> (b frames) r", frames=x.shape[0] // gamma_rows.shape[0])
         x = x.to(y.dtype)  # autocast hands over another
         if x.ndim == 4:  # a 1x1 convolution: channels first
-            return gated_low_rank(y.movedim(1, -1), x.movedim(1, -1), down, up, gamma_rows).movedim(-1, 1)
+            y, x = (rearrange(t, "b c h w -> b h w c") for t in (y, x))
+            return rearrange(gated_low_rank(y, x, down, up, gamma_rows), "b h w c -> b c h w")
         return gated_low_rank(y, x, down, up, gamma_rows)

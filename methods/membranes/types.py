@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -75,6 +76,9 @@ class GateProbe:
         low, high: response thresholds, low < high.
         separation: lowest concept response minus highest other one in the fit set, as a share of the distance of
             their means: 1 is ideal, <= 0 means that the fit set overlaps. None if unknown.
+
+    Raises:
+        MembraneError: a weight that is not finite floats (d,), or low >= high.
     """
 
     weight: Tensor
@@ -102,6 +106,9 @@ class Membrane:
         base_model: `base_model_hash` of the wrapped weights it was made for, or None.
         probe: the detector for gate "probe", or None.
         metadata: whatever else its file said.
+
+    Raises:
+        MembraneError: no name, or no module.
     """
 
     concept: str
@@ -124,7 +131,16 @@ class Membrane:
 
 
 class Membranes(Sequence[Membrane]):
-    """An ordered, immutable stack of membranes; `+` concatenates, and the order does not change the result."""
+    """An ordered, immutable stack of membranes; `+` concatenates, and the order does not change the result.
+
+    Args:
+        membranes: one, or any number; () is the empty stack.
+
+    >>> pair = LowRank(down=torch.zeros(1, 8), up=torch.ones(4, 1), alpha=1.0)
+    >>> stack = Membranes(Membrane("robot", {"lora_unet_to_k": pair})) + Membrane("ghost", {"lora_unet_to_k": pair})
+    >>> stack.concepts, stack[1:].concepts
+    (('robot', 'ghost'), ('ghost',))
+    """
 
     def __init__(self, membranes: Membrane | Iterable[Membrane] = ()):
         self._items = (membranes,) if isinstance(membranes, Membrane) else tuple(membranes)
@@ -132,7 +148,13 @@ class Membranes(Sequence[Membrane]):
     def __len__(self) -> int:
         return len(self._items)
 
-    def __getitem__(self, index):
+    @overload
+    def __getitem__(self, index: int) -> Membrane: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Membranes: ...
+
+    def __getitem__(self, index: int | slice) -> Membrane | Membranes:
         return Membranes(self._items[index]) if isinstance(index, slice) else self._items[index]
 
     def __add__(self, other: Membrane | Iterable[Membrane]) -> Membranes:

@@ -23,7 +23,6 @@ def uce_membranes(
     ridge: float = 0.5,
     erase_scale: float = 1.0,
     preserve_scale: float = 1.0,
-    dtype: torch.dtype = torch.float32,
     **fields,
 ) -> Membranes:
     """The textbook UCE edit, as one rank-1 membrane per concept embedding: exactly its weight edit.
@@ -37,7 +36,7 @@ def uce_membranes(
         preserve: (m, d), m may be 0.
         names: K concept names.
         ridge, erase_scale, preserve_scale: absolute, in sums rather than means: the released code's defaults.
-        dtype, **fields: as in `closed_form_membrane`.
+        **fields: dtype and others as in `closed_form_membrane`.
 
     Source: arXiv 2308.14761, Eq. 7; rohitgandikota/unified-concept-editing, uce_sd_erase.py.
     """
@@ -53,6 +52,5 @@ def uce_membranes(
     fields.setdefault("base_model", base_model_hash(weights))
     edits = [((g - e)[:, None], v[None]) for e, g, v in zip(concept, target, down, strict=True)]
     return Membranes(
-        closed_form_membrane(weights, edit, name, dtype=dtype, **fields)
-        for edit, name in zip(edits, names, strict=True)
+        closed_form_membrane(weights, edit, name, **fields) for edit, name in zip(edits, names, strict=True)
     )

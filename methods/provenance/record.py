@@ -46,7 +46,7 @@ class Provenance:
         unique_id: of the mark's payload, 16 hexadecimal digits, or None.
         time: of generation, ISO 8601 in UTC.
         digital_source_type: IPTC's term, a URL.
-        image_sha256: digest of the stored picture; `embed` sets it.
+        image_sha256: digest of the stored picture; `write_provenance` sets it.
 
     Raises:
         WatermarkError: a field of the wrong type or range.
@@ -170,14 +170,23 @@ def embed(data: bytes, provenance: Provenance) -> bytes:
     return file.to_bytes()
 
 
-def write_provenance(path: str | os.PathLike, provenance: Provenance) -> None:
-    """`embed` on a file, which is replaced whole or not at all.
+def write_provenance(path: str | os.PathLike, provenance: Provenance) -> Path:
+    """Put a record into a PNG, JPEG or WebP file, which is replaced whole or not at all; return its path.
+
+    Args:
+        path: of the picture; its pixels and all other metadata stay as they are.
+        provenance: its `image_sha256` is set to the digest of this picture.
 
     Raises:
-        WatermarkError: as `embed`.
+        WatermarkError: another format, a damaged file, or one with a C2PA manifest, which the change would break.
         OSError: the file cannot be read or written.
+
+    >>> write_provenance(picture_path, Provenance(model="canvas", key_id=3)).name
+    'picture.png'
+    >>> read_provenance(picture_path).key_id
+    3
     """
-    write_file(path, embed(Path(path).read_bytes(), provenance))
+    return write_file(path, embed(Path(path).read_bytes(), provenance))
 
 
 def _merged(packet: str | None, record: str, source_type: str) -> str:
@@ -204,7 +213,10 @@ def _merged(packet: str | None, record: str, source_type: str) -> str:
 
 
 def read_provenance(path: str | os.PathLike) -> Provenance | None:
-    """The record of a file, or None.
+    """The record of a PNG, JPEG or WebP file, or None where it has none; a record alone proves nothing.
+
+    Args:
+        path: of the picture.
 
     Raises:
         WatermarkError: another format, a damaged file or record.

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..errors import TokenMergingError
-from ..pictures import mask_of, picture_of
+from ..pictures import Mask, Picture, mask_of, picture_of
 from ..schedule import Window
 
 _CHOICES = {
@@ -49,11 +49,12 @@ class NegativeTokenMergingConfig:
         compat: "official" sets matching, diversity, rows, cross_attention and noise_reference as released.
 
     Raises:
-        SemipermError: a value outside its range, an image or mask of the wrong shape, or a mask without reference.
+        TokenMergingError: a value outside its range, or a mask without reference.
+        SemipermError: a window out of order, or an image or mask of the wrong shape or range.
     """
 
-    reference: object = None
-    mask: object = None
+    reference: Picture | Sequence[Picture] | None = None
+    mask: Mask | Sequence[Mask] | None = None
     strength: float = 0.9
     threshold: float = 0.65
     start: float = 0.0

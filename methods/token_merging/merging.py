@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from einops import repeat
 from torch import Tensor
 
 from ...kernels.token_match_merge import best_match, token_match_merge
@@ -111,7 +112,7 @@ def merge_tokens(
     if mask is not None:
         pushed = pushed & mask[own]
     index = (index - row[:, None] * tokens).clamp(min=0)
-    taken = mine.gather(1, index[..., None].expand(-1, -1, channels))
+    taken = mine.gather(1, repeat(index, "b n -> b n c", c=channels))
     wide = x.float()
     merged = (wide + strength * (wide - taken.float())).to(x.dtype)
     return torch.where(pushed[..., None], merged, x), pushed
@@ -135,4 +136,4 @@ def token_mask(masks: Sequence[Tensor], tokens: int, height: int, width: int) ->
     """Masks (H, W) on a layer's grid: (R, tokens) bool, True where any pixel of the token's patch is white."""
     frames, rows, columns = grid_of(tokens, height, width)
     small = [F.adaptive_max_pool2d(mask[None, None], (rows, columns)).flatten() > 0.5 for mask in masks]
-    return torch.stack(small).repeat(1, frames)
+    return repeat(torch.stack(small), "r n -> r (frames n)", frames=frames)

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
+from einops import reduce
 
 from ..errors import WatermarkError
 
-CONSTRAINT = 13
+CONSTRAINT = 13  # bits of the register: each more decodes better and doubles the decoder's work; chosen by hand
 MEMORY = CONSTRAINT - 1
-GENERATORS = 64
+GENERATORS = 64  # different parities before they repeat; chosen by hand
 
 
 def parity(values: np.ndarray) -> np.ndarray:
@@ -89,7 +90,8 @@ class Code:
             raise WatermarkError(f"soft values of shape {llr.shape} were given; expected ({self.channel_bits},)")
         rows = np.zeros((-(-self._rows // GENERATORS) * GENERATORS, self.steps), np.float32)
         rows.reshape(-1)[: self.channel_bits] = llr
-        rows = rows.reshape(-1, GENERATORS, self.steps).sum(0)[: min(self._rows, GENERATORS)]
+        rows = reduce(rows, "(round generator) step -> generator step", "sum", generator=GENERATORS)
+        rows = rows[: min(self._rows, GENERATORS)]
         gains = rows.T @ _signs()[: len(rows)]  # (steps, 2^CONSTRAINT): of every register content
         states = 1 << MEMORY
         metric = np.full(states, -np.inf, np.float32)

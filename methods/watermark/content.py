@@ -22,9 +22,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from ..errors import WatermarkError
@@ -60,7 +62,9 @@ def perceptual_hash(pixels: Tensor) -> Tensor:
     k, x = torch.arange(_GRID)[:, None], torch.arange(_SIDE)[None]
     basis = torch.cos(math.pi / _SIDE * (x + 0.5) * k).to(planes)
     frequency = (k**2 + k.T**2).to(planes) ** 0.25
-    return (torch.einsum("kh,bchw,lw->bckl", basis, planes, basis) * frequency).flatten(2)[..., 1:].flatten(1)
+    return rearrange(torch.einsum("kh,bchw,lw->bckl", basis, planes, basis) * frequency, "b c k l -> b c (k l)")[
+        ..., 1:
+    ].flatten(1)
 
 
 _STREAMS = {1: ("binding", "content"), 2: ("binding 2", "content 2")}  # keystream and directions, by format
@@ -81,7 +85,7 @@ def content_bits(
             " numbers for each picture"
         )
     directions = key.stream(_STREAMS[form][1], values.shape, nonce, count * values.size, scope=scope)
-    sides = (1 - 2 * directions.reshape(count, -1).astype(np.float32)) @ values
+    sides = (1 - 2 * rearrange(directions, "(bit d) -> bit d", bit=count).astype(np.float32)) @ values
     return (sides < 0).astype(np.uint8)
 
 
@@ -143,7 +147,7 @@ class BoundPicture:
         draws: how often it was drawn.
     """
 
-    picture: object
+    picture: Any
     noise: Tensor
     content_agreement: float
     draws: int

@@ -18,6 +18,7 @@ from functools import lru_cache
 
 import numpy as np
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from ...kernels.keyed_correlation import keyed_correlation, walsh_scores
@@ -25,8 +26,8 @@ from ..errors import WatermarkError
 from .code import parity
 from .keys import WatermarkKey
 
-MINIMUM = 1024  # elements
-_SECOND_COSETS = 1024
+MINIMUM = 1024  # elements: 256 for the nonce, 128 for the binding, and 8 for each of the 61 bits of the smallest code
+_SECOND_COSETS = 1024  # streams of the second field: with its Walsh functions 20 to 24 bits more of nonce
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def first_field_bytes(fields: Fields, keys: list[WatermarkKey], scope: str) -> t
     order = np.argsort(sort, axis=1, kind="stable").astype(np.int32)
     order *= fields.bucket
     order += raw[:, 2 * fields.length : order_bytes] & np.uint8(fields.bucket - 1)  # one position of each bucket
-    signs = raw[:, order_bytes:].reshape(len(keys), fields.cosets, -1)
+    signs = rearrange(raw[:, order_bytes:], "key (coset byte) -> key coset byte", coset=fields.cosets)
     return fields.public.astype(np.int32)[order], np.ascontiguousarray(signs)
 
 
@@ -142,7 +143,7 @@ def best_patterns(fields: Fields, key: WatermarkKey, scope: str, values: np.ndar
     """The `count` best (score, pattern number) of (n,) values in the key's first field, best first."""
     positions, signs = first_field_bytes(fields, [key], scope)
     scores = walsh_scores(torch.from_numpy(values[positions]), torch.from_numpy(signs)).numpy()
-    flat = scores[..., 0].T.reshape(-1).astype(np.int64)
+    flat = rearrange(scores[..., 0], "walsh coset -> (coset walsh)").astype(np.int64)
     magnitude = np.abs(flat)
     top = np.argpartition(-magnitude, count)[:count]
     return [(int(magnitude[i]), int(2 * i + (flat[i] < 0))) for i in top[np.argsort(-magnitude[top], kind="stable")]]
@@ -152,6 +153,7 @@ def second_nonce(fields: Fields, key: WatermarkKey, first_nonce: int, scope: str
     """The likeliest pattern of the second field, from its (L,) soft values in public order."""
     size = fields.second_cosets * fields.length // 8
     raw = bytearray(key.keystream("second field", fields.shape, first_nonce, size, scope=scope))
-    signs = torch.frombuffer(raw, dtype=torch.uint8).view(1, fields.second_cosets, -1)
+    signs = torch.frombuffer(raw, dtype=torch.uint8)
+    signs = rearrange(signs, "(coset byte) -> 1 coset byte", coset=fields.second_cosets)
     order = torch.from_numpy(second_order(fields, key, first_nonce, scope).astype(np.int32))
     return int(keyed_correlation(torch.from_numpy(values[None]), order[None], signs)[1])

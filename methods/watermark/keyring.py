@@ -32,8 +32,17 @@ _READABLE = (1, 2)
 class Keyring:
     """An ordered set of keys, unique by name and by id.
 
+    Args:
+        keys: in this order; () is the empty keyring.
+
     Raises:
         WatermarkError: two keys share a name or an id.
+
+    >>> ring = Keyring()
+    >>> ring.new("studio").key_id, ring.new("archive").key_id
+    (0, 1)
+    >>> ring.get("archive").name, len(ring.detector())
+    ('archive', 2)
     """
 
     def __init__(self, keys: Iterable[WatermarkKey] = ()):
@@ -42,7 +51,7 @@ class Keyring:
             self.add(key)
 
     def add(self, key: WatermarkKey) -> None:
-        """Adds a key at the end.
+        """Add a key at the end.
 
         Raises:
             WatermarkError: another one has its name or its id.
@@ -77,7 +86,7 @@ class Keyring:
         raise WatermarkError(f"the keyring has no key {name_or_id!r}; it holds {names}: make it with `keys new`")
 
     def new(self, name: str) -> WatermarkKey:
-        """Adds and returns a fresh key with the next free id.
+        """Add and return a fresh key with the next free id.
 
         Raises:
             WatermarkError: the name is taken, or holds control characters, or all ids are taken.
@@ -85,11 +94,11 @@ class Keyring:
         if isinstance(name, str) and not name.isprintable():
             raise WatermarkError(f"a key is to be named {name!r}; expected a name without control characters")
         used = {key.key_id for key in self._keys}
+        if len(used) == KEY_IDS:
+            raise WatermarkError(f"the keyring already holds {KEY_IDS} keys; start a second keyring file")
         free = max(used, default=-1) + 1
-        if free >= KEY_IDS:
-            free = next((number for number in range(KEY_IDS) if number not in used), None)
-            if free is None:
-                raise WatermarkError(f"the keyring already holds {KEY_IDS} keys; start a second keyring file")
+        if free == KEY_IDS:
+            free = min(set(range(KEY_IDS)) - used)
         key = WatermarkKey.new(name, free)
         self.add(key)
         return key
@@ -106,7 +115,10 @@ def _decode(record: dict, version: int) -> WatermarkKey:
 
 
 def load_keyring(path: str | os.PathLike) -> Keyring:
-    """Reads a keyring file.
+    """Read a keyring file.
+
+    Args:
+        path: as `save_keyring` or `semiperm keys new` wrote it.
 
     Raises:
         WatermarkError: no such file, not a plain file, readable by others (POSIX), truncated, corrupted or not a
@@ -157,13 +169,22 @@ def load_keyring(path: str | os.PathLike) -> Keyring:
 
 
 def save_keyring(ring: Keyring, path: str | os.PathLike) -> Path:
-    """Writes a keyring whole or not at all, with mode 0600 from the first byte on; returns the path.
+    """Write a keyring whole or not at all, with mode 0600 from the first byte on; return the path.
 
     To add to a keyring that others may add to as well, use `update_keyring`.
+
+    Args:
+        ring: what to write.
+        path: of the file; missing folders are made.
 
     Raises:
         WatermarkError: the folder cannot be written, or the file that is there is not a keyring, or holds keys or
             secrets that the new one lacks: they would be lost.
+
+    >>> ring = Keyring()
+    >>> key = ring.new("studio")
+    >>> load_keyring(save_keyring(ring, "keys.json")).get("studio") == key
+    True
     """
     path = Path(path)
     with _held(path):
@@ -173,7 +194,7 @@ def save_keyring(ring: Keyring, path: str | os.PathLike) -> Path:
 
 
 def update_keyring(path: str | os.PathLike, change: Callable[[Keyring], _T], *, fresh: bool = False) -> _T:
-    """Reads a keyring, or starts one, changes it and writes it, held against all others who do; a link is followed.
+    """Read a keyring, or start one, change it and write it, held against all others who do; a link is followed.
 
     Args:
         path: of the file; what `change` leaves as it was is not written.
@@ -182,6 +203,9 @@ def update_keyring(path: str | os.PathLike, change: Callable[[Keyring], _T], *, 
 
     Raises:
         WatermarkError: as `load_keyring` and `save_keyring`; or there is a file and `fresh`.
+
+    >>> update_keyring("keys.json", lambda ring: ring.new("archive")).name
+    'archive'
     """
     path = Path(path)
     with _held(path):

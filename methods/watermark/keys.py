@@ -21,10 +21,10 @@ import numpy as np
 
 from ..errors import WatermarkError
 
-KEY_IDS = 4096
+KEY_IDS = 4096  # the 12 bits that a large payload has for it
 FORMAT = 2  # of the pictures that are signed
 CONTENT_PURPOSES = ("binding 2", "content 2")  # of keystreams that come from the content secret
-_SECRET = 32  # bytes
+_SECRET = 32  # bytes: the key of ChaCha20, and of HMAC-SHA256
 
 
 def _cryptography():

@@ -11,8 +11,7 @@ which takes the content secret, has to catch that.
 
 Images of one key can be linked without it: the first field says 14 bits of the nonce (16 from 65,536 elements on) with
 one of as many fixed patterns, so that of some hundred images two share one, and who compares their noise sees it.
-Latents below 4,096 elements have no second field: there such a pair shares all signs up to the difference of its
-payloads.
+Below 4,096 elements there is no second field: such a pair shares all signs up to the difference of its payloads.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ import math
 import secrets
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -46,12 +45,13 @@ from .keys import FORMAT, WatermarkKey
 from .statistics import corrected, level_counts, log_chernoff, log_tail, quantise
 
 _SCREENED = 1 << 20  # elements of first fields, of all keys in one call: some 20 MB
-_CANDIDATES = 4  # nonces of all keys that are decoded: a union bound covers any choice, so more only costs time
+_CANDIDATES = 4  # nonces of all keys that are decoded: a union bound covers any choice; more only costs time
 _JOINT = 1e-3  # share of the error that the joint statistic may spend; it is so steep that little is enough
 _HOPELESS = math.log(5)  # first fields whose Chernoff bound is above it are not read on (their p is about .5 or more)
 _FIELDS = ("bound", "version", "key_id", "time", "model", "unique_id")  # of a payload, in this order
 _DECODED = math.log(1e-6)  # a payload is reported where chance gives one this good less often,
-_CLEAR = 2.3  # and, unless its MAC verifies, above this signal-to-noise power ratio for each bit of the code
+# and, unless its MAC verifies, above this signal-to-noise power ratio for each bit of the code; chosen by hand
+_CLEAR = 2.3
 
 
 @dataclass(frozen=True)
@@ -135,6 +135,7 @@ class Reading:
     evidence: np.ndarray | None = field(default=None, repr=False, compare=False)
 
 
+# Each bit takes eight elements or more (code.py), so small latents leave out what says least: see `capacity`.
 _FULL = Layout(version=3, key_id=12, time=32, model=32, unique_id=64, mac=48)
 _MEDIUM = Layout(version=3, key_id=0, time=32, model=0, unique_id=32, mac=32)
 _SMALL = Layout(version=0, key_id=0, time=0, model=0, unique_id=24, mac=24)
@@ -175,8 +176,7 @@ def _mac(fields: Fields, layout: Layout, key: WatermarkKey, scope: str, nonce: i
 
 
 def _body(payload: Payload, key: WatermarkKey, layout: Layout, bound: bool) -> list[int]:
-    limit = 1 << layout.unique_id
-    if payload.unique_id >= limit or (not layout.version and payload.version != 1):
+    if payload.unique_id >= 1 << layout.unique_id or (not layout.version and payload.version != 1):
         raise WatermarkError(
             f"the payload has unique_id {payload.unique_id} and version {payload.version}, but a latent of this size"
             f" carries {layout.unique_id} bits of unique_id and {layout.version} of version (1 where none): use a"
@@ -256,8 +256,7 @@ class KeyedMark:
                 entry = payload if isinstance(payload, Payload) else payload[index]
             body = _body(entry, self.key, layout, bound)
             sealed = body + _mac(fields, layout, self.key, self.scope, nonce, body)
-            code_bits = _code(fields, layout).encode(sealed)
-            _lay(flips[index], fields, self.key, self.scope, nonce, code_bits, first)
+            _lay(flips[index], fields, self.key, self.scope, nonce, _code(fields, layout).encode(sealed), first)
         signs = torch.from_numpy(1 - 2 * flips.astype(np.int8)).reshape(shape)
         return (magnitude.abs_() * signs.to(source)).to(device=device, dtype=dtype)
 
@@ -309,26 +308,43 @@ def read(latents: Tensor, keys: Iterable[WatermarkKey], *, scope: str = "") -> l
         screened.append(screen(fields, keys[start : start + count], scope, rows))
     peaks, energies = (np.concatenate(part, axis=1) for part in zip(*screened, strict=True))
     roots = np.sqrt(np.maximum(energies, 1))
-    candidates: list[list[tuple[float, int, int, int]]] = []
+    readings = []
     for row, peak, root in zip(values, peaks, roots, strict=True):
         some = [
-            (score / float(root[index]), int(index), score, number)
+            _Candidate(score / float(root[index]), int(index), score, number)
             for index in np.argsort(-peak / root)[:_CANDIDATES]  # no other key has one of the best patterns
             for score, number in best_patterns(fields, keys[index], scope, row, _CANDIDATES)
         ]
-        candidates.append(sorted(some, reverse=True)[:_CANDIDATES])
-    return [
-        _best_reading(fields, layout, row, keys, found, scope) for row, found in zip(values, candidates, strict=True)
-    ]
+        best = sorted(some, reverse=True)[:_CANDIDATES]
+        readings.append(_best_reading(_Latent(fields, layout, row, scope), keys, best))
+    return readings
 
 
-def _best_reading(
-    fields: Fields, layout: Layout, row: np.ndarray, keys: list[WatermarkKey], candidates, scope: str
-) -> Reading:
+@dataclass(frozen=True, order=True)
+class _Candidate:
+    """A nonce that a latent may have under one of the keys; the likeliest is the largest."""
+
+    deviations: float  # the score in standard deviations of chance
+    index: int  # of the key
+    score: int
+    number: int  # of the first field's pattern: the first part of the nonce
+
+
+@dataclass(frozen=True, eq=False)
+class _Latent:
+    """One image's latent as it is read."""
+
+    fields: Fields
+    layout: Layout
+    row: np.ndarray  # (n,) int8 of `quantise`
+    scope: str
+
+
+def _best_reading(latent: _Latent, keys: list[WatermarkKey], candidates: list[_Candidate]) -> Reading:
     """The candidate with a verified payload, else the one of least p-value."""
     readings: list[Reading] = []
-    for _, index, score, number in candidates:
-        reading = _reading(fields, layout, row, keys[index], score, number, len(keys), scope, needed=not readings)
+    for candidate in candidates:
+        reading = _reading(latent, keys[candidate.index], candidate, len(keys), needed=not readings)
         if reading is None:
             continue
         readings.append(reading)
@@ -337,45 +353,38 @@ def _best_reading(
     return min(readings, key=lambda reading: (not reading.mac_ok, reading.log10_p))
 
 
-def _reading(
-    fields: Fields,
-    layout: Layout,
-    row: np.ndarray,
-    key: WatermarkKey,
-    score: int,
-    first: int,
-    tries: int,
-    scope: str,
-    *,
-    needed: bool,
-) -> Reading | None:
+def _reading(latent: _Latent, key: WatermarkKey, candidate: _Candidate, tries: int, *, needed: bool) -> Reading | None:
     """What one candidate says; None for a hopeless one, unless nothing else was said so far (`needed`)."""
+    fields, layout, row, scope = latent.fields, latent.layout, latent.row, latent.scope
     laid = first_field(fields, [key], scope)
     positions = laid[0][0]
     counts, nonces = level_counts(row[positions]), math.log(fields.first_nonces)
-    hopeless = nonces + log_chernoff(counts, score) > _HOPELESS
+    hopeless = nonces + log_chernoff(counts, candidate.score) > _HOPELESS
     if hopeless and not needed:
         return None
-    log_first = nonces + log_tail(counts, score) - math.log1p(-_JOINT)
+    log_first = nonces + log_tail(counts, candidate.score) - math.log1p(-_JOINT)
+    nothing = Reading(
+        *corrected(log_first, tries), key.key_id, key.name, None, None, bit_confidence=0.5, nonce=candidate.number
+    )
     if hopeless:
-        return Reading(*corrected(log_first, tries), key.key_id, key.name, None, None, 0.5, first)
+        return nothing
     rest, binding, places = split(fields, positions)
-    second = second_nonce(fields, key, first, scope, row[rest]) if fields.second_cosets else 0
-    nonce = first + fields.first_nonces * second
+    second = second_nonce(fields, key, candidate.number, scope, row[rest]) if fields.second_cosets else 0
+    nonce = candidate.number + fields.first_nonces * second
     stream = key.stream("payload", fields.shape, nonce, len(places), scope=scope)
     code = _code(fields, layout)
     decoded, confidence = code.decode(row[places] * (1 - 2 * stream.astype(np.float32)))
     flips = np.empty(len(row), np.uint8)
     _lay(flips, fields, key, scope, nonce, code.encode(decoded), laid)
     evidence = row * (1 - 2 * flips.astype(np.int8))
-    bound = bool(decoded[0])
-    if bound:  # what these signs say depends on the picture
+    if bound := bool(decoded[0]):  # what these signs say depends on the picture
         evidence[binding] = 0
     log_joint = (math.log2(fields.nonces) + layout.total) * math.log(2)
     log_joint += log_chernoff(level_counts(evidence), int(evidence.sum(dtype=np.int64)))
     p_value, log10_p = corrected(min(log_first, log_joint - math.log(_JOINT)), tries)
+    undecoded = replace(nothing, p_value=p_value, log10_p=log10_p, bit_confidence=confidence, nonce=nonce)
     if log_joint + math.log(tries) >= _DECODED:
-        return Reading(p_value, log10_p, key.key_id, key.name, None, None, confidence, nonce)
+        return undecoded
     body, payload, mac_ok, form = decoded[: layout.payload], None, None, None
     if key.mac_key is not None:
         seal, about = decoded[layout.payload :].tolist(), (fields, layout, key, scope, nonce, body.tolist())
@@ -386,6 +395,5 @@ def _reading(
     fit = (2 * confidence - 1) * np.abs(soft).sum()
     if mac_ok or fit**2 > _CLEAR * code.steps * (soft @ soft):
         payload = _payload(body, layout)
-    evidence = evidence.reshape(fields.shape).astype(np.float32)
-    said = payload, mac_ok, confidence, nonce, bound if payload else None, form, evidence
-    return Reading(p_value, log10_p, key.key_id, key.name, *said)
+    said = replace(undecoded, payload=payload, mac_ok=mac_ok, bound=bound if payload else None, format=form)
+    return replace(said, evidence=evidence.reshape(fields.shape).astype(np.float32))

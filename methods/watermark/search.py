@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ from .keys import WatermarkKey
 from .mark import Reading, read
 from .statistics import levelled, quantise
 
-__all__ = ["Search", "Undone", "run"]
+__all__ = ["Inverter", "Search", "Undone", "run"]
 
 _BATCH = 16  # pictures in the model at a time, as detection's own default: it bounds memory
 _READ = 12  # places of a family that are decoded: more than the 8 orientations, which are all read; chosen by hand
@@ -37,6 +38,23 @@ _SIGNIFICANT = -3  # log10 p of one reading below which its family's other place
 # Coarse places along a latent cell: small latents (under 4,096 elements) can afford less loss of agreement.
 _PHASES = 3
 _PHASES_OF_LARGE = 2
+
+
+class Inverter(Protocol):
+    """How to get from pictures to their initial noise.
+
+    multiple: sides of pictures are cut to multiples of it, in pixels. native: side of the square that the model draws,
+    in pixels; None, or left out, where that is not known.
+    """
+
+    multiple: int
+    native: int | None
+
+    def encode(self, pixels: list[Tensor]) -> Tensor:
+        """Pictures (3, H, W) in 0..1 of one size (videos (F, 3, H, W)) -> latents (B, C, h, w) or (B, C, f, h, w)."""
+
+    def invert(self, latents: Tensor, steps: int) -> Tensor:
+        """Estimate the noise with `steps` evaluations of the denoiser for each latent; 0 gives the latents back."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +150,7 @@ class _Hunt:
 
     picture: Tensor
     valid: Tensor  # (H, W), 0 where an area of one colour was filled
-    inverter: object
+    inverter: Inverter
     keys: list[WatermarkKey]
     search: Search
     scope: str
@@ -163,7 +181,7 @@ class _Hunt:
 
     def families(self) -> Iterator[tuple[Family, int]]:
         """All families with their tries, cheapest first; the later ones need the size of a latent cell."""
-        given = tuple(self.picture.shape[-2:])
+        given = self.picture.shape[-2], self.picture.shape[-1]
         signed = self.size or given
         builders = _builders(self.search, signed != given)
         mirrors = (False, True) if self.search.orientations else (False,)
@@ -176,7 +194,8 @@ class _Hunt:
         phases = _PHASES if math.prod(self.shape) < 4096 else _PHASES_OF_LARGE
         for mirrored in mirrors:
             for build, reach in builders:
-                edit = Edit(*(signed if build is turns else given), mirrored=mirrored)
+                rows, columns = signed if build is turns else given
+                edit = Edit(rows, columns, mirrored=mirrored)
                 family = build(edit, signed, reach, self.cell, phases)
                 if family is not None:
                     yield family, count * family.tries
@@ -195,8 +214,8 @@ class _Hunt:
         if out and tuple(out[0][0].shape) != self.shape:
             self.shape = tuple(out[0][0].shape)
             self.cell = frame[0] // self.shape[-2]
-            laid = first_field_bytes(fields_of(self.shape), self.keys, self.scope)
-            self.laid = tuple(torch.from_numpy(part) for part in laid)
+            places, signs = first_field_bytes(fields_of(self.shape), self.keys, self.scope)
+            self.laid = torch.from_numpy(places), torch.from_numpy(signs)
         return out
 
     def read(self, noises: Sequence[Tensor], edits: Sequence[Edit]) -> list[_Found]:
@@ -210,7 +229,7 @@ class _Hunt:
     def scores(self, noise: Tensor, inside: Tensor, moves: list[tuple[int, int]]) -> np.ndarray:
         """(len(moves),) the best nonce's score of the best key, in standard deviations, at each move of cells."""
         values = np.zeros(self.shape, np.int8)
-        if not inside.any():
+        if self.laid is None or not inside.any():
             return np.zeros(len(moves))
         values[:, inside.numpy()] = quantise(noise[None, :, inside])[0].reshape(len(values), -1)
         moved = torch.from_numpy(np.stack([_moved(values, move).reshape(-1) for move in moves]))
@@ -225,8 +244,8 @@ class _Hunt:
 
     def look(self, family: Family, tries: int) -> _Candidate | None:
         """The best places of a family's coarse grid; None where the budget allows no look."""
-        multiple = self.inverter.multiple
-        frame = tuple(side - side % multiple for side in family.frame)
+        height, width = (side - side % self.inverter.multiple for side in family.frame)
+        frame = height, width
         noises, places = self.noises([edit for edit, _ in family.coarse], frame), []
         for index, ((noise, inside), (_, moves)) in enumerate(zip(noises, family.coarse, strict=False)):
             if len(family.coarse) * len(moves) <= _READ:
@@ -271,7 +290,7 @@ def _moved(array, move: tuple[int, int]):
 
 def run(
     picture: Tensor,
-    inverter,
+    inverter: Inverter,
     keys: Sequence[WatermarkKey],
     search: Search,
     false_positive_rate: float = 1e-6,
@@ -283,7 +302,7 @@ def run(
 
     Args:
         picture: (3, H, W) in 0..1 as it was found.
-        inverter: as `detection.Inverter`.
+        inverter: of the model that drew it.
         keys: to look for; each is looked for in every place, so the time grows with their number.
         search: which edits.
         false_positive_rate: where the search may stop, half of it being the search's.
@@ -299,7 +318,7 @@ def run(
             f" (3, H, W) and sides of {inverter.multiple} pixels or more"
         )
     filled, valid = without_flats(picture.float().cpu())
-    size = tuple(size) if size else None
+    size = (size[0], size[1]) if size else None
     hunt = _Hunt(filled, valid, inverter, list(keys), search, scope, math.log10(false_positive_rate), size)
     best: _Candidate | None = None
     for candidate in hunt.refined():
@@ -324,8 +343,9 @@ def _orientations(wanted: bool, given: tuple[int, int], size: tuple[int, int] | 
     frames: dict[tuple[int, int], list[Edit]] = {}
     for mirrored in (False, True):
         for quarters in range(4):
-            frame = tuple(size or (given if quarters % 2 == 0 else given[::-1]))
-            frames.setdefault(frame, []).append(Edit(*frame, quarters=quarters, mirrored=mirrored))
+            rows, columns = size or (given if quarters % 2 == 0 else given[::-1])
+            edit = Edit(rows, columns, quarters=quarters, mirrored=mirrored)
+            frames.setdefault((rows, columns), []).append(edit)
     return [
         Family([(edit, [(0, 0)]) for edit in edits], lambda e, _: [], 0, lambda e: "", frame)
         for frame, edits in frames.items()

@@ -12,12 +12,17 @@ import math
 
 import numpy as np
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from ..errors import WatermarkError
 
 LARGEST = 14  # weight
-_OFFSET = 2
+_OFFSET = 2  # quarters of a standard deviation: see above
+_NORMAL_MEDIAN = 0.6745  # of the magnitude of a standard normal variable
+# Of the mean amplitude: where there is next to nothing, noise is not blown up. It costs little: from latents (0 steps)
+# marks score 10.65 deviations on the canvas, 10.72 without it, 10.06 without levelling (24 pictures).
+_FLOOR = 0.1
 
 
 def quantise(latents: Tensor) -> np.ndarray:
@@ -32,7 +37,7 @@ def quantise(latents: Tensor) -> np.ndarray:
     if not np.isfinite(flat).all():
         raise WatermarkError("the latents hold NaN or Inf; check the VAE's precision (fp32 or bf16 instead of fp16)")
     magnitude = np.abs(flat)
-    scale = np.median(magnitude, axis=1) / 0.6745
+    scale = np.median(magnitude, axis=1) / _NORMAL_MEDIAN
     scale = np.where(scale > 0, scale, magnitude.mean(axis=1))  # mostly zeros: an erased or padded latent
     scale = np.where(scale > 0, scale, 1)
     weight = np.minimum(_OFFSET + np.rint(4 * magnitude / scale[:, None]), LARGEST)
@@ -60,13 +65,14 @@ def levelled(noise: Tensor, inside: Tensor | None = None) -> Tensor:
     """
     if inside is None:
         inside = torch.ones_like(noise[:1, 0] if noise.ndim == 4 else noise[:1, 0, 0], dtype=torch.bool)
-    weight = inside.to(noise).reshape(-1, *[1] * (noise.ndim - 3), *inside.shape[-2:])
+    inside = inside if inside.ndim == 3 else inside[None]
+    weight = rearrange(inside.to(noise), "b h w -> b 1 h w" if noise.ndim == 4 else "b h w -> b 1 1 h w")
     count = weight.sum((-2, -1), keepdim=True).clamp_min(1)
     noise = (noise - (noise * weight).sum((-2, -1), keepdim=True) / count) * weight
     near = _around(noise.square().mean(1, keepdim=True)) / _around(weight).clamp_min(1e-6)
     near = near.sqrt()
     typical = (near * weight).sum((-2, -1), keepdim=True) / count
-    scale = near + 0.1 * typical
+    scale = near + _FLOOR * typical
     return noise / torch.where(scale > 0, scale, 1)
 
 
@@ -74,7 +80,7 @@ def _around(values: Tensor) -> Tensor:
     """Sums over 5 x 5 places, edges mirrored."""
     height, width = values.shape[-2:]
     reach = min(2, height - 1, width - 1)
-    flat = torch.nn.functional.pad(values.reshape(-1, 1, height, width), [reach] * 4, mode="reflect")
+    flat = torch.nn.functional.pad(rearrange(values, "... h w -> (...) 1 h w"), [reach] * 4, mode="reflect")
     return torch.nn.functional.avg_pool2d(flat, 2 * reach + 1, 1).reshape(values.shape)
 
 
@@ -89,7 +95,7 @@ def _tilt(counts: np.ndarray, score: float) -> tuple[float, float]:
     total = float(counts @ levels)
     if score <= 0 or not total:
         return 0.0, 0.0
-    low, high = 0.0, 50.0
+    low, high = 0.0, 50.0  # there tanh is 1 in float64: no larger tilt moves the mean
     for _ in range(60):
         middle = (low + high) / 2
         low, high = (middle, high) if counts @ (levels * np.tanh(middle * levels)) < score else (low, middle)

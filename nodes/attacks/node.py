@@ -2,6 +2,7 @@
 
 import torch
 from comfy_api.latest import io
+from einops import rearrange
 
 from ...methods.attacks.pictures import ATTACKS, SUITE, attack
 from ...methods.errors import WatermarkError
@@ -20,7 +21,7 @@ def attacked(images: torch.Tensor, attacks: str, seed: int) -> tuple[torch.Tenso
     texts = [text for line in attacks.splitlines() if (text := line.partition("#")[0].strip())]
     if not texts:
         raise WatermarkError(f"no attack was given; write one a line, such as jpeg:25; there are {', '.join(ATTACKS)}")
-    pixels = images[..., :3].movedim(-1, 1).float().clamp(0, 1)
+    pixels = rearrange(images[..., :3], "b h w c -> b c h w").float().clamp(0, 1)
     found = [attack(pixels, text, torch.Generator().manual_seed(seed)) for text in texts]
     sizes = {text: tuple(one.shape[-2:]) for text, one in zip(texts, found, strict=True)}
     if len(set(sizes.values())) > 1:
@@ -28,7 +29,7 @@ def attacked(images: torch.Tensor, attacks: str, seed: int) -> tuple[torch.Tenso
         raise WatermarkError(f"the attacks give pictures of several sizes ({said}); run those alone that change it")
     several = len(pixels) > 1
     names = [f"{text} ({i})" if several else text for text in texts for i in range(len(pixels))]
-    return torch.cat(found).movedim(1, -1).contiguous(), "\n".join(names)
+    return rearrange(torch.cat(found), "b c h w -> b h w c").contiguous(), "\n".join(names)
 
 
 class SemipermAttackSuite(io.ComfyNode):

@@ -9,6 +9,7 @@ import comfy.lora
 import comfy.model_base
 import comfy.utils
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from ...methods.errors import MembraneError
@@ -19,7 +20,7 @@ from ...methods.text_space import Segment, TextFeatures, TextSpace
 # diffusers' names only, as membrane files have them: ComfyUI knows each UNet projection by its own name, too
 _TOKENS = re.compile(r"^lora_(unet_(down|mid|up)_block.*_attn2_to_[kv]|transformer_context_embedder)$")
 _POOLED = re.compile(r"^lora_transformer_time_text_embed_text_embedder_linear_1$")
-_CHUNK = 32  # captions per text-encoder call
+_CHUNK = 32  # captions per text-encoder call, as on diffusers
 
 
 def erase_in(model, clip, concepts: Sequence[str], surrogate: str = "") -> Membranes:
@@ -82,6 +83,8 @@ def _encoder(model, clip) -> tuple[Callable, list[Segment]]:
         texts = [_escaped(prompt) for prompt in prompts]
         bar = comfy.utils.ProgressBar(len(texts)) if len(texts) > _CHUNK else None
         hidden, pooled, ids = [], [], []
+        # Several captions go as the chunks of one prompt. With T5 they could not be told apart in what comes back: its
+        # stretch follows CLIP's, and it is as long as its text.
         size = 1 if t5 else _CHUNK
         for start in range(0, len(texts), size):
             part = [clip.tokenize(text) for text in texts[start : start + size]]
@@ -103,7 +106,7 @@ def _encoded(clip, tokens: list[dict]) -> list[tuple[Tensor, Tensor | None]]:
     if len(tokens) > 1 and all(len(chunks) == 1 for prompt in tokens for chunks in prompt.values()):
         together = {name: [prompt[name][0] for prompt in tokens] for name in tokens[0]}
         states = clip.encode_from_tokens(together).float().cpu()
-        return [(states.reshape(len(tokens), -1, states.shape[-1]), None)]
+        return [(rearrange(states, "1 (caption n) d -> caption n d", caption=len(tokens)), None)]
     out = []
     for prompt in tokens:
         states, vector = clip.encode_from_tokens(prompt, return_pooled=True)

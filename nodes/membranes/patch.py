@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import logging
 import math
 from collections.abc import Callable
 
@@ -26,11 +27,14 @@ from ...methods.membranes.packing import pack
 from ...methods.membranes.record import membrane_report
 from ...methods.membranes.sites import Folds, Plan, Site, modes_of
 from ...methods.membranes.types import Membranes
+from ..extra_rows import Rows
 from ..progress import Progress
 from ..root_patch import add_root
 
+logger = logging.getLogger(__name__)
+
 ATTACHMENT = "semiperm_membranes"
-_PLANS = 16  # text batches remembered: split and area conditionings take turns
+_PLANS = 16  # text batches remembered: split and area conditionings take turns, rarely more than a few
 _WRAPPER = comfy.patcher_extension.WrappersMP.OUTER_SAMPLE
 _numbers = itertools.count()
 
@@ -128,6 +132,8 @@ class MembranePatch:
                 "the model sampled, but the membranes on it never ran: another node replaced"
                 " diffusion_model.forward; put Apply Membranes after that node"
             )
+        if missed := self.config.window.missed(self._steps):  # no error: a second pass may lie outside on purpose
+            logger.warning("Apply Membranes: %s", missed)
         return result
 
     def around(self, original: Callable) -> Callable:
@@ -167,16 +173,23 @@ class MembranePatch:
         gamma = self.bank(context)
         if not torch.isfinite(gamma).all():
             raise MembraneError("a gate is NaN or Inf: the text conditioning is not finite; check the text encoder")
-        per_kind = max(1, context.shape[0] // len(kinds))
+        rows = Rows(len(context), kinds, len(context))
         for i, (text, values) in enumerate(zip(context, gamma.tolist(), strict=True)):
-            kind = "negative" if kinds[min(i // per_kind, len(kinds) - 1)] == 1 else "positive"
+            kind = "negative" if kinds[rows.chunk_of(i)] == 1 else "positive"
             fired = {"kind": kind, "prompt": None, "source": "embeds", "gamma": self.bank.named(values)}
             same = (i, kind, float(text.float().sum()), *values)  # a plan that was dropped and made again is no new row
             self._rows.setdefault(same, fired)
         gates, gamma = gamma, gamma * self.strength
-        uniform = bool((gamma == gamma[:1]).all())
         return Plan(
-            context, None, (), gates, gamma, self.config.mode, not bool(gamma.any()), uniform, torch.is_grad_enabled()
+            hidden=context,
+            pooled=None,
+            stamps=(),
+            gates=gates,
+            gamma=gamma,
+            mode=self.config.mode,
+            neutral=not bool(gamma.any()),
+            uniform=bool((gamma == gamma[:1]).all()),
+            grad=torch.is_grad_enabled(),
         )
 
     def report(self) -> dict:

@@ -9,9 +9,10 @@ from PIL import Image, ImageDraw, ImageFont
 from ...methods.membranes.record import FIRED
 from ...methods.pictures import from_pil
 
-_PANEL = 34  # concepts below each other before the next panel begins
+# Colours and sizes were chosen by eye.
+_PANEL = 34  # concepts below each other before the next panel begins: about 1,000 pixels
 _INK, _FAINT, _PAPER, _RULE = (30, 34, 40), (140, 147, 156), (255, 255, 255), (214, 219, 225)
-_SHUT, _OPEN, _ACTIVE, _IDLE = (241, 244, 247), (13, 83, 122), (32, 134, 98), (226, 230, 235)
+_SHUT, _OPEN, ACTIVE, _IDLE = (241, 244, 247), (13, 83, 122), (32, 134, 98), (226, 230, 235)
 _CELL, _LINE, _GAP, _LABEL = 68, 28, 28, 260  # pixels
 
 
@@ -44,7 +45,7 @@ def report_text(report: dict) -> str:
     return "\n".join([*_summary(report), "", *lines, "", ending])
 
 
-def _mix(gamma: float) -> tuple[int, ...]:
+def shade(gamma: float) -> tuple[int, ...]:
     share = min(abs(gamma), 1.0)
     return tuple(round(a + (b - a) * share) for a, b in zip(_SHUT, _OPEN, strict=True))
 
@@ -95,7 +96,7 @@ class _Sheet:
         self.write(left, y + _LINE / 2, self.labels[index], _FAINT if concept in self.silent else _INK)
         for column, row in enumerate(self.rows):
             gamma, x = _gamma(self.report, row, concept), left + self.label + _CELL * column
-            self.draw.rectangle((x, y, x + _CELL - 2, y + _LINE - 2), fill=_mix(gamma))
+            self.draw.rectangle((x, y, x + _CELL - 2, y + _LINE - 2), fill=shade(gamma))
             ink = _PAPER if abs(gamma) > 0.5 else _INK if abs(gamma) >= FIRED else _FAINT
             self.write(x + _CELL / 2 - 1, y + _LINE / 2 - 1, f"{gamma:.2f}", ink, self.small, "mm")
 
@@ -107,7 +108,7 @@ class _Sheet:
         for index, step in enumerate(steps):
             x = _GAP + width * index
             right = max(x, x + width - (2 if width > 5 else 0))
-            self.draw.rectangle((x, y + 20, right, y + 44), fill=_ACTIVE if step["active"] else _IDLE)
+            self.draw.rectangle((x, y + 20, right, y + 44), fill=ACTIVE if step["active"] else _IDLE)
         if steps:
             self.write(_GAP, y + 60, f"first, sigma {steps[0]['sigma']:.3g}", _FAINT, self.small)
             self.write(_GAP + self.width, y + 60, f"last, sigma {steps[-1]['sigma']:.3g}", _FAINT, self.small, "rm")

@@ -7,6 +7,7 @@ output. Tokens are pushed where the attention layers' outputs can be patched: se
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Callable
 
 import comfy.patcher_extension
@@ -25,8 +26,10 @@ from ..root_patch import add_root
 from .layers import KNOWN, Layers
 from .rows import Layout, ReferenceImages, groups_of, reference_text, row_kinds
 
+logger = logging.getLogger(__name__)
+
 ATTACHMENT = "semiperm_token_merging"
-_LAYOUTS = 16  # text batches remembered: split and area conditionings take turns
+_LAYOUTS = 16  # text batches remembered: split and area conditionings take turns, rarely more than a few
 _WRAPPER = comfy.patcher_extension.WrappersMP.OUTER_SAMPLE
 _numbers = itertools.count()
 
@@ -159,6 +162,8 @@ class TokenMergingPatch:
                 "the model sampled, but negative token merging on it never ran: another node replaced"
                 " diffusion_model.forward; put Negative Token Merging after that node"
             )
+        if missed := self.config.window.missed(self.record.steps):  # a second pass may lie outside on purpose
+            logger.warning("Negative Token Merging: %s", missed)
         return result
 
     def around(self, original: Callable) -> Callable:
@@ -233,5 +238,5 @@ class TokenMergingPatch:
                 f"the reference conditioning has {length} tokens, the prompt {tokens}; use fewer words there"
             )
         if self.repeats_text and tokens % length == 0:
-            return states.repeat(1, tokens // length, 1)
+            return repeat(states, "1 n c -> 1 (times n) c", times=tokens // length)
         return F.pad(states, (0, 0, 0, tokens - length))

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import comfy.utils
 import torch
 import torch.nn.functional as F
+from einops import rearrange, repeat
 from torch import Tensor
 
 from ...methods.errors import TokenMergingError
@@ -168,7 +169,7 @@ class ReferenceImages:
         pixels = _cropped(image[None], height, width)
         method = "area" if pixels.shape[-1] > width * scale else "bicubic"
         pixels = comfy.utils.common_upscale(pixels, width * scale, height * scale, method, "disabled").clamp(0.0, 1.0)
-        return self.vae.encode(pixels.movedim(1, -1))
+        return self.vae.encode(rearrange(pixels, "1 c h w -> 1 h w c"))
 
     def rows(self, sampling, sigma: Tensor, x: Tensor) -> Tensor:
         """(R, C, ...) as the denoiser sees the references at this noise level, in the size of its input x."""
@@ -185,8 +186,8 @@ class ReferenceImages:
         if tuple(latents.shape[-2:]) != tuple(size[-2:]):  # a conditioning for an area of the picture
             latents = comfy.utils.common_upscale(latents, size[-1], size[-2], "bilinear", "center")
         if len(size) == 3:  # a video: the picture stands still
-            latents = latents if latents.ndim == 5 else latents[:, :, None]
-            latents = latents[:, :, :1].expand(-1, -1, size[0], -1, -1)
+            latents = latents if latents.ndim == 5 else rearrange(latents, "r c h w -> r c 1 h w")
+            latents = repeat(latents[:, :, :1], "r c 1 h w -> r c f h w", f=size[0])
         noise = [
             torch.randn((1, *latents.shape[1:]), generator=torch.Generator().manual_seed(self.config.seed + r))
             for r in range(latents.shape[0])

@@ -17,6 +17,7 @@ import comfy.model_management
 import comfy.model_sampling
 import comfy.samplers
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from ...methods.errors import WatermarkError
@@ -27,19 +28,24 @@ from .noise import unsigned
 
 
 class ComfyInverter:
-    """An `Inverter` (methods.watermark.detection) over a ComfyUI model.
+    """An `Inverter` (methods.watermark.search) over a ComfyUI model.
 
     Args:
         model: ModelPatcher of an SD1.x, SD2, SDXL, SD3 or Flux model, or of another picture model that predicts noise,
             v or a flow's velocity.
         vae: encodes the pictures.
-        conditioning: CONDITIONING of the empty prompt.
+        conditioning: CONDITIONING of the empty prompt; None: `clip` encodes it.
+        clip: not needed with conditioning.
 
     Raises:
-        WatermarkError: a model of another kind, or a video model.
+        WatermarkError: a model of another kind, a video model, or neither clip nor conditioning.
     """
 
-    def __init__(self, model, vae, conditioning):
+    def __init__(self, model, vae, conditioning=None, clip=None):
+        if clip is None and conditioning is None:
+            raise WatermarkError("neither clip nor conditioning is connected; the detector needs the empty prompt")
+        if conditioning is None:
+            conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(""))
         self.model, self.vae, self.conditioning = unsigned(model), vae, conditioning
         self.sampling = model.get_model_object("model_sampling")
         self.flow = isinstance(self.sampling, comfy.model_sampling.CONST)
@@ -58,7 +64,7 @@ class ComfyInverter:
 
     def encode(self, pixels: list[Tensor]) -> Tensor:
         """Pictures (3, H, W) in 0..1 of one size -> (B, C, h, w), scaled and shifted as the denoiser expects."""
-        latents = self.vae.encode(torch.stack(pixels).movedim(1, -1))
+        latents = self.vae.encode(rearrange(pixels, "b c h w -> b h w c"))
         channels = self.model.get_model_object("latent_format").latent_channels
         if latents.ndim != 4 or latents.shape[1] != channels:
             raise WatermarkError(
@@ -110,47 +116,32 @@ class _Reverse(comfy.samplers.Sampler):
         return noise
 
 
+def signed_size(width: int, height: int) -> tuple[int, int] | None:
+    """The size of `DetectionConfig` from a node's two numbers, of which 0 is the picture's own.
+
+    Raises:
+        WatermarkError: one side without the other.
+    """
+    if bool(width) != bool(height):
+        raise WatermarkError(f"the size that was drawn is {width} x {height}; expected both sides, or 0 and 0")
+    return (height, width) if width else None
+
+
 def detect_pictures(
-    images: Tensor,
-    ring: Keyring,
-    *,
-    model,
-    vae,
-    clip=None,
-    conditioning=None,
-    mask: Tensor | None = None,
-    search: bool = False,
-    width: int = 0,
-    height: int = 0,
+    images: Tensor, ring: Keyring, inverter: ComfyInverter, config: DetectionConfig, mask: Tensor | None = None
 ) -> Detection:
     """`detect_in` with a ComfyUI model.
 
     Args:
         images: (B, H, W, C), ComfyUI's IMAGE. ring: the keys to try.
-        model, vae, conditioning: of the `ComfyInverter`; without conditioning `clip` encodes the empty prompt.
         mask: (1, H, W), white where the noise was signed.
-        search: undo edits where nothing is found.
-        width, height: that were drawn; 0 is the picture's own.
 
     Raises:
-        WatermarkError: neither clip nor conditioning, one side of a size, or what `detect_in` refuses.
+        WatermarkError: several masks, or what `detect_in` refuses.
     """
-    if clip is None and conditioning is None:
-        raise WatermarkError("neither clip nor conditioning is connected; the detector needs the empty prompt")
-    if bool(width) != bool(height):
-        raise WatermarkError(f"the size that was drawn is {width} x {height}; expected both sides, or 0 and 0")
     if mask is not None:
         if len(mask) > 1:
             raise WatermarkError(f"{len(mask)} masks were given; expected one for all pictures")
         mask = torch.nn.functional.interpolate(mask[None].float(), size=images.shape[1:3])[0, 0] > 0.5
-    if conditioning is None:
-        conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(""))
-    config = DetectionConfig(search=search, size=(height, width) if width else None)
-    results = detect_in(
-        list(images[..., :3].movedim(-1, 1).float().clamp(0, 1)),
-        ComfyInverter(model, vae, conditioning),
-        ring,
-        config,
-        mask=mask,
-    )
-    return Detection(results, digest(images))
+    pixels = rearrange(images[..., :3], "b h w c -> b c h w").float().clamp(0, 1)
+    return Detection(detect_in(list(pixels), inverter, ring, config, mask=mask), digest(images))

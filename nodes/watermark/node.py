@@ -254,11 +254,13 @@ class SemipermDetectWatermark(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, images, keyring, labels="", **options):
+    def execute(cls, model, vae, images, keyring, search, width, height, labels="", mask=None, **text):
+        from ...methods.watermark.detection import DetectionConfig
         from .heatmap import detection_text, heat_maps
-        from .inversion import detect_pictures
+        from .inversion import ComfyInverter, detect_pictures, signed_size
 
-        detection = detect_pictures(images, keyring.ring, **options)
+        config = DetectionConfig(search=search, size=signed_size(width, height))
+        detection = detect_pictures(images, keyring.ring, ComfyInverter(model, vae, **text), config, mask)
         text, maps = detection_text(detection.results, labels), heat_maps(images, detection.results, labels)
         verdicts, p_values = zip(*((r.verdict, r.p_value) for r in detection.results), strict=True)
         shown = ui.PreviewText(text).as_dict() | ui.PreviewImage(maps, cls=cls).as_dict()

@@ -20,6 +20,8 @@ from .content import sample_bound
 
 WRAPPER = "semiperm_watermark"
 _OUTER = comfy.patcher_extension.WrappersMP.OUTER_SAMPLE
+# Samplers whose pictures do not change with their own noise's seed: tests/nodes/check_watermark.py tries every one that
+# ComfyUI has, and says where one is missing here.
 _DETERMINISTIC = {
     *("euler", "euler_cfg_pp", "heun", "heunpp2", "dpm_2", "lms", "dpm_fast", "dpm_adaptive", "dpmpp_2m"),
     *("dpmpp_2m_cfg_pp", "ipndm", "ipndm_v", "deis", "res_multistep", "res_multistep_cfg_pp", "unipc", "unipc_bh2"),

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
+from einops import repeat
 from torch import Tensor
 
 from ...methods.attacks.pictures import Attack, average_forgery, average_removal
@@ -76,8 +77,6 @@ def regenerate(
     prompt: str | Sequence[str] = "",
     steps: int = 50,
     generator: torch.Generator | None = None,
-    *,
-    guidance_scale: float = 1.0,
     **kwargs,
 ) -> Tensor:
     """Add noise to the latents of pictures and draw them anew from there: img2img.
@@ -88,7 +87,7 @@ def regenerate(
         strength: above 0 (a little noise) to 1 (another picture); .06, .14 and .24 are W-Bench's 60, 140 and 240.
         prompt: for all pictures, or one each.
         steps: of the whole way; the share `strength` of them is taken.
-        kwargs: further arguments of diffusers' img2img call.
+        kwargs: further arguments of diffusers' img2img call; guidance_scale is 1 unless given.
 
     Returns:
         (B, 3, H', W'), sides cut to whole latents.
@@ -98,7 +97,7 @@ def regenerate(
 
     Source: Zhao et al. (arXiv 2306.01953), regeneration; strengths as VINE's W-Bench (arXiv 2410.18775).
     """
-    return _img2img(pipe, pixels, strength, prompt, steps, generator, None, guidance_scale, kwargs)
+    return _img2img(pipe, pixels, strength, prompt, steps, {"generator": generator} | kwargs)
 
 
 def transplant(
@@ -111,7 +110,6 @@ def transplant(
     generator: torch.Generator | None = None,
     *,
     inversion_steps: int = 10,
-    guidance_scale: float = 1.0,
     **kwargs,
 ) -> Tensor:
     """Forge: redraw cover pictures from the noise of marked ones, so that the mark is found in what was never signed.
@@ -122,6 +120,7 @@ def transplant(
         marked: (1 or B, 3, H, W) whose mark is taken. cover: (B, 3, H, W) that it is put into.
         strength: more carries more of the mark and less of the cover.
         inversion_steps: evaluations of the denoiser to find the marked noise.
+        kwargs: as in `regenerate`.
 
     Raises:
         SemipermError: as `regenerate`; pictures of two sizes; a sampler that adds noise of its own.
@@ -131,7 +130,7 @@ def transplant(
     noise, scale = steal_noise(pipe, marked, inversion_steps), pixels_per_latent(pipe)
     height, width = _whole(pipe, cover).shape[2:]
     noise = _matching(noise, torch.empty(len(cover), noise.shape[1], height // scale, width // scale, device="meta"))
-    return _img2img(pipe, cover, strength, prompt, steps, generator, noise, guidance_scale, kwargs)
+    return _img2img(pipe, cover, strength, prompt, steps, {"generator": generator} | kwargs, noise)
 
 
 def imprint(
@@ -202,7 +201,7 @@ def reprompt(
     noise = steal_noise(pipe, marked, inversion_steps, average=average)
     prompts = [prompt] * len(noise) if isinstance(prompt, str) else list(prompt)
     if len(noise) == 1:
-        noise = noise.expand(len(prompts), *noise.shape[1:])
+        noise = repeat(noise, "1 c h w -> b c h w", b=len(prompts))
     if len(prompts) != len(noise) or not prompts:
         raise WatermarkError(
             f"{len(prompts)} prompts were given for {len(noise)} stolen noises; expected one, or as many"
@@ -259,7 +258,21 @@ def _matching(noise: Tensor, latents: Tensor) -> Tensor:
     return noise.expand_as(latents)
 
 
-def _img2img(pipe, pixels, strength, prompt, steps, generator, noise, guidance_scale, kwargs) -> Tensor:
+def _img2img(
+    pipe,
+    pixels: Tensor,
+    strength: float,
+    prompt: str | Sequence[str],
+    steps: int,
+    more: dict,
+    noise: Tensor | None = None,
+) -> Tensor:
+    """diffusers' img2img with the parts of this pipeline.
+
+    Args:
+        more: further arguments of its call.
+        noise: to add in place of what it draws.
+    """
     import diffusers
 
     image = _whole(pipe, pixels)
@@ -278,9 +291,9 @@ def _img2img(pipe, pixels, strength, prompt, steps, generator, noise, guidance_s
     parts["scheduler"] = type(pipe.scheduler).from_config(pipe.scheduler.config)  # calls leave traces in a scheduler
     redraw = kind(**parts | family.removed)
     redraw.set_progress_bar_config(disable=True)
-    call = {"strength": strength, "num_inference_steps": steps, "guidance_scale": guidance_scale, **kwargs}
+    call = {"strength": strength, "num_inference_steps": steps, "guidance_scale": 1.0, **more}
     if "height" in inspect.signature(kind.__call__).parameters:
         call |= {"height": image.shape[2], "width": image.shape[3]}
     with nullcontext() if noise is None else replace_noise(redraw, noise):
-        drawn = redraw(prompt=prompts, image=image, generator=generator, output_type="pt", **call).images
+        drawn = redraw(prompt=prompts, image=image, output_type="pt", **call).images
     return drawn.to(pixels)

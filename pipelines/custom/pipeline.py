@@ -1,7 +1,7 @@
 """Membranes through diffusers' own door for custom pipelines; needs `pip install semiperm`.
 
     pipe = DiffusionPipeline.from_pretrained(MODEL, custom_pipeline=PATH_OF_THIS_FOLDER, trust_remote_code=True)
-    pipe.erase_concepts(["robot"])
+    pipe.apply_membranes(pipe.erase_concepts(["robot"]))
 
 diffusers copies this file elsewhere and runs it there: imports must be absolute, and exactly one pipeline class may
 be in sight.

@@ -15,7 +15,7 @@ from ...methods.membranes.file import load_membranes
 from ...methods.membranes.packing import pack
 from ...methods.membranes.types import LowRank, Membrane, Membranes
 from ...methods.membranes.weight_edit import membrane_from_weights
-from ..family import denoiser_of
+from ..family import Pipeline, denoiser_of
 from ..text import module_keys
 
 _LORA_PARTS = {
@@ -29,7 +29,9 @@ _LORA_PARTS = {
 }
 
 
-def import_membranes(pipe, path: str | Path, concept: str | None = None, *, rank: int | None = None) -> Membranes:
+def import_membranes(
+    pipe: Pipeline, path: str | Path, concept: str | None = None, *, rank: int | None = None
+) -> Membranes:
     """Read somebody else's adapter for this pipeline as membranes, so that it stacks, is gated and comes off again.
 
     Understands membrane, SPM and kohya files; diffusers and PEFT LoRA files ("unet.<path>.lora_A.weight", "<path>.lora.
@@ -43,8 +45,10 @@ def import_membranes(pipe, path: str | Path, concept: str | None = None, *, rank
         rank: for partial checkpoints, at most so many singular values per module; None keeps every one above rounding.
 
     Raises:
-        MembraneError: not safetensors, unknown keys, keys that match no module, shapes that disagree, NaN, or weights
-            that equal the pipeline's.
+        SemipermError: no such file, a pickle, or not safetensors.
+        ModelError: an unsupported pipeline.
+        MembraneError: unknown keys, keys that match no module, shapes that disagree, NaN, or weights that equal the
+            pipeline's.
     """
     path = Path(path)
     tensors = _read(path)
@@ -76,7 +80,7 @@ def import_membranes(pipe, path: str | Path, concept: str | None = None, *, rank
     return Membranes(membrane_from_weights(before, edited, name, rank=rank, method="weights"))
 
 
-def export_lora(pipe, membranes: Membrane | Iterable[Membrane], path: str | Path) -> Path:
+def export_lora(pipe: Pipeline, membranes: Membrane | Iterable[Membrane], path: str | Path) -> Path:
     """Write the ungated sum of membranes as a plain LoRA that `pipe.load_lora_weights` accepts, for every family.
 
     Keys are PEFT's ("unet.<path>.lora_A.weight", "transformer..."); scales and K membranes are folded into one pair per
@@ -84,9 +88,21 @@ def export_lora(pipe, membranes: Membrane | Iterable[Membrane], path: str | Path
 
     Args:
         pipe: the pipeline they were made for; it tells the modules' names.
+        membranes: one or more.
+        path: ends in .safetensors; missing folders are made.
+
+    Returns:
+        The path.
 
     Raises:
+        ModelError: an unsupported pipeline.
         MembraneError: no membranes, a name that does not end in .safetensors, or keys that match no module.
+        SemipermError: the path is a folder.
+        OSError: it cannot be written.
+
+    >>> file = export_lora(pipe, membranes, "lora.safetensors")
+    >>> import_membranes(pipe, file, "both").concepts
+    ('both',)
     """
     path, membranes = Path(path), Membranes(membranes)
     if path.suffix != ".safetensors" or not membranes:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -20,7 +21,7 @@ from ...methods.membranes.config import MembraneConfig
 from ...methods.membranes.gate_bank import GateBank
 from ...methods.membranes.packing import pack
 from ...methods.membranes.types import Membrane, Membranes
-from ..family import denoiser_of, family_of
+from ..family import Pipeline, denoiser_of, family_of
 from ..text import encode_text, module_keys
 from .state import MembraneHandle
 
@@ -28,7 +29,7 @@ __all__ = ["apply_membranes", "remove_membranes"]
 
 
 def apply_membranes(
-    pipe, membranes: Membrane | Iterable[Membrane], config: MembraneConfig | None = None
+    pipe: Pipeline, membranes: Membrane | Iterable[Membrane | Membranes], config: MembraneConfig | None = None
 ) -> MembraneHandle:
     """Let membranes act on a loaded pipeline, in place of those it has; nothing changes if anything is wrong.
 
@@ -44,8 +45,16 @@ def apply_membranes(
         A handle: `.report()` tells what fired in the last call, `.remove()` undoes; also a context manager.
 
     Raises:
-        MembraneError: unsupported pipeline, no membranes, keys that match no module, shapes that disagree, another base
-            model, or a gate that a membrane cannot serve.
+        ModelError: an unsupported pipeline.
+        MembraneError: no membranes, keys that match no module, shapes that disagree, another base model, or a gate that
+            a membrane cannot serve.
+
+    Source: SPM (arXiv 2312.16145), equations 3, 8 and 9; methods/membranes/gates.py says where we differ.
+
+    >>> with apply_membranes(pipe, membranes) as handle:
+    ...     image = pipe("a robot in sketch style on sky", num_inference_steps=2).images[0]
+    >>> handle.report()["concepts"]
+    ['robot', 'ghost']
     """
     config = config or MembraneConfig()
     membranes = _flatten(membranes)
@@ -68,14 +77,14 @@ def apply_membranes(
     return handle
 
 
-def remove_membranes(pipe) -> None:
+def remove_membranes(pipe: Pipeline) -> None:
     """Undo `apply_membranes`: the pipeline computes the untouched model's bits again. Without membranes: nothing."""
     handle = MembraneHandle.on(pipe)
     if handle is not None:
         handle.remove()
 
 
-def _flatten(membranes: Membrane | Iterable[Membrane]) -> Membranes:
+def _flatten(membranes: Membrane | Iterable[Membrane | Membranes]) -> Membranes:
     if isinstance(membranes, Membrane):
         membranes = [membranes]
     flat = [m for item in membranes for m in ([item] if isinstance(item, Membrane) else item)]
@@ -96,7 +105,7 @@ def _check_keys(membrane: Membrane, available: dict[str, nn.Module], denoiser: n
         )
 
 
-def _check_shape(key: str, module: nn.Module, pair: tuple[Tensor, Tensor, Tensor]) -> None:
+def _check_shape(key: str, module: Any, pair: tuple[Tensor, Tensor, Tensor]) -> None:
     down, up, _ = pair
     weight = module.weight
     shape = (

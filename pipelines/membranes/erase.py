@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -11,12 +12,13 @@ from ...methods.membranes.closed_form import ClosedFormConfig
 from ...methods.membranes.concept_fit import T5_POSITIONS, fit_concepts
 from ...methods.membranes.types import Membranes
 from ...methods.text_space import TextSpace
+from ..family import Pipeline
 from ..text import encode_text, segments_of, text_projections
 
 
 @torch.no_grad()
 def erase_concepts(
-    pipe,
+    pipe: Pipeline,
     concepts: str | Sequence[str],
     surrogate: str = "",
     preserve: Iterable[str] | None = None,
@@ -45,12 +47,21 @@ def erase_concepts(
         max_sequence_length: of T5 (SD3, Flux), the one you will generate with; None is the pipeline's default.
 
     Raises:
-        MembraneError: no concept, a template without "{}", a surrogate equal to the concept, an unsupported pipeline.
+        ModelError: an unsupported pipeline.
+        MembraneError: no concept, a template without "{}", or a surrogate equal to the concept.
+
+    Source: UCE (arXiv 2308.14761), SPEED (arXiv 2503.07392), RECE (arXiv 2407.12383); see `ClosedFormConfig.method`.
+
+    >>> erase_concepts(pipe, ["robot", "ghost|phantom"])
+    Membranes(robot [closed_form/uce, 14 modules], ghost [closed_form/uce, 14 modules])
     """
     segments = segments_of(pipe)
-    last, world = segments[-1], None
+    last = segments[-1]
+    world: Any = None  # the module of the canvas' captions
     if getattr(pipe, "semiperm_canvas", False):
-        from ...canvas import captions as world
+        from ...canvas import captions
+
+        world = captions
     encode = functools.partial(
         encode_text,
         pipe,

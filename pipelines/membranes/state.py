@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 import logging
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +15,7 @@ from ...methods.membranes.record import membrane_report
 from ...methods.membranes.sites import Folds, Plan, Site, modes_of
 from ...methods.membranes.types import Membranes
 from ...methods.modules import stamp
-from ..family import denoiser_of, family_of
+from ..family import family_of
 from ..handle import Handle
 from ..hooks import parameters_of
 from ..scheduler import image_tokens, share_of, sigma_of
@@ -25,19 +24,43 @@ from .hooks import RootHook, SiteHook
 
 logger = logging.getLogger(__name__)
 
-_PLANS = 3  # text batches remembered: guidance by separate calls (Flux) alternates between two
+_PLANS = 3  # text batches remembered: guidance by separate calls (Flux) alternates between two; one is spare
+
+
+@dataclass(frozen=True, eq=False)
+class _Call:
+    """One call of the denoiser."""
+
+    timestep: Tensor
+    image_tokens: int
+    active: bool  # whether it lies inside the window
+
+
+class _Run:
+    """What happened in one call of the pipeline: from its first `encode_prompt` to that of the next call."""
+
+    def __init__(self):
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget: a new run begins. In place, so that compiled graphs keep looking at this object."""
+        self.encodes = 0  # calls of encode_prompt: a run may need several before it denoises
+        self.began = False  # whether the denoiser has been called
+        self.plans: list[Plan] = []  # in the order of their first use
+        self.calls: list[_Call] = []  # none where the whole denoiser is compiled
 
 
 class MembraneHandle(Handle):
     """Membranes at work on one pipeline."""
 
     NAME = "_semiperm_membranes"
+    ERROR = MembraneError
     weights_fixed = False  # LoRA weights may be fused in place at any time
 
     def __init__(self, pipe, membranes: Membranes, config: MembraneConfig, sites: dict, bank: GateBank):
-        super().__init__(pipe)
+        super().__init__(pipe, config)
         self.family = family_of(pipe)
-        self.membranes, self.config = membranes, config
+        self.membranes = membranes
         self.strength, self.bank = float(config.strength), bank
         self.sites = [Site(self, key, module, pair) for key, (module, pair) in sites.items()]
         modules: list[nn.Module] = [module for module, _ in sites.values()]
@@ -46,30 +69,15 @@ class MembraneHandle(Handle):
         self.sample_name = parameters_of(self.denoiser)[0]
         self.plan: Plan | None = None
         self.gamma: Tensor | None = None  # for compiled graphs
-        self.outside = False
+        self.outside = False  # of the window, in the current call
         self.folds = Folds()
-        self.ran = False
-        self._plans: list[Plan] = []
-        self._used: list[Plan] = []  # since the last encode_prompt
-        self._times: list[tuple[Tensor, int, bool]] = []  # (timestep, image tokens, inside the window) of each call
-        self._encodes = 0
-        self._fresh = False
-        self._idle: tuple[str, ...] = ()
-        self._encode_prompt = None
+        self._run = _Run()
+        self._plans: list[Plan] = []  # remembered, the newest first; they outlive runs
+        self._watching = False  # whether sites have to tell in this call that they ran, as in the first one of a plan
+        self._idle: tuple[str, ...] = ()  # sites that did not
 
     def install(self) -> None:
         super().install()
-        original = self.pipe.encode_prompt
-        signature = inspect.signature(original)
-
-        @functools.wraps(original)
-        def encode_prompt(*args, **kwargs):
-            encoded = original(*args, **kwargs)
-            self._on_encode(encoded, signature.bind(*args, **kwargs).arguments)
-            return encoded
-
-        self._encode_prompt = encode_prompt
-        self.pipe.encode_prompt = encode_prompt
         parameter = next(self.denoiser.parameters())
         self._place(parameter.device, parameter.dtype)
 
@@ -77,40 +85,47 @@ class MembraneHandle(Handle):
         if self.on(self.pipe) is not self:
             return
         super().remove()
-        if self.pipe.__dict__.get("encode_prompt") is self._encode_prompt:
-            del self.pipe.encode_prompt
         self._plans, self.plan, self.gamma, self.folds = [], None, None, Folds()
-        if self._encodes and not self.ran:
-            logger.warning("%s", self._never_ran())
+        if self._run.encodes and not self._run.began and not self.compiled:
+            logger.warning("%s", self.never_ran())
 
     def report(self) -> dict:
         """What fired in the last call, one entry per row the denoiser saw: see `membrane_report`.
 
         Raises:
-            MembraneError: the pipeline has not run since, or ran without the membranes.
+            MembraneError: the pipeline has not run since (or only compiled, which keeps no record), or ran without the
+                membranes.
         """
-        if not self.ran:
+        if not self._run.calls:
             raise MembraneError(
-                self._never_ran()
-                if self._encodes
-                else "no report yet: the pipeline has not been called since apply_membranes"
+                self.never_ran()
+                if self._run.encodes and not self.compiled
+                else "no report yet: the pipeline has not been called since apply_membranes (a compiled denoiser keeps"
+                " no record)"
             )
-        rows = [row for plan in self._used for row in self._rows(plan)]
+        rows = [row for turn, plan in enumerate(self._run.plans) for row in self._rows(plan, turn)]
         kept = {
             "modules": len(self.sites),
             "idle_modules": self._idle,
-            "modes": modes_of(self._used, self.folds) or ["compiled"],
+            "modes": modes_of(self._run.plans, self.folds),
         }
-        return membrane_report(self.bank, self.config, rows, self._steps(), **kept)
+        return membrane_report(self.bank, self.config, rows, self.steps(), **kept)
 
-    def _rows(self, plan: Plan) -> list[dict]:
-        """One entry a row; of unknown embeddings the first half is taken for negative where guidance is one call."""
-        count = len(plan.hidden)
-        guided = self.family.one_call and getattr(self.pipe, "do_classifier_free_guidance", False) and count % 2 == 0
+    def _rows(self, plan: Plan, turn: int) -> list[dict]:
+        """One entry a row; of unknown embeddings the first half is taken for negative where guidance is one call.
+
+        Args:
+            turn: of the plan in its run. Where guidance is separate calls, the conditional one comes first.
+        """
+        count, one_call = len(plan.hidden), self.family.one_call
+        guided = one_call and getattr(self.pipe, "do_classifier_free_guidance", False) and count % 2 == 0
         found = []
         for number, (hidden, gates) in enumerate(zip(plan.hidden, plan.gates.tolist(), strict=True)):
             entry = self.bank.recorded_row(hidden)
-            negative = entry.negative if entry else guided and number < count // 2
+            if not one_call:
+                negative = turn % 2 == 1
+            else:
+                negative = entry.negative if entry else guided and number < count // 2
             found.append(
                 {
                     "kind": "negative" if negative else "positive",
@@ -121,13 +136,13 @@ class MembraneHandle(Handle):
             )
         return found
 
-    def _steps(self) -> list[dict]:
+    def steps(self) -> list[dict]:
         """Several calls at one noise level are one step."""
         steps: dict[float, dict] = {}
-        for timestep, tokens, active in self._times:
-            share = share_of(self.pipe, self.family, timestep, tokens)
-            sigma = sigma_of(self.pipe, self.family, timestep)
-            steps[share] = {"share": share, "sigma": sigma, "active": active}
+        for call in self._run.calls:
+            share = share_of(self.pipe, self.family, call.timestep, call.image_tokens)
+            sigma = sigma_of(self.pipe, self.family, call.timestep)
+            steps[share] = {"share": share, "sigma": sigma, "active": call.active}
         return list(steps.values())
 
     # --- called by the hooks ---
@@ -142,7 +157,7 @@ class MembraneHandle(Handle):
             )
         timestep, sample = torch.as_tensor(inputs["timestep"]), inputs[self.sample_name]
         tokens = image_tokens(self.family, self.denoiser, sample)
-        self.ran = True
+        self._run.began = True
         window, compiling = self.config.window, torch.compiler.is_compiling()
         inside = window.whole or window.contains(share_of(self.pipe, self.family, timestep, tokens))
         if compiling:
@@ -151,27 +166,33 @@ class MembraneHandle(Handle):
                 self.gamma = (gamma if window.whole else gamma * inside.to(gamma)).to(hidden.dtype)
             return
         self.outside = not inside
-        self._times.append((timestep, tokens, bool(inside)))
+        self._run.calls.append(_Call(timestep, tokens, bool(inside)))
         self.select(hidden, inputs.get("pooled_projections"))
 
     def select(self, hidden: Tensor, pooled: Tensor | None) -> None:
         """Make the plan of this text batch the current one."""
-        plan = next((p for p in self._plans if p.fits(hidden, pooled)), None)
-        if plan is None:
-            plan = self._make(hidden, pooled)
-            self._plans = [plan, *self._plans][:_PLANS]
-            self._fresh = True
-            for site in self.sites:
-                site.ran = False
+        plan = self._plan_of(hidden, pooled)
         if plan is not self.plan and plan.uniform and not plan.neutral:
             self.folds.claim(plan)
-        if plan not in self._used:
-            self._used.append(plan)
+        if plan not in self._run.plans:
+            self._run.plans.append(plan)
         self.plan = plan
         gamma = plan.gamma.to(hidden.dtype)
         self.gamma = torch.zeros_like(gamma) if self.outside else gamma  # for blocks that are compiled one by one
 
-    def _make(self, hidden: Tensor, pooled: Tensor | None) -> Plan:
+    def _plan_of(self, hidden: Tensor, pooled: Tensor | None) -> Plan:
+        """The remembered plan of this text batch, or a new one, in whose first call the sites are watched."""
+        for plan in self._plans:
+            if plan.fits(hidden, pooled):
+                return plan
+        plan = self._new_plan(hidden, pooled)
+        self._plans = [plan, *self._plans][:_PLANS]
+        self._watching = True
+        for site in self.sites:
+            site.ran = False
+        return plan
+
+    def _new_plan(self, hidden: Tensor, pooled: Tensor | None) -> Plan:
         grad = torch.is_grad_enabled()
         with torch.set_grad_enabled(grad and hidden.requires_grad):
             gates = self.bank(hidden)
@@ -186,15 +207,23 @@ class MembraneHandle(Handle):
                 f"mode='folded' needs the same gates in all rows of the batch, but they differ: {gamma.tolist()};"
                 " expected gate='always' or mode='auto'"
             )
-        stamps = tuple(None if t is None else stamp(t) for t in (hidden, pooled))
-        neutral = not grad and not bool(gamma.any()) or self.strength == 0
-        return Plan(hidden, pooled, stamps, gates, gamma, self.config.mode, neutral, uniform, grad)
+        return Plan(
+            hidden=hidden,
+            pooled=pooled,
+            stamps=tuple(None if t is None else stamp(t) for t in (hidden, pooled)),
+            gates=gates,
+            gamma=gamma,
+            mode=self.config.mode,
+            neutral=self.strength == 0 or (not grad and not bool(gamma.any())),
+            uniform=uniform,
+            grad=grad,
+        )
 
     def check_sites(self) -> None:
         """After the first call of a plan: did the wrapped projections run at all?"""
-        if not self._fresh:
+        if not self._watching:
             return
-        self._fresh = False
+        self._watching = False
         self._idle = tuple(site.key for site in self.sites if not site.ran)
         if len(self._idle) == len(self.sites):
             raise MembraneError(
@@ -206,15 +235,10 @@ class MembraneHandle(Handle):
                 "%d of %d wrapped projections did not run, e.g. %s", len(self._idle), len(self.sites), self._idle[0]
             )
 
-    def _on_encode(self, encoded, arguments: dict) -> None:
-        if denoiser_of(self.pipe)[0] is not self.denoiser:
-            raise MembraneError(
-                f"pipe.{self.attribute} was replaced after apply_membranes, so no membrane would act; call"
-                " apply_membranes again"
-            )
-        if self.ran or not self._encodes:
-            self._used, self._times, self.ran, self._encodes = [], [], False, 0
-        self._encodes += 1
+    def begin_run(self, encoded, arguments: dict) -> None:
+        if self._run.began:  # the run that it belonged to is over
+            self._run.clear()
+        self._run.encodes += 1
         tensors = [t for t in encoded if isinstance(t, Tensor) and t.ndim == 3] if isinstance(encoded, tuple) else []
         if not tensors:
             return
@@ -234,10 +258,10 @@ class MembraneHandle(Handle):
         for site in self.sites:
             site.place(device, dtype)
 
-    def _never_ran(self) -> str:
+    def never_ran(self) -> str:
         return (
-            f"encode_prompt was called {self._encodes} time(s), but the membranes on pipe.{self.attribute} never ran:"
-            " the images, if any, are not protected"
+            f"encode_prompt was called {self._run.encodes} time(s), but the membranes on pipe.{self.attribute} never"
+            " ran: the images, if any, are not protected"
         )
 
 

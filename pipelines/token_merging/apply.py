@@ -12,7 +12,7 @@ from torch import nn
 
 from ...methods.errors import TokenMergingError
 from ...methods.token_merging.config import NegativeTokenMergingConfig
-from ..family import Family, family_of
+from ..family import Family, Pipeline, family_of
 from ..handle import Handle
 from ..latents import pixels_per_latent
 from ..rows import RowsHook
@@ -21,7 +21,9 @@ from .hooks import BeforeOutputHook, LayerHook, MergeState, told_context
 __all__ = ["TokenMergingHandle", "apply_negative_token_merging", "remove_negative_token_merging"]
 
 
-def apply_negative_token_merging(pipe, config: NegativeTokenMergingConfig | None = None) -> TokenMergingHandle:
+def apply_negative_token_merging(
+    pipe: Pipeline, config: NegativeTokenMergingConfig | None = None
+) -> TokenMergingHandle:
     """Push attention outputs away from reference images, or the images of a batch away from one another.
 
     In place of what was applied before; nothing changes if anything is wrong. Inside the window, one more row a
@@ -37,9 +39,15 @@ def apply_negative_token_merging(pipe, config: NegativeTokenMergingConfig | None
         A handle: `.report()` tells what was pushed in the last call, `.remove()` undoes; also a context manager.
 
     Raises:
-        SemipermError: an unsupported pipeline, or no attention layer that `blocks` lets in.
+        ModelError: an unsupported pipeline.
+        TokenMergingError: no attention layer that `blocks` lets in.
 
     Source: NegToMe (arXiv 2412.01339), section 3; see methods/token_merging/merging.py for where we differ.
+
+    >>> with apply_negative_token_merging(pipe, NegativeTokenMergingConfig(reference=picture)) as handle:
+    ...     image = pipe("a star", num_inference_steps=2).images[0]
+    >>> handle.report()["mode"]
+    'reference'
     """
     handle = TokenMergingHandle(pipe, family_of(pipe), config or NegativeTokenMergingConfig())
     remove_negative_token_merging(pipe)
@@ -47,7 +55,7 @@ def apply_negative_token_merging(pipe, config: NegativeTokenMergingConfig | None
     return handle
 
 
-def remove_negative_token_merging(pipe) -> None:
+def remove_negative_token_merging(pipe: Pipeline) -> None:
     """Undo `apply_negative_token_merging`: the untouched model's bits again. Where nothing was applied: nothing."""
     handle = TokenMergingHandle.on(pipe)
     if handle is not None:
@@ -58,11 +66,12 @@ class TokenMergingHandle(Handle):
     """Negative token merging at work on one pipeline."""
 
     NAME = "_semiperm_negative_token_merging"
+    ERROR = TokenMergingError
 
     def __init__(self, pipe, family: Family, config: NegativeTokenMergingConfig):
-        super().__init__(pipe)
+        super().__init__(pipe, config)
         layers = _layers(self.denoiser, family, config)
-        self.config, self.state = config, MergeState(pipe, family, config, [path for path, _, _ in layers])
+        self.state = MergeState(pipe, family, config, [path for path, _, _ in layers])
         self.hooks = [
             (module, (BeforeOutputHook if before else LayerHook)(self.state, path)) for path, module, before in layers
         ]
@@ -83,6 +92,12 @@ class TokenMergingHandle(Handle):
         if self.config.mode == "reference":
             scale = pixels_per_latent(self.pipe)
             self.state.reference.prepare(height // scale, width // scale)
+
+    def steps(self) -> list[dict]:
+        return list(self.state.record.steps)
+
+    def begin_run(self, encoded, arguments: dict) -> None:
+        self.state.begin_run()
 
     def report(self) -> dict:
         """What was pushed in the last call of the pipeline: see `MergeRecord.report`.

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 from diffusers.hooks import ModelHook
+from einops import repeat
 from torch import Tensor, nn
 
 from ...methods.errors import TokenMergingError
@@ -24,6 +25,7 @@ from ..scheduler import image_tokens, share_of, sigma_of
 from .plan import MergePlan, make_plan
 from .reference import Reference
 
+# What UNets and transformers call the pooled text, of which reference rows have their own.
 _POOLED = ("text_embeds", "pooled_projections")
 _PLANS = 2  # text batches remembered: guidance by separate calls alternates between two
 
@@ -43,6 +45,11 @@ class MergeState:
         self.context: str | None = None  # "cond" or "uncond", where the pipeline tells
         self._plans: list[MergePlan] = []
         self._timesteps = self._ids = self._time = self._first = None
+
+    def begin_run(self) -> None:
+        """The pipeline was called: what is recorded is of this run."""
+        if self.record.steps:
+            self.record.clear()
 
     # ---- the root -------------------------------------------------------------------------------------------------
 
@@ -149,13 +156,13 @@ class MergeState:
         if self.config.reference_prompt is None:
             return value[list(plan.sources)]
         text, pooled = self.reference.text(plan.hidden.shape[1])
-        return (text if value is plan.hidden else pooled).to(value).expand(plan.extra, *value.shape[1:])
+        return repeat((text if value is plan.hidden else pooled).to(value), "1 ... -> r ...", r=plan.extra)
 
     def _latents(self, sample: Tensor, timestep: Tensor, plan: MergePlan) -> Tensor:
         latents = self.reference.rows(*self.grid, timestep.to(sample.device)).to(sample.dtype)
-        latents = latents.repeat(plan.extra // len(latents), 1, 1, 1)
+        latents = repeat(latents, "r c h w -> (group r) c h w", group=plan.extra // len(latents))
         if self.family.video:  # a still picture, frame by frame
-            latents = latents[:, :, None].expand(-1, -1, sample.shape[2], -1, -1)
+            latents = repeat(latents, "r c h w -> r c f h w", f=sample.shape[2])
         latents = self.family.pack(self.pipe, latents)
         rows = sample[list(plan.sources)].clone()
         axis = 2 if self.family.packed else 1  # of the channels
@@ -197,7 +204,7 @@ class MergeState:
         if plan.extra:
             reference = x[plan.batch :]
             mask = self.reference.mask(tokens, *self.token_grid, x.device)
-            mask = mask if mask is None else mask.repeat(plan.extra // len(mask), 1)
+            mask = mask if mask is None else repeat(mask, "r n -> (group r) n", group=plan.extra // len(mask))
         merged, pushed = merge_tokens(x, reference, rows, config, mask)
         if not torch.compiler.is_compiling():
             self.record.add(plan.labels, pushed)

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from ...methods.token_merging.config import NegativeTokenMergingConfig
-from .apply import TokenMergingHandle, apply_negative_token_merging, remove_negative_token_merging
+from . import apply
 
 __all__ = ["TokenMergingMixin"]
 
 
 class TokenMergingMixin:
-    """Put it before any diffusers pipeline class of a supported family.
+    """Pushing away as methods of a pipeline: put it before any diffusers pipeline class of a supported family.
 
-    class Pushed(TokenMergingMixin, StableDiffusionPipeline): ...
+    A method is the function of the same name.
+
+    >>> from diffusers import StableDiffusionPipeline
+    >>> class Pushed(TokenMergingMixin, StableDiffusionPipeline): ...
+    >>> pushed = Pushed(**pipe.components, requires_safety_checker=False)
+    >>> with pushed.apply_negative_token_merging():
+    ...     images = pushed("a star", num_images_per_prompt=2, num_inference_steps=2).images
     """
 
-    def apply_negative_token_merging(self, config: NegativeTokenMergingConfig | None = None) -> TokenMergingHandle:
-        """`semiperm.apply_negative_token_merging(self, config)`."""
-        return apply_negative_token_merging(self, config)
-
-    def remove_negative_token_merging(self) -> None:
-        """`semiperm.remove_negative_token_merging(self)`."""
-        remove_negative_token_merging(self)
+    apply_negative_token_merging = apply.apply_negative_token_merging
+    remove_negative_token_merging = apply.remove_negative_token_merging

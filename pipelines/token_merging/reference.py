@@ -6,6 +6,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from ...methods.errors import TokenMergingError
@@ -47,7 +48,8 @@ class Reference:
             pixels = torch.stack([cover(image, height * scale, width * scale) for image in self.images])
             pixels = pixels * 2 - 1
             if self.family.video:  # of one frame
-                latents = encode_pixels(self.pipe, [pixels[:, :, None]])[:, :, 0]
+                latents = encode_pixels(self.pipe, [rearrange(pixels, "r c h w -> r c 1 h w")])
+                latents = rearrange(latents, "r c 1 h w -> r c h w")
             else:
                 latents = encode_pixels(self.pipe, [pixels])
             draws = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -11,10 +12,15 @@ from torch import Tensor
 from ...methods.errors import WatermarkError
 from ...methods.watermark.content import ROUNDS, Embedding, draw_bound, perceptual_hash
 from ...methods.watermark.keys import WatermarkKey
-from ...methods.watermark.mark import Payload
-from ..latents import pixels_per_latent
+from ...methods.watermark.mark import KeyedMark, Payload
+from ..family import Pipeline, family_of
+from ..latents import latent_shape, pixels_per_latent
 from .inversion import pixels_of
-from .sign import as_pipeline_input, draw_noise
+from .samplers import check_scheduler
+from .sign import as_pipeline_input
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 @dataclass(frozen=True)
@@ -25,48 +31,54 @@ class BoundImages:
         images: PIL, one a prompt.
         latents: (B, ...) their initial noise, as the pipeline takes it.
         content_agreement: share of the bound content bits that each final picture has itself.
-        draws: how often each was drawn.
+        draws: how often each was drawn, 2 or more.
     """
 
-    images: list
+    images: list[Image]
     latents: Tensor
     content_agreement: list[float]
     draws: list[int]
 
 
 def generate_bound(
-    pipe,
+    pipe: Pipeline,
     key: WatermarkKey,
     prompt: str | Sequence[str],
     *,
     payload: Payload | Sequence[Payload] | None = None,
     generator: torch.Generator | None = None,
-    height: int | None = None,
-    width: int | None = None,
     rounds: int = ROUNDS,
     embedding: Embedding = perceptual_hash,
     scope: str = "",
-    **kwargs,
+    **kwargs: Any,
 ) -> BoundImages:
-    """Draw marked pictures whose content is bound to their mark; `detect` then tells a transplanted mark.
+    """Draw marked pictures whose content is bound to their mark; `detect_watermark` then tells a transplanted mark.
 
     Each picture is drawn two times or more, see `methods.watermark.content.draw_bound`.
 
     Args:
         pipe: as for `sign_noise`; Wan's videos are not supported.
-        key, payload, generator, height, width, scope: as for `sign_noise`, one picture a prompt.
+        prompt: one, or one for each picture.
+        key, payload, generator, scope: as for `sign_noise`, one picture a prompt.
         rounds: redraws at most, at least 1.
-        embedding: pictures (B, 3, H, W) in 0..1 -> (B, D); `detect` needs the same one.
-        kwargs: of the pipeline's call: guidance_scale, num_inference_steps, ... Lists with an entry for each prompt
-            are not split: give one value for all.
+        embedding: pictures (B, 3, H, W) in 0..1 -> (B, D); `detect_watermark` needs the same one.
+        kwargs: of the pipeline's call: height, width, guidance_scale, num_inference_steps, ... Lists with an entry for
+            each prompt are not split: give one value for all.
 
     Raises:
-        WatermarkError: no prompts, or a picture that shows something else in every round.
+        ModelError: an unsupported pipeline, one of videos, or a sampler that adds noise.
+        WatermarkError: no prompts, what `sign_noise` refuses, or a picture that shows something else in every
+            round.
+
+    Source: SEAL (arXiv 2503.12172) binds patches to a caption; methods/watermark/content.py says where we differ.
     """
+    family_of(pipe, video=False)
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     if not prompts or rounds < 1:
         raise WatermarkError(f"{len(prompts)} prompts in {rounds} rounds were asked for; expected at least 1 of each")
-    latents = draw_noise(pipe, key, len(prompts), height, width, payload, generator, scope=scope, bound=True)
+    check_scheduler(pipe)
+    shape = len(prompts), *latent_shape(pipe, kwargs.get("height"), kwargs.get("width"))
+    latents = KeyedMark(key, scope).sample(shape, payload, generator, bound=True)
     scale = pixels_per_latent(pipe)
     kwargs |= {"height": latents.shape[-2] * scale, "width": latents.shape[-1] * scale}
 

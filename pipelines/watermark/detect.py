@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 
-from ...methods.pictures import as_exif_says, mask_of
+from ...methods.pictures import Mask, Pictures, as_exif_says, mask_of
 from ...methods.watermark.detection import DetectionConfig, DetectionResult, detect_in
 from ...methods.watermark.keys import WatermarkKey
-from ..family import family_of
+from ..family import Pipeline, family_of
 from ..latents import latent_shape, multiple_of, pixels_per_latent
 from .inversion import encode_images, invert, pixels_of
 
@@ -28,7 +29,7 @@ class PipelineInverter:
         batch_size: pictures in the model at a time.
     """
 
-    def __init__(self, pipe, batch_size: int = 16):
+    def __init__(self, pipe: Pipeline, batch_size: int = 16):
         self._pipe, self._batch_size = pipe, batch_size
         self.multiple = multiple_of(pipe)
         self.native = None if family_of(pipe).video else latent_shape(pipe)[-1] * pixels_per_latent(pipe)
@@ -41,13 +42,13 @@ class PipelineInverter:
 
 
 def detect_watermark(
-    pipe,
-    images,
+    pipe: Pipeline,
+    images: Pictures,
     keyring: Iterable[WatermarkKey],
     config: DetectionConfig | None = None,
     *,
-    mask=None,
-    **settings,
+    mask: Mask | None = None,
+    **settings: Any,
 ) -> list[DetectionResult]:
     """Look for the mark of any key in pictures, taking more inversion steps only where fewer do not settle it.
 
@@ -69,7 +70,16 @@ def detect_watermark(
         One result a picture, in order.
 
     Raises:
-        WatermarkError: no keys, no pictures, other things than pictures, or an argument out of range.
+        ModelError: an unsupported pipeline.
+        WatermarkError: no keys, no pictures, pictures too small to encode, or an argument out of range.
+        SemipermError: other things than pictures or masks.
+
+    >>> latents = sign_noise(pipe, key, generator=torch.Generator().manual_seed(0))
+    >>> prompt, options = "a robot in sketch style on sky", {"guidance_scale": 4, "num_inference_steps": 4}
+    >>> image = pipe(prompt, latents=latents, **options).images[0]
+    >>> result = detect_watermark(pipe, image, [key])[0]
+    >>> result.verdict, result.p_value < 1e-6
+    ('valid', True)
     """
     config = replace(config or DetectionConfig(), **settings)
     inverter = PipelineInverter(pipe, config.batch_size)

@@ -16,10 +16,11 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from einops import rearrange, repeat
 from torch import Tensor
 
-from ...methods.errors import WatermarkError
-from ...methods.pictures import picture_of
+from ...methods.errors import ModelError, WatermarkError
+from ...methods.pictures import Pictures, picture_of
 from ...methods.watermark.detection import FIRST, inversion_times, whole_cells
 from ..family import Family, denoiser_of, device_of, family_of
 from ..latents import encode_pixels, multiple_of, pixels_per_latent
@@ -29,7 +30,7 @@ from ..text import encode_text
 __all__ = ["encode_images", "invert", "pixels_of"]
 
 
-def pixels_of(pipe, images) -> list[Tensor]:
+def pixels_of(pipe, images: Pictures) -> list[Tensor]:
     """Pictures as (3, H, W), videos as (F, 3, H, W), in 0..1."""
     video = family_of(pipe).video
     one = hasattr(images, "convert") or (
@@ -53,7 +54,8 @@ def encode_images(pipe, images, batch_size: int = 16) -> Tensor:
         (B, C, H, W) or (B, C, F, H, W), float32, the encoder's mode, scaled and shifted as the denoiser expects.
 
     Raises:
-        WatermarkError: no pictures, other things than pictures, or pictures of different sizes.
+        WatermarkError: no pictures, too small ones, or pictures of different sizes.
+        SemipermError: other things than pictures.
     """
     pixels = [whole_cells(picture, multiple_of(pipe)) for picture in pixels_of(pipe, images)]
     sizes = sorted({tuple(p.shape) for p in pixels})
@@ -62,7 +64,7 @@ def encode_images(pipe, images, batch_size: int = 16) -> Tensor:
     starts = range(0, len(pixels), batch_size)
     batches = (torch.stack(pixels[i : i + batch_size]) * 2 - 1 for i in starts)
     if family_of(pipe).video:
-        batches = (batch.transpose(1, 2) for batch in batches)
+        batches = (rearrange(batch, "b f c h w -> b c f h w") for batch in batches)
     return encode_pixels(pipe, batches)
 
 
@@ -79,6 +81,7 @@ def invert(pipe, latents0: Tensor, steps: int, prompt: str = "", batch_size: int
         As latents0, float32.
 
     Raises:
+        ModelError: a model that predicts neither noise nor v nor a flow.
         WatermarkError: negative steps, or latents of another number of dimensions.
 
     Source: DDIM (arXiv 2010.02502), equation 14; the flow's Euler steps in reverse as T2SMark (arXiv 2510.22366).
@@ -103,8 +106,8 @@ def _denoiser(pipe, family: Family, latents: Tensor, hidden: Tensor, pooled: Ten
     """f(latents, share) -> prediction in float32, at a share of the schedule from 0 (the image) to 1 (pure noise)."""
     denoiser, attribute = denoiser_of(pipe)
     module, dtype, rows = getattr(pipe, attribute), denoiser.dtype, len(latents)
-    hidden = hidden.to(dtype).expand(rows, -1, -1)
-    pooled = pooled if pooled is None else pooled.to(dtype).expand(rows, -1)
+    hidden = repeat(hidden.to(dtype), "1 n d -> b n d", b=rows)
+    pooled = pooled if pooled is None else repeat(pooled.to(dtype), "1 d -> b d", b=rows)
     kwargs = {"encoder_hidden_states": hidden, "return_dict": False, **family.inputs(pipe, latents, hidden, pooled)}
     size = [side * pixels_per_latent(pipe) for side in latents.shape[-2:]]
 
@@ -128,7 +131,7 @@ def _ddim(pipe, z: Tensor, steps: int, predict: Callable) -> Tensor:
     alphas = alphas_of(pipe)
     kind = pipe.scheduler.config.get("prediction_type", "epsilon")
     if kind not in ("epsilon", "v_prediction"):
-        raise WatermarkError(f"the model predicts {kind!r}; expected 'epsilon' or 'v_prediction'")
+        raise ModelError(f"the model predicts {kind!r}; expected 'epsilon' or 'v_prediction'")
     times, count = inversion_times(steps), len(alphas)
     levels = [1.0, *(float(alphas[min(count - 1, round(t * count))]) for t in times[1:])]
     for t, a, b in zip(times[:-1], levels[:-1], levels[1:], strict=True):

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from . import content, detect, noise, sign
 
-from torch import Tensor
-
-from ...methods.watermark.detection import DetectionResult
-from ...methods.watermark.keys import WatermarkKey
-from .detect import detect_watermark
-from .sign import sign_noise
+__all__ = ["WatermarkMixin"]
 
 
 class WatermarkMixin:
     """The mark as methods of a pipeline: put it before any diffusers pipeline class of a supported family.
 
-    class Marked(WatermarkMixin, StableDiffusionPipeline): ...
+    A method is the function of the same name.
+
+    >>> from diffusers import StableDiffusionPipeline
+    >>> class Marked(WatermarkMixin, StableDiffusionPipeline): ...
+    >>> marked = Marked(**pipe.components, requires_safety_checker=False)
+    >>> image = marked("a star", latents=marked.sign_noise(key), num_inference_steps=2).images[0]
+    >>> [result.model_evaluations for result in marked.detect_watermark(image, [key], ladder=(1,))]
+    [1]
     """
 
-    def sign_noise(self, key: WatermarkKey, batch: int = 1, *args, **kwargs) -> Tensor:
-        """`semiperm.sign_noise(self, ...)`."""
-        return sign_noise(self, key, batch, *args, **kwargs)
-
-    def detect_watermark(self, images, keyring: Iterable[WatermarkKey], **kwargs) -> list[DetectionResult]:
-        """`semiperm.detect_watermark(self, images, ...)`."""
-        return detect_watermark(self, images, keyring, **kwargs)
+    sign_noise = sign.sign_noise
+    replace_noise = noise.replace_noise
+    detect_watermark = detect.detect_watermark
+    generate_bound = content.generate_bound

@@ -18,20 +18,21 @@ estimates at the strength's own level in as many evaluations (canvas, 16 picture
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, NoReturn
 
 from torch import Tensor
 
 from ...methods.errors import WatermarkError
-from ..family import family_of
+from ..family import Pipeline, family_of
 from .samplers import check_scheduler
 
 __all__ = ["replace_noise"]
 
 
 @contextmanager
-def replace_noise(pipe, noise: Tensor) -> Iterator[None]:
+def replace_noise(pipe: Pipeline, noise: Tensor) -> Iterator[None]:
     """Make one call of an img2img or inpainting pipeline add `noise` instead of noise that it draws.
 
     Args:
@@ -40,8 +41,14 @@ def replace_noise(pipe, noise: Tensor) -> Iterator[None]:
         noise: (B, C, H, W), for Flux packed (B, N, C) too, from `sign_noise`; B counts every picture of the call.
 
     Raises:
-        WatermarkError: a sampler that adds noise of its own, another shape than the call's, a second call, `latents=`,
-            `eta` or `padding_mask_crop` given to the call, one that adds no noise, or no call: no picture has the mark.
+        ModelError: an unsupported pipeline, or a sampler that adds noise of its own.
+        WatermarkError: another shape than the call's, a second call, `latents=`, `eta` or `padding_mask_crop` given to
+            the call, one that adds no noise, or no call: no picture has the mark.
+
+    >>> from diffusers import AutoPipelineForImage2Image
+    >>> img2img = AutoPipelineForImage2Image.from_pipe(pipe)
+    >>> with replace_noise(img2img, sign_noise(img2img, key)):
+    ...     image = img2img("a star", image=picture, strength=0.7, num_inference_steps=4).images[0]
     """
     check_scheduler(pipe)
     if not isinstance(noise, Tensor) or not noise.is_floating_point() or noise.ndim < 3 or not noise.isfinite().all():
@@ -62,7 +69,7 @@ def replace_noise(pipe, noise: Tensor) -> Iterator[None]:
 
 
 @contextmanager
-def _replaced(target, name: str, wrapper) -> Iterator[None]:
+def _replaced(target: Any, name: str, wrapper: Callable) -> Iterator[None]:
     """Shadow a method of one object; where there is none, nothing happens."""
     original = getattr(target, name, None)
     if original is None:
@@ -85,10 +92,10 @@ def _replaced(target, name: str, wrapper) -> Iterator[None]:
 class _Call:
     """One call of the pipeline: our noise for its own, wherever that appears."""
 
-    def __init__(self, pipe, noise: Tensor):
+    def __init__(self, pipe: Pipeline, noise: Tensor):
         self.pipe, self.noise, self.used = pipe, noise, False
 
-    def prepare(self, original, *args, **kwargs):
+    def prepare(self, original: Callable, *args, **kwargs) -> Any:
         """`prepare_latents` encodes the picture, draws noise and mixes both; inpainting keeps the noise for later."""
         name, scheduler = type(self.pipe).__name__, self.pipe.scheduler
         if self.used:
@@ -118,7 +125,7 @@ class _Call:
         self.used = True
         return parts[0] if isinstance(prepared, Tensor) else type(prepared)(parts)
 
-    def extra(self, original, *args, **kwargs):
+    def extra(self, original: Callable, *args, **kwargs) -> dict:
         found = original(*args, **kwargs)
         if found.get("eta"):
             raise WatermarkError(
@@ -126,13 +133,13 @@ class _Call:
             )
         return found
 
-    def crop(self, original, *args, **kwargs):
+    def crop(self, original: Callable, *args, **kwargs) -> NoReturn:
         raise WatermarkError(
             "padding_mask_crop draws an enlarged crop and shrinks it back into the picture, where no detector finds the"
             " mark; leave it out, or inpaint the crop as a picture of its own"
         )
 
-    def _is(self, part, drawn: Tensor) -> bool:
+    def _is(self, part: Any, drawn: Tensor) -> bool:
         if not isinstance(part, Tensor) or part.numel() != drawn.numel():
             return False
         return part is drawn or (part.ndim < drawn.ndim and part.equal(family_of(self.pipe).pack(self.pipe, drawn)))
@@ -154,8 +161,8 @@ class _Call:
         return ours.to(drawn.device, drawn.dtype)
 
 
-def _mixer(call: _Call, mixed: list[Tensor]):
-    def mix(original, *args, **kwargs):
+def _mixer(call: _Call, mixed: list[Tensor]) -> Callable:
+    def mix(original: Callable, *args, **kwargs) -> Any:
         bound = inspect.signature(original).bind(*args, **kwargs)
         mixed.append(bound.arguments["noise"])
         bound.arguments["noise"] = call.like(mixed[0])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ...methods.errors import WatermarkError
+from ...methods.errors import ModelError
 from ..family import family_of
 
 __all__ = ["check_scheduler"]
@@ -33,7 +33,7 @@ def check_scheduler(pipe) -> None:
     DDIM's `eta` is an argument of the pipeline's call and cannot be seen here: leave it at 0. `replace_noise` sees it.
 
     Raises:
-        WatermarkError: an ancestral or SDE sampler, or one that is not known to be deterministic.
+        ModelError: an ancestral or SDE sampler, or one that is not known to be deterministic.
     """
     scheduler = pipe.scheduler
     names = {c.__name__ for c in type(scheduler).__mro__}
@@ -47,7 +47,7 @@ def check_scheduler(pipe) -> None:
         return
     flow = family_of(pipe).flow
     good = "FlowMatchEulerDiscreteScheduler" if flow else "DDIMScheduler"
-    raise WatermarkError(
+    raise ModelError(
         f"{name} is not known to be deterministic: noise added while sampling drowns the mark in the initial noise;"
         f" expected a sampler without noise of its own: pipe.scheduler = {good}.from_config(pipe.scheduler.config)"
         f"{'' if flow else ', or Euler, Heun, DPM-Solver++, UniPC, LMS, DEIS'}"

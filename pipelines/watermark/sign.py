@@ -14,7 +14,7 @@ from torch import Tensor
 from ...methods.errors import WatermarkError
 from ...methods.watermark.keys import WatermarkKey
 from ...methods.watermark.mark import KeyedMark, Payload
-from ..family import denoiser_of, device_of, family_of
+from ..family import Pipeline, denoiser_of, device_of, family_of
 from ..latents import latent_shape
 from .samplers import check_scheduler
 
@@ -22,7 +22,7 @@ __all__ = ["sign_noise"]
 
 
 def sign_noise(
-    pipe,
+    pipe: Pipeline,
     key: WatermarkKey,
     batch: int = 1,
     height: int | None = None,
@@ -44,31 +44,29 @@ def sign_noise(
         height, width: of the pictures, in pixels; None is the model's own size.
         payload: one for all, one each, or None: a fresh unique id each, made now.
         generator: makes the noise reproducible; leave it out otherwise.
-        frames: of a video, in pictures; Wan alone.
-        scope: separates marks of one key further; `detect_watermark` needs the same.
+        frames: of a video, in pictures, 1 + a multiple of the model's step in time; Wan alone. None is the model's own.
+        scope: separates marks of one key further, "" does not; `detect_watermark` needs the same.
 
     Returns:
         (B, C, H, W), (B, N, C) packed for Flux, (B, C, F, H, W) for Wan; on the pipeline's device, in its dtype.
 
     Raises:
-        SemipermError: a sampler that adds noise, a size that the model cannot draw or that holds no payload.
+        ModelError: an unsupported pipeline, or a sampler that adds noise.
+        WatermarkError: a size that the model cannot draw or that holds no payload, a payload too large for it, or a key
+            without its MAC secret.
+
+    Source: Gaussian Shading (arXiv 2404.04956) keys the signs, too; methods/watermark/mark.py says where we differ.
+
+    >>> sign_noise(pipe, key, batch=2, payload=Payload(unique_id=7)).shape
+    torch.Size([2, 4, 16, 16])
     """
-    return as_pipeline_input(
-        pipe, draw_noise(pipe, key, batch, height, width, payload, generator, frames=frames, scope=scope)
-    )
-
-
-def draw_noise(
-    pipe, key, batch=1, height=None, width=None, payload=None, generator=None, *, frames=None, scope="", bound=False
-) -> Tensor:
-    """As `sign_noise`, in float32 and before `as_pipeline_input`; `bound` as in `KeyedMark.sample`."""
     check_scheduler(pipe)
     if batch < 1:
         raise WatermarkError(f"noise for {batch} pictures was asked for; expected at least 1")
     if frames is not None and not family_of(pipe).video:
         raise WatermarkError(f"{type(pipe).__name__} draws pictures, but {frames} frames were asked for; leave it out")
     shape = batch, *latent_shape(pipe, height, width, frames)
-    return KeyedMark(key, scope).sample(shape, payload, generator, bound=bound)
+    return as_pipeline_input(pipe, KeyedMark(key, scope).sample(shape, payload, generator))
 
 
 def as_pipeline_input(pipe, latents: Tensor) -> Tensor:

@@ -57,8 +57,11 @@ def test_any_text_can_be_asked_for(pipe):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16])
 def test_other_precisions(dtype):
-    image = checking.sample(load_pipeline(dtype=dtype), ["a robot"], [1], steps=2)[0]
-    assert image.size == (128, 128)
+    pipe = load_pipeline(dtype=dtype)
+    assert {p.dtype for part in (pipe.unet, pipe.vae, pipe.text_encoder) for p in part.parameters()} == {dtype}
+    # small: without AVX-512 a convolution in bfloat16 takes many times as long as in float32
+    image = pipe("a robot", height=64, width=64, num_inference_steps=1, output_type="pt").images[0]
+    assert image.shape == (3, 64, 64) and image.dtype == dtype and image.isfinite().all()
 
 
 def test_missing_weights_say_how_to_make_them(tmp_path):
@@ -93,7 +96,7 @@ def test_the_judge_refuses_what_is_no_picture(judge, bad, message):
 def test_samples_follow_the_caption_and_keep_their_noise(pipe, judge):
     """A short version of `semiperm canvas check`; the figures of the model card are in benchmarks/results."""
     pairs = checking.prompts_of_pairs(1, seed=3)[-24:]  # the three characters in every style
-    images = checking.sample(pipe, [p for p, _, _ in pairs], range(24), steps=15)
+    images = checking.sample(pipe, [p for p, _, _ in pairs], range(24), steps=8)
     seen = judge(images)
     assert sum(a == o for a, (_, o, _) in zip(seen.object, pairs, strict=True)) >= 18
     assert sum(a == s for a, (_, _, s) in zip(seen.style, pairs, strict=True)) >= 18

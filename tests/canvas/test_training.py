@@ -1,11 +1,13 @@
 """The training code in miniature: it learns, stops, resumes to the same weights, and what it writes loads."""
 
+import contextlib
+import functools
 import json
 
 import numpy as np
 import pytest
 import torch
-from semiperm.canvas import Judge, autoencoder, dataset, denoiser, load_pipeline, loop, text, training
+from semiperm.canvas import Judge, autoencoder, dataset, denoiser, judge, load_pipeline, loop, text, training
 from torch import nn
 
 
@@ -25,12 +27,12 @@ def test_the_untrained_autoencoder_passes_colour():
 
 
 def test_whitening_gives_unit_latents_and_changes_no_picture():
-    pool = dataset.build_pool(16, seed=2, workers=1)
+    pool = dataset.build_pool(4, seed=2, workers=1)
     vae = autoencoder.build_autoencoder()
-    x = autoencoder.to_tensor(pool.pictures[:16])
+    x = autoencoder.to_tensor(pool.pictures[:4])
     with torch.no_grad():
         before = vae.decode(vae.encode(x).latent_dist.mode()).sample
-        autoencoder.whiten(vae, pool, n=16)
+        autoencoder.whiten(vae, pool, n=4)
         latents = vae.encode(x).latent_dist
         after = vae.decode(latents.mode()).sample
         z = latents.mode() * autoencoder.SCALING_FACTOR
@@ -66,8 +68,20 @@ def test_a_resumed_run_equals_an_unbroken_one(tmp_path):
     assert not list(tmp_path.glob("**/*.partial"))
 
 
-def test_training_in_miniature_gives_weights_that_load_and_can_be_trained_on(tmp_path):
-    steps = {"autoencoder_steps": 1, "judge_steps": 1, "denoiser_steps": 1, "pictures": 8, "compile": False}
+@pytest.fixture
+def corners(monkeypatch):
+    """Autoencoder and judge learn from corners of 32 x 32, the denoiser from two pictures a step.
+
+    Training runs in bfloat16, which takes minutes at full size on a CPU without AVX-512.
+    """
+    to_tensor, augment = autoencoder.to_tensor, judge._augment
+    monkeypatch.setattr(autoencoder, "to_tensor", lambda pictures: to_tensor(pictures)[..., :32, :32])
+    monkeypatch.setattr(judge, "_augment", lambda x, generator: augment(x[..., :32, :32], generator))
+    monkeypatch.setattr(denoiser, "train_denoiser", functools.partial(denoiser.train_denoiser, batch=2))
+
+
+def test_training_in_miniature_gives_weights_that_load_and_can_be_trained_on(corners, tmp_path):
+    steps = {"autoencoder_steps": 1, "judge_steps": 1, "denoiser_steps": 1, "pictures": 3, "compile": False}
     training.train_canvas(tmp_path / "out", tmp_path / "work", **steps)
     pipe = load_pipeline(weights=tmp_path / "out")
     assert pipe(["a robot"], num_inference_steps=1).images[0].size == (128, 128)
@@ -83,7 +97,8 @@ def test_training_in_miniature_gives_weights_that_load_and_can_be_trained_on(tmp
     assert not list(tmp_path.glob("**/*.partial"))
 
 
-def test_latents_are_encoded_once_and_again_for_another_autoencoder_or_pool(tmp_path):
+def test_latents_are_encoded_once_and_again_for_another_autoencoder_or_pool(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "autocast", lambda *_: contextlib.nullcontext())  # bfloat16: see `corners`
     made = []
 
     def pool():

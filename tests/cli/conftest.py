@@ -6,11 +6,15 @@ import pytest
 @functools.cache
 def _parts():
     import torch
+    from diffusers import AutoencoderKL, UNet2DConditionModel
     from semiperm.canvas import autoencoder, denoiser, judge, text
 
     torch.manual_seed(0)
     tokenizer = text.build_tokenizer(n_captions=600)
-    return autoencoder.build_autoencoder(), denoiser.build_unet(), text.build_text_encoder(tokenizer), tokenizer, judge
+    # the canvas's own architecture, narrower
+    vae = AutoencoderKL(**autoencoder.CONFIG | {"block_out_channels": (8,) * 4, "norm_num_groups": 8})
+    unet = UNet2DConditionModel(**denoiser.CONFIG | {"block_out_channels": (16, 32, 24), "norm_num_groups": 8})
+    return vae, unet, text.build_text_encoder(tokenizer), tokenizer, judge
 
 
 @pytest.fixture

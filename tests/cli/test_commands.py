@@ -7,8 +7,8 @@ import sys
 
 import pytest
 import torch
-from semiperm.cli import app, common
-from typer.testing import CliRunner
+from semiperm.cli import common
+from terminal import fails, run
 
 COMMANDS = ("demo", "erase", "generate", "detect", "provenance", "attack", "inspect", "evaluate")
 COMMANDS += tuple(f"keys {name}" for name in ("new", "list", "export-detector"))
@@ -16,20 +16,6 @@ COMMANDS += tuple(
     f"bench {name}" for name in ("membranes", "kernels", "sampling", "token-merging", "watermark", "comfyui")
 )
 COMMANDS += tuple(f"canvas {name}" for name in ("render", "gallery", "train", "check"))
-
-
-def run(*arguments):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-def fails(*arguments) -> str:
-    """Run a command that must fail with exit code 2 and one line; return the line."""
-    result = run(*arguments)
-    assert result.exit_code == 2, result.output
-    assert "Traceback" not in result.output
-    lines = result.stderr.strip().splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
-    return lines[0]
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])

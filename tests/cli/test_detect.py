@@ -17,15 +17,12 @@ from semiperm.methods.pictures import as_exif_says
 from semiperm.methods.watermark.keyring import Keyring, load_keyring, save_keyring
 from semiperm.methods.watermark.mark import Payload
 from semiperm.pipelines.watermark import detect as watermark
+from terminal import run
 from typer.testing import CliRunner
 
 KEYS = ["file", "verdict", "p_value", "log10_p", "payload", "key_id", "model_evaluations"]
 MARKED, PLAIN, BROKEN = (10, 200, 10), (10, 10, 200), (200, 10, 10)  # what the stand-in goes by
 TOO_LARGE = (192, 64)
-
-
-def run(*arguments):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 @pytest.fixture

@@ -6,29 +6,11 @@ import os
 
 import pytest
 from PIL import Image
-from semiperm.cli import app, common
+from semiperm.cli import common
 from semiperm.methods.watermark.keyring import load_keyring
-from typer.testing import CliRunner
+from terminal import fails, runs
 
 POSIX = pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
-
-
-def run(*arguments):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-def runs(*arguments) -> str:
-    result = run(*arguments)
-    assert result.exit_code == 0, result.output + repr(result.exception)
-    return result.output
-
-
-def fails(*arguments) -> str:
-    result = run(*arguments)
-    assert result.exit_code == 2, result.output + repr(result.exception)
-    lines = result.stderr.strip().splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
-    return lines[0]
 
 
 @pytest.fixture

@@ -9,33 +9,14 @@ import numpy as np
 import pytest
 from certificates import chain
 from PIL import Image
-from semiperm.cli import app, common
+from semiperm.cli import common
 from semiperm.cli import detect as detect_command
 from semiperm.methods.provenance.picture_file import parse
 from semiperm.methods.provenance.record import ALGORITHM, GENERATED, Provenance, embed, extract, write_provenance
 from semiperm.methods.watermark.keyring import Keyring, load_keyring, save_keyring
-from typer.testing import CliRunner
+from terminal import fails, runs
 
 RECORD = Provenance("canvas", generator_version="1", algorithm=ALGORITHM, key_id=3, unique_id="8000000000000001")
-
-
-def run(*arguments):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-def runs(*arguments, code=0) -> str:
-    result = run(*arguments)
-    assert result.exit_code == code, result.output + repr(result.exception)
-    assert isinstance(result.exception, (SystemExit, type(None))) and not result.stderr.strip()
-    return result.stdout
-
-
-def fails(*arguments) -> str:
-    result = run(*arguments)
-    assert result.exit_code == 2, result.output + repr(result.exception)
-    lines = result.stderr.strip().splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
-    return lines[0]
 
 
 @pytest.fixture

@@ -147,6 +147,7 @@ def test_every_image_against_all_others(path):
     assert (result[2] // 37 != torch.arange(4, device=DEVICE)[:, None]).all()
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered in matmul")  # 0 * inf, in Triton's interpreter
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_neutral_values_keep_the_bits(path, dtype):
     x, reference = sample("B2-N37-M53-R1-C40", dtype)

@@ -14,11 +14,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from semiperm.methods.errors import WatermarkError
+from semiperm.methods.watermark.detection import DetectionConfig
 from semiperm.methods.watermark.keyring import load_keyring
 from semiperm.methods.watermark.keys import WatermarkKey
 from semiperm.nodes.canvas.model import load_canvas
 from semiperm.nodes.watermark.heatmap import detection_text, heat_maps
-from semiperm.nodes.watermark.inversion import ComfyInverter, detect_pictures
+from semiperm.nodes.watermark.inversion import ComfyInverter, detect_pictures, signed_size
 from semiperm.nodes.watermark.noise import SignedNoise, check_sampler, sign_model, signed_like, unsigned
 
 given, ring, target = load_file(ARGUMENTS[0]), load_keyring(ARGUMENTS[1]), ARGUMENTS[2]  # noqa: F821
@@ -47,8 +48,9 @@ def sample(model, seed=3, batch=1, steps=25, sampler="ddim", noise_seed=None, la
     )  # fmt: skip
 
 
-def detect(images, keys=ring, **options):
-    return detect_pictures(images, keys, model=model, vae=vae, **({"clip": clip} | options)).results
+def detect(images, keys=ring, *, width=0, height=0, search=False, mask=None, clip=clip, conditioning=None):
+    config = DetectionConfig(search=search, size=signed_size(width, height))
+    return detect_pictures(images, keys, ComfyInverter(model, vae, conditioning, clip), config, mask).results
 
 
 # ---- signing --------------------------------------------------------------------------------------------------------

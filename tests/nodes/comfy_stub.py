@@ -1,6 +1,7 @@
 """The smallest stand-in for ComfyUI that lets the files of nodes/ be imported: the V3 schema classes and folder_paths.
 
-It knows nothing of models. What needs `comfy` itself is tested against the real ComfyUI (marker `comfy`).
+Of models it knows only how a patch is put on one and called: `Model` and `sample`. What a patch does to real models is
+tested against the real ComfyUI (marker `comfy`).
 """
 
 import os
@@ -8,6 +9,8 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+
+import torch
 
 
 class Socket:
@@ -92,8 +95,95 @@ def folder_paths(models: Path) -> ModuleType:
     return module
 
 
+class Sampling:
+    """A model_sampling without a shift: sigma is the share of the noise."""
+
+    def percent_to_sigma(self, percent):
+        return 1.0 - percent
+
+
+class Model:
+    """A ModelPatcher as far as our patches need one."""
+
+    def __init__(self, unet=None):
+        self.model = SimpleNamespace(diffusion_model=unet)
+        self.unet, self.patches, self.options, self.attachment = unet, {}, {"transformer_options": {}}, None
+        self.objects, self.wrappers = {"diffusion_model": unet, "model_sampling": Sampling()}, {}
+
+    def clone(self):
+        made = Model(self.unet)
+        for name in ("patches", "objects", "wrappers"):
+            getattr(made, name).update(getattr(self, name))
+        made.attachment = self.attachment
+        return made
+
+    def get_model_object(self, name):
+        return self.objects.get(name, getattr(self.unet, "forward", None))
+
+    def add_object_patch(self, name, value):
+        self.objects[name] = value
+
+    def add_wrapper_with_key(self, kind, key, wrapper):
+        self.wrappers[key] = wrapper
+
+    def set_attachments(self, name, value):
+        self.attachment = value
+
+    def get_attachment(self, name):
+        return self.attachment
+
+    def set_model_attn1_output_patch(self, patch):
+        self.patches["attn1_output"] = patch
+
+    def set_model_attn2_output_patch(self, patch):
+        self.patches["attn2_output"] = patch
+
+
+def sample(patch, model, steps=2, rows=4):
+    """A sampling run of this many equal steps through `patch.sample` and `patch.around`, in which `model` denoises.
+
+    Args:
+        model: (x, timestep, context, transformer_options) -> x; half of the rows are a negative prompt's.
+    """
+    forward = patch.around(model)
+    x, context = torch.zeros(rows, 4, 8, 8), torch.ones(rows, 5, 8)
+
+    def run(noise):
+        for step in range(steps):
+            sigma = torch.tensor([1.0 - step / steps])
+            options = {"sigmas": sigma, "cond_or_uncond": [1, 0]}
+            forward(x, sigma.expand(rows), context, transformer_options=options)
+        return noise
+
+    run.class_obj = SimpleNamespace(model_patcher=Model(), conds={})
+    return patch.sample(run, x)
+
+
+def _comfy() -> dict[str, ModuleType]:
+    """The modules of `comfy` that patches import; each class in them stands for a denoiser that is not there."""
+    classes = {
+        "comfy.lora": {"model_lora_keys_unet": lambda model, found: found},
+        "comfy.utils": {"get_attr": lambda target, path: target},
+        "comfy.patcher_extension": {"WrappersMP": SimpleNamespace(OUTER_SAMPLE="outer_sample")},
+    }
+    denoisers = {"flux.model": "Flux", "wan.model": "WanModel"}
+    denoisers |= {f"modules.diffusionmodules.{n}": c for n, c in (("mmdit", "MMDiT"), ("openaimodel", "UNetModel"))}
+    classes |= {f"comfy.ldm.{name}": {cls: type(cls, (), {})} for name, cls in denoisers.items()}
+    found = {}
+    for name, members in classes.items():
+        for end in [i for i, letter in enumerate(name) if letter == "."] + [len(name)]:
+            found.setdefault(name[:end], ModuleType(name[:end]))
+        vars(found[name]).update(members)
+    for name, module in found.items():
+        parent, _, last = name.rpartition(".")
+        if parent:
+            setattr(found[parent], last, module)
+    return found
+
+
 def _replaced(name: str) -> bool:
-    return name in ("comfy_api", "comfy_api.latest", "folder_paths") or name.split(".")[:2] == ["semiperm", "nodes"]
+    ours = name in ("comfy_api", "comfy_api.latest", "folder_paths") or name.split(".")[:2] == ["semiperm", "nodes"]
+    return ours or name.partition(".")[0] == "comfy"
 
 
 @contextmanager
@@ -103,7 +193,7 @@ def stand_in(models: Path):
     latest = ModuleType("comfy_api.latest")
     latest.io, latest.ui, latest.ComfyExtension = IO, UI, object
     sys.modules |= {"comfy_api": ModuleType("comfy_api"), "comfy_api.latest": latest}
-    sys.modules["folder_paths"] = folder_paths(models)
+    sys.modules |= _comfy() | {"folder_paths": folder_paths(models)}
     try:
         yield
     finally:

@@ -35,7 +35,12 @@ IDS = {
     "SemipermAttackSuite",
     "SemipermSaveWithProvenance",
 }
-CATEGORIES = ("semiperm/loaders", "semiperm/membranes", "semiperm/negative token merging", "semiperm/watermark")
+CATEGORIES = (
+    "semiperm/loaders",
+    "semiperm/membranes",
+    "semiperm/negative token merging",
+    "semiperm/watermark",
+)
 
 
 @pytest.fixture(scope="module")
@@ -281,11 +286,11 @@ def test_report_plot(plot, concepts, rows, steps):
     assert image.dtype == torch.float32 and image.shape[0] == 1 and image.shape[3] == 3
     assert image.min() >= 0 and image.max() == 1
     assert image.shape[1] <= 1300 and image.shape[2] <= 2048, "fits a screen"
-    assert bool((image == torch.tensor(plot._ACTIVE) / 255).all(-1).any()) == (steps > 2)
+    assert bool((image == torch.tensor(plot.ACTIVE) / 255).all(-1).any()) == (steps > 2)
 
 
 def test_report_plot_shows_the_gates(plot):
     shut, opened = made_up(2, gamma=lambda row: {"": 0.0}), made_up(2)
-    full = torch.tensor(plot._mix(0.75)) / 255
+    full = torch.tensor(plot.shade(0.75)) / 255
     count = [int((plot.report_plot(r) == full).all(-1).sum()) for r in (shut, opened)]
     assert count[0] == 0 and count[1] > 500

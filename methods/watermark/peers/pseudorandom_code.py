@@ -89,7 +89,7 @@ class _Code:
         return np.unpackbits(np.frombuffer(self._bytes("test", -(-_TEST_BITS // 8)), np.uint8))[:_TEST_BITS]
 
     @cached_property
-    def _parents(self) -> np.ndarray:
+    def parents(self) -> np.ndarray:
         """(r, 3) before the permutation: two different rows, drawn from all before the third.
 
         No two triples share two elements: their third ones would be equal in every picture.
@@ -106,14 +106,15 @@ class _Code:
         return np.array(found)
 
     @cached_property
-    def _place(self) -> np.ndarray:
+    def place(self) -> np.ndarray:
+        """(n,) the permutation: where each row of the code stands in the latent."""
         words = np.frombuffer(self._bytes("order", 8 * self.elements), "<u8")
         return np.argsort(words, kind="stable")
 
     @cached_property
     def triples(self) -> np.ndarray:
         """(r, 3) elements of even parity."""
-        return self._place[self._parents]
+        return self.place[self.parents]
 
     @cached_property
     def generator(self) -> np.ndarray:
@@ -121,10 +122,10 @@ class _Code:
         size, free = -(-self.width // 8), self.width + self.secrecy
         raw = self._bytes("generator", size * free)
         rows = [int.from_bytes(raw[i : i + size], "big") for i in range(0, len(raw), size)]
-        for first, second, _ in self._parents.tolist():
+        for first, second, _ in self.parents.tolist():
             rows.append(rows[first] ^ rows[second])
         octets = np.empty((self.elements, size), np.uint8)
-        octets[self._place] = np.frombuffer(b"".join(row.to_bytes(size, "big") for row in rows), np.uint8).reshape(
+        octets[self.place] = np.frombuffer(b"".join(row.to_bytes(size, "big") for row in rows), np.uint8).reshape(
             -1, size
         )
         return octets
@@ -157,7 +158,7 @@ class _Code:
 
     def decode(self, latent: np.ndarray) -> np.ndarray | None:
         """(width,) payload, or None where the test bits do not come out."""
-        payload = self._solve(_belief_propagation(self.reliability(latent), self.triples))
+        payload = self._solve(belief_propagation(self.reliability(latent), self.triples))
         return payload if payload is not None and (payload[:_TEST_BITS] == self.test).all() else None
 
     def _solve(self, beliefs: np.ndarray) -> np.ndarray | None:
@@ -165,14 +166,14 @@ class _Code:
         order = np.argsort(-np.abs(beliefs), kind="stable")
         for count in (2 * self.width + 256, self.elements):
             chosen = order[:count]
-            basis, inverse = _first_basis(np.unpackbits(self.generator[chosen], axis=1)[:, : self.width])
+            basis, inverse = first_basis(np.unpackbits(self.generator[chosen], axis=1)[:, : self.width])
             if len(basis) == self.width:
                 ones = beliefs[chosen[basis]] < 0
                 return np.bitwise_xor.reduce(inverse[ones], axis=0, initial=0)
         return None
 
 
-def _belief_propagation(expected: np.ndarray, triples: np.ndarray) -> np.ndarray:
+def belief_propagation(expected: np.ndarray, triples: np.ndarray) -> np.ndarray:
     """Sum-product over checks of three: (n,) expected signs -> (n,) log-likelihood ratios, positive for 0."""
     n, flat = len(expected), triples.ravel()
     channel = 2 * np.arctanh(np.clip(expected, -0.999999, 0.999999))
@@ -185,7 +186,7 @@ def _belief_propagation(expected: np.ndarray, triples: np.ndarray) -> np.ndarray
     return total
 
 
-def _first_basis(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def first_basis(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Indices of the first linearly independent of (m, k) 0/1 rows, and, if there are k, the inverse of these (k, k).
 
     Gauss and Jordan on the transpose with the identity beside it, 8 columns a byte.
@@ -239,7 +240,7 @@ class PseudorandomCode:
         Raises:
             WatermarkError: fewer than 1,024 elements, or a message too long for them.
         """
-        return self._code(tuple(shape)).message_bits
+        return self.code(tuple(shape)).message_bits
 
     def sample(
         self, shape: Sequence[int], generator: torch.Generator | None = None, bits: np.ndarray | None = None
@@ -255,7 +256,7 @@ class PseudorandomCode:
             WatermarkError: bits of another number or value, a latent too small.
         """
         batch, image = split_shape(shape)
-        code = self._code(image)
+        code = self.code(image)
         bits = checked_bits(np.zeros(code.message_bits) if bits is None else bits, batch, code.message_bits)
         source = generator.device if generator is not None else "cpu"
         drawn = torch.randint(0, 2, (batch, code.secrecy), generator=generator, device=source).cpu().numpy()
@@ -292,9 +293,9 @@ class PseudorandomCode:
             raise WatermarkError(
                 "the latents hold NaN or Inf; check the VAE's precision (fp32 or bf16 instead of fp16)"
             )
-        return self._code(image), rows
+        return self.code(image), rows
 
-    def _code(self, image: tuple[int, ...]) -> _Code:
+    def code(self, image: tuple[int, ...]) -> _Code:
         if image in self._codes:
             return self._codes[image]
         n = math.prod(image)

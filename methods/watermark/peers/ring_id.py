@@ -17,6 +17,7 @@ construction (real and symmetric), and the smallest distance over all keys gives
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -37,8 +38,24 @@ from .tree_ring import (
 
 __all__ = ["RingID"]
 
-_RADIUS, _CUTOFF = 14, 3  # at a latent side of 64: 11 rings
-_FEWEST = 3  # rings
+_RADIUS, _CUTOFF = 14, 3  # at a latent side of 64: 11 rings, as released
+_FEWEST = 3  # rings: the least p-value of fewer is above 1 / 8
+
+
+@dataclass(frozen=True, eq=False)
+class RingLayout:
+    """Where the pattern lies in one image's latent.
+
+    Args:
+        image: (C, H, W).
+        rings: the rings' frequencies. members: (R, k) 0 or 1, which ring each of them is in.
+        disc: the noise's frequencies.
+    """
+
+    image: tuple[int, ...]
+    rings: HalfPlane
+    members: np.ndarray
+    disc: HalfPlane
 
 
 class RingID:
@@ -73,13 +90,13 @@ class RingID:
         Raises:
             WatermarkError: a latent too small for 3 rings, or without the channels.
         """
-        image, plane, members, disc = self._layout(shape)
+        layout = self.layout(shape)
         source = generator.device if generator is not None else "cpu"
         latents = torch.randn(tuple(shape), generator=generator, device=source)
-        signs = self._signs(image, len(members)) @ members * _shift(plane)
+        signs = self.signs(layout.image, len(layout.members)) @ layout.members * _shift(layout.rings)
         for channel, where, values in (
-            (self.ring_channel, plane, signs.astype(np.complex128)),
-            (self.noise_channel, disc, self._pattern(image, disc)),
+            (self.ring_channel, layout.rings, signs.astype(np.complex128)),
+            (self.noise_channel, layout.disc, self._pattern(layout.image, layout.disc)),
         ):
             latents[:, channel] = where.write(latents[:, channel], values)
         return latents
@@ -90,18 +107,19 @@ class RingID:
         Raises:
             WatermarkError: NaN or Inf, and as `sample`.
         """
-        image, plane, members, disc = self._layout(latents.shape)
+        layout = self.layout(latents.shape)
+        image, plane, members, disc = layout.image, layout.rings, layout.members, layout.disc
         latents = checked_finite(latents)
         values = flattened(plane.read(latents[:, self.ring_channel]), plane.radius, plane.unit)
         sums = (values.real * _shift(plane)) @ members.T
-        rings = _sign_tail(sums, self._signs(image, len(members)))
+        rings = sign_tail(sums, self.signs(image, len(members)))
         values = flattened(disc.read(latents[:, self.noise_channel]), disc.radius, disc.unit)
         noise = cosine_p_values(reals(values), reals(self._pattern(image, disc)))
         levels = np.arange(1, (1 << len(members)) + 1) / (1 << len(members))
         return np.minimum(1, (rings * noise)[:, None] / levels).mean(axis=1)
 
-    def _layout(self, shape: Sequence[int]) -> tuple[tuple[int, ...], HalfPlane, np.ndarray, HalfPlane]:
-        """One image's shape, the rings' frequencies, (R, k) 0/1 which ring each is in, the noise's frequencies."""
+    def layout(self, shape: Sequence[int]) -> RingLayout:
+        """Where rings and noise lie in one image of latents of this shape."""
         image = checked_image(shape, max(self.ring_channel, self.noise_channel), "RingID")
         size, unit = image[1:], half_plane(*image[1:], 0, 0).unit
         rings = np.arange(int(_CUTOFF // unit) + 1, int(_RADIUS // unit) + 1)
@@ -112,9 +130,11 @@ class RingID:
             )
         plane = half_plane(*size, (rings[0] - 0.5) * unit, (rings[-1] + 0.5) * unit)
         nearest = np.clip(np.rint(plane.radius / unit), rings[0], rings[-1])
-        return image, plane, (nearest == rings[:, None]).astype(np.float64), half_plane(*size, 0, _RADIUS)
+        members = (nearest == rings[:, None]).astype(np.float64)
+        return RingLayout(image, plane, members, half_plane(*size, 0, _RADIUS))
 
-    def _signs(self, image: tuple[int, ...], rings: int) -> np.ndarray:
+    def signs(self, image: tuple[int, ...], rings: int) -> np.ndarray:
+        """+1 or -1 for each ring: the key's pattern."""
         return 1 - 2.0 * self.key.stream(f"ring-id rings {self.ring_channel}", image, 0, rings, scope=self.scope)
 
     def _pattern(self, image: tuple[int, ...], disc: HalfPlane) -> np.ndarray:
@@ -126,7 +146,7 @@ def _shift(plane: HalfPlane) -> np.ndarray:
     return 1 - 2.0 * ((plane.u + plane.v) % 2)
 
 
-def _sign_tail(values: np.ndarray, signs: np.ndarray) -> np.ndarray:
+def sign_tail(values: np.ndarray, signs: np.ndarray) -> np.ndarray:
     """(B,) share of all 2^R sign vectors whose sum with the (B, R) values is at least that with `signs`."""
     count = values.shape[1]
     every = 1 - 2.0 * ((np.arange(1 << count)[:, None] >> np.arange(count)) & 1)

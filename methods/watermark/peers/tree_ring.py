@@ -25,6 +25,7 @@ from functools import lru_cache
 
 import numpy as np
 import torch
+from einops import rearrange
 from scipy.special import betainc, ndtri
 from torch import Tensor
 
@@ -155,6 +156,22 @@ def checked_finite(latents: Tensor) -> Tensor:
     return latents
 
 
+@dataclass(frozen=True, eq=False)
+class _Layout:
+    """Where the pattern lies in one image's latent.
+
+    Args:
+        plane: its frequencies. rings: (k,) the ring of each.
+        channels: that carry it.
+        key: (channels, k, or rings) what the key says there.
+    """
+
+    plane: HalfPlane
+    rings: np.ndarray
+    channels: list[int]
+    key: np.ndarray
+
+
 class TreeRing:
     """Initial noise with a keyed pattern in the low frequencies of some channels.
 
@@ -198,11 +215,11 @@ class TreeRing:
         Raises:
             WatermarkError: a latent too small for the pattern, or without the channels.
         """
-        plane, rings, channels, key = self._layout(shape)
+        layout = self._layout(shape)
         source = generator.device if generator is not None else "cpu"
         latents = torch.randn(tuple(shape), generator=generator, device=source)
-        values = key if self.pattern == "rand" else key[:, rings].astype(np.complex128)
-        latents[:, channels] = plane.write(latents[:, channels], values)
+        values = layout.key if self.pattern == "rand" else layout.key[:, layout.rings].astype(np.complex128)
+        latents[:, layout.channels] = layout.plane.write(latents[:, layout.channels], values)
         return latents
 
     def p_values(self, latents: Tensor) -> np.ndarray:
@@ -211,16 +228,16 @@ class TreeRing:
         Raises:
             WatermarkError: NaN or Inf, and as `sample`.
         """
-        plane, rings, channels, key = self._layout(latents.shape)
-        found = plane.read(checked_finite(latents)[:, channels])
+        layout = self._layout(latents.shape)
+        plane, key = layout.plane, layout.key
+        found = plane.read(checked_finite(latents)[:, layout.channels])
         if self.pattern == "rand":
             found, key = reals(flattened(found, plane.radius, plane.unit)), reals(key)
         else:
-            found = _ring_values(found, rings)
+            found = _ring_values(found, layout.rings)
         return cosine_p_values(found.reshape(len(found), -1), key.ravel())
 
-    def _layout(self, shape: Sequence[int]) -> tuple[HalfPlane, np.ndarray, list[int], np.ndarray]:
-        """The pattern's frequencies, (k,) the ring of each, its channels, and the key's (channels, k or rings)."""
+    def _layout(self, shape: Sequence[int]) -> _Layout:
         image = checked_image(shape, 0 if self.channels is None else max(self.channels), "Tree-Ring")
         plane = half_plane(*image[1:], 0, self.radius)
         rings = np.unique(np.ceil(plane.radius / plane.unit - 1e-9), return_inverse=True)[1]
@@ -235,9 +252,5 @@ class TreeRing:
             )
         purpose = f"tree-ring {self.pattern} {channels} {self.radius:g}"
         draw = complex_normals if self.pattern == "rand" else normals
-        return (
-            plane,
-            rings,
-            channels,
-            draw(self.key, purpose, image, count * len(channels), self.scope).reshape(len(channels), count),
-        )
+        drawn = draw(self.key, purpose, image, count * len(channels), self.scope)
+        return _Layout(plane, rings, channels, rearrange(drawn, "(c k) -> c k", c=len(channels)))

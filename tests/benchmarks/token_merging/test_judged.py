@@ -11,7 +11,12 @@ def world():
     return bench._World(lambda n: None, 1)
 
 
-def test_the_mascot_is_avoided_and_the_look_kept(world, monkeypatch):
+@pytest.fixture
+def few_steps(monkeypatch):
+    monkeypatch.setitem(bench._SAMPLING, "num_inference_steps", 8)
+
+
+def test_the_mascot_is_avoided_and_the_look_kept(world, few_steps, monkeypatch):
     looks = [("striped", "sky"), ("flat", "mint"), ("dotted", "sand"), ("checkered", "lilac")]
     monkeypatch.setattr(bench, "looks", lambda: looks * 2)  # a few; the shares of all are in benchmarks/results
     bare = world.reference("untouched", None)
@@ -22,7 +27,7 @@ def test_the_mascot_is_avoided_and_the_look_kept(world, monkeypatch):
     assert json.loads(json.dumps(bare)) == bare
 
 
-def test_a_batch_is_spread_and_the_object_kept(world, monkeypatch):
+def test_a_batch_is_spread_and_the_object_kept(world, few_steps, monkeypatch):
     monkeypatch.setattr(bench, "OBJECTS", ("star", "ring"))
     bare, pushed = world.diversity("untouched", None), world.diversity("ours", bench.DIVERSITY)
     assert pushed["pixel_distance"] > 1.15 * bare["pixel_distance"]

@@ -35,10 +35,10 @@ def test_the_peer_pushes_and_leaves_no_trace():
         return pipe("a robot", num_images_per_prompt=images, generator=noise, **options).images
 
     bare = run(3)
-    with bench._released(pipe, 1.0, None)() as images:
+    with bench.released(pipe, 1.0, None)() as images:
         assert images == bench.BATCH
         pushed = run(3)
-    with bench._released(pipe, 1.0, picture)() as images:
+    with bench.released(pipe, 1.0, picture)() as images:
         assert images == bench.BATCH + 1
         run(3)
     torch.testing.assert_close(pushed[0], bare[0])  # image 0 is what the others are pushed from

@@ -5,13 +5,10 @@ import io
 import numpy as np
 import pytest
 import torch
+from marks import seeded
 from PIL import Image
 from semiperm.methods.attacks.pictures import ATTACKS, SUITE, attack, average_forgery, average_removal, parse_attack
 from semiperm.methods.errors import SemipermError, WatermarkError
-
-
-def seeded(number=0):
-    return torch.Generator().manual_seed(number)
 
 
 def pictures(batch=2, height=48, width=64):

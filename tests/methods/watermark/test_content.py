@@ -5,9 +5,17 @@ import math
 import numpy as np
 import pytest
 import torch
+from marks import seeded
 from scipy import stats
 from semiperm.methods.errors import WatermarkError
-from semiperm.methods.watermark.content import bind, content_agreement, content_bits, content_p_value, perceptual_hash
+from semiperm.methods.watermark.content import (
+    bind,
+    content_agreement,
+    content_bits,
+    content_p_value,
+    draw_bound,
+    perceptual_hash,
+)
 from semiperm.methods.watermark.keys import WatermarkKey
 from semiperm.methods.watermark.mark import KeyedMark, Payload, read
 
@@ -17,10 +25,6 @@ SHAPE = (4, 16, 16)
 @pytest.fixture(scope="module")
 def key():
     return WatermarkKey.new("studio", 3)
-
-
-def seeded(seed):
-    return torch.Generator().manual_seed(seed)
 
 
 @pytest.mark.parametrize("shape", [SHAPE, (4, 32, 32), (4, 64, 64), (256, 64)])
@@ -85,3 +89,39 @@ def test_the_hash_sees_what_is_where_and_not_how_bright_or_how_large():
         assert content_agreement(seen, perceptual_hash(same)) > 0.9
     assert content_agreement(seen, perceptual_hash(other)) < 0.65
     assert content_agreement(seen, perceptual_hash(picture.flip(-1))) < 0.65
+
+
+def test_draws_go_on_until_each_picture_stays_and_the_best_is_kept():
+    key = WatermarkKey.new("studio", 1)
+    noise = KeyedMark(key).sample((3, 4, 16, 16), Payload(1), bound=True)
+    given, axes = noise.clone(), torch.eye(8)
+    near = torch.nn.functional.normalize(axes[2] + 0.6 * axes[3], dim=0)
+    looks = [  # what the pictures show that are drawn in each round
+        [axes[0], axes[1], axes[2]],
+        [axes[0], axes[4], near],  # the first stays, the second changed, the third nearly stays
+        [axes[4], axes[5]],  # the second stays; the third's earlier draw was the better one
+        [axes[5]],
+    ]
+    seen = iter(torch.stack(part) for part in looks)
+    drawn = []
+
+    def draw(noise, rows):
+        drawn.append(list(rows))
+        return [(len(drawn), i) for i in rows], torch.zeros(len(rows), 3, 8, 8)
+
+    def found(**options):
+        return draw_bound(draw, noise, key, advice="try again", embedding=lambda _: next(seen), **options)
+
+    first, second, third = found(rounds=3)
+    assert drawn == [[0, 1, 2], [0, 1, 2], [1, 2], [2]] and torch.equal(noise, given)
+    assert [one.draws for one in (first, second, third)] == [2, 3, 4]
+    assert first.picture == (2, 0) and second.picture == (3, 1) and third.picture == (4, 2)
+    assert min(one.content_agreement for one in (first, second, third)) > 0.99
+    assert not torch.equal(first.noise, noise[0]) and torch.equal(first.noise.abs(), noise[0].abs())
+    drawn.clear()
+    seen = iter(torch.stack(part) for part in ([axes[0], axes[1], near], [axes[0], axes[1], axes[2]], [axes[6]]))
+    kept = found(rounds=2)[2]  # .83 of its bits stayed, and then none
+    assert kept.picture == (2, 2) and kept.draws == 3 and 0.7 < kept.content_agreement < 0.88
+    seen = iter([axes[:3], axes[3:6]])
+    with pytest.raises(WatermarkError, match=r"3 of 3 pictures \(the first: number 1\).*at best 50%.*try again"):
+        found(rounds=1)

@@ -8,6 +8,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from marks import gaussian_channel, key_of, seeded
 from scipy import stats
 from semiperm.kernels.keyed_correlation import walsh_scores
 from semiperm.methods.errors import WatermarkError
@@ -17,18 +18,6 @@ from semiperm.methods.watermark.mark import KeyedMark, Payload, capacity, read
 from semiperm.methods.watermark.statistics import LARGEST, corrected, level_counts, log_chernoff, log_tail, quantise
 
 SMALL, MEDIUM, FULL = (4, 16, 16), (4, 32, 32), (4, 64, 64)
-
-
-def key_of(number):
-    return WatermarkKey(f"key {number}", number % 4096, "", number.to_bytes(4, "big") * 8, b"m" * 32)
-
-
-def seeded(seed):
-    return torch.Generator().manual_seed(seed)
-
-
-def gaussian_channel(latents, rho, seed=0):
-    return rho * latents + math.sqrt(1 - rho**2) * torch.randn(latents.shape, generator=seeded(seed))
 
 
 def exact_and_detected(shape, trials, channel):

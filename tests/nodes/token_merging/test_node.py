@@ -62,7 +62,7 @@ def test_report_text(nodes):
     assert lines[2] == "4 extra rows denoised"
     assert [line.split() for line in lines[5:]] == [["0", "positive", "25.0", "%"], ["0", "negative", "0.0", "%"]]
     assert "the images of the batch" in nodes.report_text(made_up(references=0))
-    idle = [{"percent": 0.9, "sigma": 1.0, "active": False}]
+    idle = [{"share": 0.9, "sigma": 1.0, "active": False}]
     assert "nothing was pushed" in nodes.report_text(made_up(steps=idle, rows=[]))
     unlike = [{"kind": "positive", "image": 0, "pushed": 0.0}]
     assert nodes.report_text(made_up(rows=unlike)).endswith("lower threshold")

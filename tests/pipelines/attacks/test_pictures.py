@@ -6,6 +6,7 @@ import diffusers
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from marks import seeded
 from semiperm.canvas import load_pipeline
 from semiperm.methods.attacks.pictures import ATTACKS, attack
 from semiperm.methods.errors import SemipermError, WatermarkError
@@ -26,10 +27,6 @@ from semiperm.pipelines.watermark.mixin import WatermarkMixin
 from tiny_models import FAMILIES, LENGTH, build, build_wan
 
 PROMPT, OTHER = "an eared mascot in striped style on sky", "a robot in sketch style on sand"
-
-
-def seeded(number=0):
-    return torch.Generator().manual_seed(number)
 
 
 def words_of(family):
@@ -161,7 +158,7 @@ def test_forgeries_carry_the_mark(canvas, signed):
     assert max(weight(canvas, key, forged)) < -6
     moved = transplant(canvas, marked, clean, 0.7, OTHER, steps=15)
     assert max(weight(canvas, key, moved)) < -6
-    stamped = imprint(canvas, marked, clean)
+    stamped = imprint(canvas, marked, clean, 8, rate=0.1)
     assert max(weight(canvas, key, stamped)) < -6
     for forgery in (moved, stamped):
         assert distance(forgery, clean) < distance(forgery, marked)

@@ -1,17 +1,18 @@
-"""The contracts of every method, on small real pipelines of each family."""
+"""What is special to membranes, on small real pipelines of each family; tests/test_contracts.py has the rest."""
 
 import dataclasses
 import logging
 
 import pytest
 import torch
+from contracts.membranes import strong
 from semiperm.methods.errors import MembraneError, SemipermError
 from semiperm.methods.membranes.config import MembraneConfig
-from semiperm.methods.membranes.types import GateProbe, LowRank, Membrane, Membranes
+from semiperm.methods.membranes.types import GateProbe, Membranes
 from semiperm.pipelines.family import denoiser_of
 from semiperm.pipelines.membranes.apply import apply_membranes, remove_membranes
 from semiperm.pipelines.membranes.erase import erase_concepts
-from semiperm.pipelines.text import encode_text, module_keys
+from semiperm.pipelines.text import encode_text
 from tiny_models import FAMILIES, LENGTH, build, call
 
 TEMPLATES = ("a photo of a {}", "a painting of a {} in the garden", "a {} walks by the river")
@@ -56,33 +57,8 @@ def run(pipe, prompts=PROMPTS, **kwargs):
     return call(pipe, prompts, negative_prompt=[""] * len(prompts), **kwargs)
 
 
-def strong(pipe, seed=0, rank=2, scale=0.3, concept="robot", **fields):
-    """A membrane over many kinds of projections, as trained adapters have them."""
-    denoiser, attribute = denoiser_of(pipe)
-    noise = torch.Generator().manual_seed(seed)
-    modules = {}
-    for key, (path, module) in module_keys(denoiser, attribute).items():
-        weight = module.weight
-        wanted = ("attn", "ff", "proj_in", "proj_out", "context_embedder", "text_embedder")
-        if not any(part in path for part in wanted) or (weight.ndim == 4 and tuple(weight.shape[2:]) != (1, 1)):
-            continue
-        if "norm" in path:
-            continue
-        out, width = weight.shape[:2]
-        tail = (1, 1) if weight.ndim == 4 else ()
-        down = torch.randn(rank, width, *tail, generator=noise) * scale / width**0.5
-        up = torch.randn(out, rank, *tail, generator=noise) * scale
-        modules[key] = LowRank(down, up, float(rank))
-    return Membrane(concept, modules, **fields)
-
-
 def distance(a, b):
     return float((a.float() - b.float()).norm() / b.float().norm())
-
-
-def test_strength_zero_is_the_untouched_model(pipe, erased, untouched):
-    apply_membranes(pipe, [erased, strong(pipe)], MembraneConfig(strength=0.0, gate="always"))
-    assert torch.equal(run(pipe), untouched)
 
 
 def test_closed_gates_are_the_untouched_model(pipe, untouched):
@@ -91,21 +67,6 @@ def test_closed_gates_are_the_untouched_model(pipe, untouched):
     handle = apply_membranes(pipe, shut, MembraneConfig(gate="probe"))
     assert torch.equal(run(pipe), untouched)
     assert {row["gamma"]["robot"] for row in handle.report()["rows"]} == {0.0}
-
-
-def test_membranes_act_and_remove_restores_bits(pipe, erased, untouched):
-    state = {key: value.clone() for key, value in denoiser_of(pipe)[0].state_dict().items()}
-    apply_membranes(pipe, [*erased, strong(pipe)], MembraneConfig(gate="always"))
-    assert distance(run(pipe), untouched) > 1e-3
-    after = denoiser_of(pipe)[0].state_dict()
-    assert state.keys() == after.keys() and all(torch.equal(state[key], after[key]) for key in state)
-    remove_membranes(pipe)
-    assert torch.equal(run(pipe), untouched)
-    assert "encode_prompt" not in vars(pipe)
-    hooked = [
-        name for name, module in denoiser_of(pipe)[0].named_modules() if name and hasattr(module, "_diffusers_hook")
-    ]
-    assert hooked == []
 
 
 def test_erasing_moves_the_concept_only(pipe, erased, untouched):
@@ -117,23 +78,7 @@ def test_erasing_moves_the_concept_only(pipe, erased, untouched):
     assert distance(image[1], untouched[1]) < 1e-6  # its rows ran in a batch with gated ones
 
 
-def test_applying_twice_equals_once(pipe, erased):
-    apply_membranes(pipe, erased)
-    once = run(pipe)
-    apply_membranes(pipe, erased)
-    assert torch.equal(run(pipe), once)
-    remove_membranes(pipe)
-    remove_membranes(pipe)
-
-
-def test_no_state_survives_a_run(pipe, erased):
-    apply_membranes(pipe, [*erased, strong(pipe, concept="cat")])
-    first = run(pipe)
-    run(pipe, ["a drawing of a cat and a dog", "a robot"], seed=7)
-    assert torch.equal(run(pipe), first)
-
-
-@pytest.mark.parametrize("gate", ["auto", "paper", "official", "always"])
+@pytest.mark.parametrize("gate", ["paper", "official", "always"])
 def test_batch_of_two_equals_two_of_one(pipe, erased, gate):
     apply_membranes(pipe, erased, MembraneConfig(gate=gate))
     both = run(pipe)
@@ -157,17 +102,14 @@ def test_modes_agree(pipe, gate):
         assert distance(image, images["fused"]) < CLOSE[torch.float32], mode
 
 
-def test_bfloat16(family):
+def test_modes_agree_in_bfloat16(family):
     pipe = build(family, dtype=torch.bfloat16)
-    untouched = run(pipe)
     images = {}
     for mode in ("fused", "auto"):
         apply_membranes(pipe, strong(pipe), MembraneConfig(gate="always", mode=mode))
         images[mode] = run(pipe)
     assert images["auto"].dtype == torch.bfloat16
     assert distance(images["auto"], images["fused"]) < CLOSE[torch.bfloat16]
-    remove_membranes(pipe)
-    assert torch.equal(run(pipe), untouched)
 
 
 def test_embeddings_passed_by_the_user(pipe, erased):
@@ -253,10 +195,8 @@ def test_in_place_change_of_the_embeddings_is_seen(pipe):
     assert handle.plan is not first
 
 
-@pytest.mark.parametrize(
-    ("family", "gate"), [*((family, "probe") for family in FAMILIES), ("sd15", "paper"), ("flux", "always")]
-)
-def test_compiles_in_one_graph_without_recompiling(family, gate):
+@pytest.mark.parametrize(("family", "gate"), [("sd15", "probe"), ("sd15", "paper"), ("flux", "always")])
+def test_compiled_in_place_in_one_graph(family, gate):
     torch._dynamo.reset()
     pipe = build(family)
     stack = erase_concepts(pipe, ["robot"], **ERASE)
@@ -368,27 +308,15 @@ def test_folded_refuses_rows_that_differ(sd15):
     remove_membranes(sd15)
 
 
-def test_report_before_a_run_and_after_the_denoiser_is_bypassed(sd15, caplog):
+def test_report_where_the_denoiser_is_bypassed(sd15, caplog):
     handle = apply_membranes(sd15, strong(sd15), MembraneConfig(gate="always"))
-    with pytest.raises(MembraneError, match="has not been called"):
-        handle.report()
     sd15.encode_prompt("a robot", torch.device("cpu"), 1, False)
+    sd15.maybe_free_model_hooks()  # by hand, to save memory: no run is over
     with pytest.raises(MembraneError, match="not protected"):
         handle.report()
     with caplog.at_level(logging.WARNING):
         handle.remove()
     assert "not protected" in caplog.text
-
-
-def test_replaced_denoiser_is_refused(sd15):
-    other = build("sd15", seed=2)
-    own = sd15.unet
-    handle = apply_membranes(sd15, strong(sd15), MembraneConfig(gate="always"))
-    sd15.unet = other.unet
-    with pytest.raises(MembraneError, match="was replaced"):
-        run(sd15)
-    sd15.unet = own
-    handle.remove()
 
 
 def test_fused_projections_are_refused(sd15):

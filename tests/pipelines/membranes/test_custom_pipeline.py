@@ -7,8 +7,9 @@ import semiperm.pipelines
 import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
-from semiperm.methods.errors import MembraneError
+from semiperm.methods.errors import ModelError
 from semiperm.methods.membranes.config import MembraneConfig
+from semiperm.methods.membranes.file import save_membranes
 from semiperm.pipelines.loaders import load_pipeline
 from semiperm.pipelines.membranes.pipelines import (
     MembraneFluxPipeline,
@@ -57,18 +58,21 @@ def test_three_doors_give_the_same_pipeline(saved, tmp_path):
 
     ready = quiet(READY[family].from_pretrained(folder))
     assert torch.equal(images(ready), untouched)
-    handle = ready.erase_concepts(["robot"], membranes=MembraneConfig(gate="always"), **ERASE)
+    robot = ready.erase_concepts(["robot"], **ERASE)
+    assert not ready.membranes and torch.equal(images(ready), untouched)  # computed, not applied
+    handle = ready.apply_membranes(robot, MembraneConfig(gate="always"))
     erased = images(ready)
     assert not torch.equal(erased, untouched)
     assert handle.report()["concepts"] == ["robot"] and ready.membranes.concepts == ("robot",)
-    file = ready.save_membranes(tmp_path / "robot.safetensors")
+    assert ready.membrane_handle is handle
+    file = save_membranes(ready.membranes, tmp_path / "robot.safetensors")
     ready.remove_membranes()
-    assert torch.equal(images(ready), untouched) and not ready.membranes
+    assert torch.equal(images(ready), untouched) and not ready.membranes and ready.membrane_handle is None
 
     custom = quiet(DiffusionPipeline.from_pretrained(folder, custom_pipeline=str(CUSTOM), trust_remote_code=True))
     assert type(custom) is READY[family]
     assert torch.equal(images(custom), untouched)
-    custom.load_membranes(file, MembraneConfig(gate="always"))
+    custom.apply_membranes(custom.import_membranes(file), MembraneConfig(gate="always"))
     assert torch.equal(images(custom), erased)
 
     custom.save_pretrained(tmp_path / "again")
@@ -78,10 +82,9 @@ def test_three_doors_give_the_same_pipeline(saved, tmp_path):
 
 def test_erasing_one_more_keeps_the_first():
     pipe = MembraneStableDiffusionPipeline(**build("sd15").components, requires_safety_checker=False)
-    quiet(pipe)
-    pipe.erase_concepts("robot", membranes=MembraneConfig(gate="paper"), **ERASE)
-    handle = pipe.erase_concepts("dog", **ERASE)
-    assert pipe.membranes.concepts == ("robot", "dog") and handle.config.gate == "paper"
+    pipe.apply_membranes(pipe.erase_concepts("robot", **ERASE))
+    pipe.apply_membranes(pipe.membranes + pipe.erase_concepts("dog", **ERASE))
+    assert pipe.membranes.concepts == ("robot", "dog")
 
 
 def test_loader_says_what_is_wrong(tmp_path):
@@ -94,5 +97,5 @@ def test_loader_says_what_is_wrong(tmp_path):
         "empty": "no model_index.json",
         "missing": "no model at",
     }.items():
-        with pytest.raises(MembraneError, match=says):
+        with pytest.raises(ModelError, match=says):
             load_pipeline(tmp_path / name)

@@ -1,4 +1,4 @@
-"""Negative token merging on small real pipelines of every family: the contracts, and what each mode promises."""
+"""What each mode of token merging promises, on small real pipelines; tests/test_contracts.py has the rest."""
 
 import dataclasses
 
@@ -7,14 +7,11 @@ import torch
 import torch._dynamo.testing
 from PIL import Image
 from semiperm.methods.errors import ModelError, TokenMergingError
-from semiperm.methods.membranes.config import MembraneConfig
 from semiperm.methods.token_merging.config import NegativeTokenMergingConfig
 from semiperm.pipelines.family import denoiser_of
-from semiperm.pipelines.membranes.apply import apply_membranes, remove_membranes
-from semiperm.pipelines.membranes.erase import erase_concepts
 from semiperm.pipelines.token_merging.apply import apply_negative_token_merging, remove_negative_token_merging
 from semiperm.pipelines.token_merging.reference import cover
-from tiny_models import FAMILIES, LENGTH, build, build_wan, call
+from tiny_models import FAMILIES, build, build_wan, call
 
 PICTURE = torch.rand(3, 24, 20, generator=torch.Generator().manual_seed(3))
 PROMPTS = ["a photo of a robot", "a painting of a house"]
@@ -47,23 +44,8 @@ def untouched(shared):
     return shared[1]
 
 
-def test_neutral_alpha_and_removal_restore_the_bits(pipe, untouched):
-    forwards = {name: module.__dict__.get("forward") for name, module in denoiser_of(pipe)[0].named_modules()}
-    apply_negative_token_merging(pipe, config(strength=0.0))
-    assert torch.equal(run(pipe), untouched)
-    apply_negative_token_merging(pipe, config())
-    once = run(pipe)
-    apply_negative_token_merging(pipe, config())
-    assert torch.equal(run(pipe), once), "applying twice is applying once"
-    assert not torch.allclose(once, untouched, **CLOSE)
-    remove_negative_token_merging(pipe)
-    remove_negative_token_merging(pipe)
-    assert torch.equal(run(pipe), untouched)
-    after = {name: module.__dict__.get("forward") for name, module in denoiser_of(pipe)[0].named_modules()}
-    assert after == forwards, "no trace is left"
-
-
-@pytest.mark.parametrize("options", [{}, {"reference_prompt": "a cat"}], ids=["own prompt", "reference prompt"])
+# words under which no two reference tokens match nearly alike: rounding may choose either of such a pair
+@pytest.mark.parametrize("options", [{}, {"reference_prompt": "a dog"}], ids=["own prompt", "reference prompt"])
 def test_reference_mode_repeats_and_judges_every_image_by_itself(pipe, options):
     with apply_negative_token_merging(pipe, config(**options)) as handle:
         together = run(pipe)
@@ -147,48 +129,9 @@ def test_official_compatibility_runs(pipe, untouched):
         assert output.isfinite().all() and output.shape[0] == 2
 
 
-def test_half_precision(shared):
-    pipe, _ = shared
-    pipe.to(torch.bfloat16)
-    try:
-        with apply_negative_token_merging(pipe, config()):
-            output = run(pipe)
-    finally:
-        pipe.to(torch.float32)
-    assert output.isfinite().all()
-
-
-@pytest.mark.parametrize("mode", ["reference", "diversity"])
-def test_compiled_denoiser_computes_the_same(shared, mode):
-    pipe, _ = shared
-    options = {"reference_prompt": "a cat"} if mode == "reference" else {"reference": None}
-    denoiser, attribute = denoiser_of(pipe)
-    counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
-    torch._dynamo.reset()
-    try:
-        handle = apply_negative_token_merging(pipe, config(end=0.5, **options))
-        expected = run(pipe, steps=4)
-        handle.prepare(*[32 if "Wan" in type(pipe).__name__ else 16] * 2)
-        setattr(pipe, attribute, torch.compile(denoiser, fullgraph=True, backend=counter))
-        compiled = run(pipe, steps=4)
-        frames = counter.frame_count
-        torch.testing.assert_close(compiled, expected, **CLOSE)
-        run(pipe, steps=6)
-        assert counter.frame_count == frames, "another step does not recompile"
-    finally:
-        setattr(pipe, attribute, denoiser)
-        remove_negative_token_merging(pipe)
-        torch._dynamo.reset()
-
-
-def test_no_layer_or_no_attention_is_an_error(pipe):
+def test_no_layer_is_an_error(pipe):
     with pytest.raises(TokenMergingError, match="let in 0 of"):
         apply_negative_token_merging(pipe, config(blocks=("nowhere",)))
-    handle = apply_negative_token_merging(pipe, config())
-    for module, _ in handle.hooks[:-1]:  # somebody replaced the layers
-        module._diffusers_hook.remove_hook(handle.NAME, recurse=False)
-    with pytest.raises(TokenMergingError, match="nothing was pushed"):
-        run(pipe)
 
 
 # ---- what does not depend on the family ------------------------------------------------------------------------------
@@ -197,27 +140,6 @@ def test_no_layer_or_no_attention_is_an_error(pipe):
 @pytest.fixture(scope="module")
 def sd():
     return build("sd15")
-
-
-@pytest.mark.parametrize("order", ["membranes first", "membranes last"])
-def test_membranes_beside_it_in_any_order(sd, order):
-    options = {"surrogate": "cat", "templates": ("a photo of {}",), "preserve": ("a dog", "a house")}
-    erased = erase_concepts(sd, ["robot"], max_sequence_length=LENGTH, **options)
-    outputs = {}
-    applied = [
-        lambda: apply_membranes(sd, erased, MembraneConfig(gate="always")),
-        lambda: apply_negative_token_merging(sd, config()),
-    ]
-    for name, steps in (("there", applied), ("back", applied[::-1]), ("merging", applied[1:])):
-        for step in steps:
-            step()
-        outputs[name] = run(sd)
-        remove_membranes(sd)
-        remove_negative_token_merging(sd)
-    assert torch.equal(outputs["there"], outputs["back"])
-    assert not torch.allclose(outputs["there"], outputs["merging"], **CLOSE)
-    outputs["removed"] = run(sd)
-    assert torch.equal(outputs["removed"], run(build("sd15")))
 
 
 def test_pictures_are_cut_not_stretched():
@@ -242,8 +164,3 @@ def test_another_model_is_refused():
 
     with pytest.raises(ModelError, match="not supported"):
         apply_negative_token_merging(Pipe())
-
-
-def test_report_before_a_run_is_an_error(sd):
-    with apply_negative_token_merging(sd, config()) as handle, pytest.raises(TokenMergingError, match="no report yet"):
-        handle.report()

@@ -3,11 +3,11 @@
 import pytest
 import torch
 from semiperm.canvas import DEFAULT_GUIDANCE, DEFAULT_STEPS, load_pipeline
-from semiperm.methods.errors import WatermarkError
+from semiperm.methods.errors import ModelError, WatermarkError
 from semiperm.methods.watermark.keys import WatermarkKey
 from semiperm.pipelines.watermark.content import generate_bound
 from semiperm.pipelines.watermark.detect import detect_watermark
-from tiny_models import FAMILIES, LENGTH, build
+from tiny_models import FAMILIES, LENGTH, build, build_wan
 
 PROMPTS = [
     "a blue star in flat style on sand",
@@ -80,3 +80,5 @@ def test_a_picture_that_never_stays_the_same_is_refused():
     assert next(turns) == 3
     with pytest.raises(WatermarkError, match="0 prompts"):
         generate_bound(pipe, key, [])
+    with pytest.raises(ModelError, match="WanPipeline .* is not supported"):
+        generate_bound(build_wan(), key, "a cat")

@@ -5,24 +5,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from marks import gaussian_channel, key_of, seeded
 from scipy import stats
 from semiperm.methods.errors import WatermarkError
-from semiperm.methods.watermark.keys import WatermarkKey
 from semiperm.methods.watermark.peers.gaussian_shading import GaussianShading, threshold
 
 SMALL, FULL = (4, 16, 16), (4, 64, 64)
-
-
-def key_of(number):
-    return WatermarkKey(f"key {number}", number % 4096, "", number.to_bytes(4, "big") * 8, b"m" * 32)
-
-
-def seeded(seed):
-    return torch.Generator().manual_seed(seed)
-
-
-def gaussian_channel(latents, rho, seed=99):
-    return rho * latents + math.sqrt(1 - rho**2) * torch.randn(latents.shape, generator=seeded(seed))
 
 
 def test_thresholds_are_exact():

@@ -6,24 +6,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from marks import gaussian_channel, key_of, seeded
 from scipy import stats
 from semiperm.methods.errors import WatermarkError
-from semiperm.methods.watermark.keys import WatermarkKey
-from semiperm.methods.watermark.peers.pseudorandom_code import PseudorandomCode, _belief_propagation, _first_basis
+from semiperm.methods.watermark.peers.pseudorandom_code import PseudorandomCode, belief_propagation, first_basis
 
 SMALL, MEDIUM, FULL = (4, 16, 16), (4, 32, 32), (4, 64, 64)
-
-
-def key_of(number):
-    return WatermarkKey(f"key {number}", number % 4096, "", number.to_bytes(4, "big") * 8, b"m" * 32)
-
-
-def seeded(seed):
-    return torch.Generator().manual_seed(seed)
-
-
-def gaussian_channel(latents, rho, seed=99):
-    return rho * latents + math.sqrt(1 - rho**2) * torch.randn(latents.shape, generator=seeded(seed))
 
 
 # The code
@@ -31,17 +19,17 @@ def gaussian_channel(latents, rho, seed=99):
 
 @pytest.mark.parametrize("shape", [SMALL, FULL])
 def test_every_codeword_has_even_parity_on_independent_triples(shape):
-    code = PseudorandomCode(key_of(1))._code(shape)
+    code = PseudorandomCode(key_of(1)).code(shape)
     n = math.prod(shape)
     assert len(code.triples) == n - code.width - code.secrecy
-    third = code._parents[:, 2]
+    third = code.parents[:, 2]
     assert (np.diff(third) == 1).all() and (
-        code._parents[:, :2] < third[:, None]
+        code.parents[:, :2] < third[:, None]
     ).all()  # so the triples are independent
-    assert (code._parents[:, 0] != code._parents[:, 1]).all() and code._parents.min() >= 0
+    assert (code.parents[:, 0] != code.parents[:, 1]).all() and code.parents.min() >= 0
     pairs = [tuple(sorted(pair)) for triple in code.triples for pair in itertools.combinations(triple.tolist(), 2)]
     assert len(set(pairs)) == len(pairs)
-    assert (np.sort(code._place) == np.arange(n)).all()
+    assert (np.sort(code.place) == np.arange(n)).all()
     payload = np.random.default_rng(0).integers(0, 2, code.width).astype(np.uint8)
     word = code.encode(payload) ^ code.pad
     assert (word[code.triples].sum(axis=1) % 2 == 0).all() and 0.4 < word.mean() < 0.6
@@ -50,7 +38,7 @@ def test_every_codeword_has_even_parity_on_independent_triples(shape):
 
 
 def test_secrecy_and_noise_are_the_papers():
-    found = {shape: PseudorandomCode(key_of(1))._code(shape) for shape in (SMALL, FULL, (4, 128, 128))}
+    found = {shape: PseudorandomCode(key_of(1)).code(shape) for shape in (SMALL, FULL, (4, 128, 128))}
     assert [code.secrecy for code in found.values()] == [27, 39, 45]
     assert found[FULL].noise == pytest.approx(0.0176, abs=1e-4)
 
@@ -64,17 +52,17 @@ def test_belief_propagation_is_exact_on_a_tree():
             weight = math.prod((1 + expected[i] * (1 - 2 * bit)) / 2 for i, bit in enumerate(word))
             weights[np.arange(n), word] += weight
     # Two rounds reach element 2 from all of the tree, the others only from a part of it.
-    assert _belief_propagation(expected, triples)[2] == pytest.approx(np.log(weights[2, 0] / weights[2, 1]))
+    assert belief_propagation(expected, triples)[2] == pytest.approx(np.log(weights[2, 0] / weights[2, 1]))
 
 
 def test_the_first_basis_is_greedy_and_inverts():
     rng = np.random.default_rng(0)
     rows = rng.integers(0, 2, (60, 21)).astype(np.uint8)
     rows[3], rows[7] = rows[1] ^ rows[2], 0
-    basis, inverse = _first_basis(rows)
+    basis, inverse = first_basis(rows)
     assert len(basis) == 21 and 3 not in basis and 7 not in basis and (basis[:3] == [0, 1, 2]).all()
     assert (inverse.astype(int) @ rows[basis].T % 2 == np.eye(21)).all()
-    assert len(_first_basis(rows[:9])[0]) == 7
+    assert len(first_basis(rows[:9])[0]) == 7
 
 
 # Marks

@@ -5,24 +5,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from marks import gaussian_channel, key_of, seeded
 from scipy import stats
 from semiperm.methods.errors import WatermarkError
-from semiperm.methods.watermark.keys import WatermarkKey
-from semiperm.methods.watermark.peers.ring_id import RingID, _sign_tail
+from semiperm.methods.watermark.peers.ring_id import RingID, sign_tail
 
 SMALL, MEDIUM, FULL = (4, 16, 16), (4, 32, 32), (4, 64, 64)
-
-
-def key_of(number):
-    return WatermarkKey(f"key {number}", number % 4096, "", number.to_bytes(4, "big") * 8, b"m" * 32)
-
-
-def seeded(seed):
-    return torch.Generator().manual_seed(seed)
-
-
-def gaussian_channel(latents, rho, seed=99):
-    return rho * latents + math.sqrt(1 - rho**2) * torch.randn(latents.shape, generator=seeded(seed))
 
 
 @pytest.mark.parametrize(
@@ -30,14 +18,15 @@ def gaussian_channel(latents, rho, seed=99):
 )
 def test_rings_hold_two_levels(shape, rings):
     mark = RingID(key_of(1))
-    image, plane, members, _ = mark._layout((1, *shape))
+    layout = mark.layout((1, *shape))
+    image, plane, members = layout.image, layout.rings, layout.members
     assert len(members) == rings and (members.sum(axis=0) == 1).all() and (members.sum(axis=1) >= 4).all()
     latents, plain = mark.sample((2, *shape), seeded(0)), torch.randn((2, *shape), generator=seeded(0))
     assert latents.shape == (2, *shape) and latents.dtype == torch.float32
     found = plane.read(latents[:, 3])
     assert np.abs(found.imag).max() < 1e-3 and np.allclose(np.abs(found.real), 1, atol=1e-3)
     levels = found.real * (1 - 2.0 * ((plane.u + plane.v) % 2)) @ members.T / members.sum(axis=1)
-    assert np.allclose(levels, mark._signs(image, rings), atol=1e-3)
+    assert np.allclose(levels, mark.signs(image, rings), atol=1e-3)
     changed = (latents - plain).abs().amax((0, 2, 3)) > 1e-4
     assert changed.nonzero().flatten().tolist() == [0, 3]
     assert (mark.p_values(latents) < 1e-15).all()
@@ -56,9 +45,9 @@ def test_the_tail_over_all_signs_is_the_enumeration():
     signs = np.array([1.0, -1.0, -1.0, 1.0])
     every = np.array(np.meshgrid(*[[1, -1]] * 4)).reshape(4, -1).T
     expected = [(every @ row >= row @ signs - 1e-12).mean() for row in values]
-    assert np.allclose(_sign_tail(values, signs), expected)
-    assert _sign_tail(np.ones((1, 11)), np.ones(11))[0] == 2.0**-11
-    assert (_sign_tail(np.zeros((1, 4)), signs) == 1).all()
+    assert np.allclose(sign_tail(values, signs), expected)
+    assert sign_tail(np.ones((1, 11)), np.ones(11))[0] == 2.0**-11
+    assert (sign_tail(np.zeros((1, 4)), signs) == 1).all()
 
 
 @pytest.mark.parametrize("kind", ["gaussian", "fixed", "signs"])

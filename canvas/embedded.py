@@ -1,0 +1,189 @@
+"""The second edition's models as plain diffusers pipelines: `canvas`, `canvas-flow` and `canvas-turbo`.
+
+A folder of weights holds tokenizer/, text-first, text-second, vae-canvas, vae-canvas-flow, unet, transformer and turbo
+(.safetensors, fp16). `turbo` is a low-rank change of `transformer`; both keep only the columns of the context embedder
+that ever read something other than zeros.
+"""
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from . import autoencoders, denoiser, flow, turbo, unet, vocabulary
+from .loop import save_tensors
+
+
+@dataclass(frozen=True)
+class Model:
+    """How a model is sampled, and which files it is made of."""
+
+    steps: int
+    guidance_scale: float
+    files: tuple[str, ...]
+
+
+_FLOW = ("text-first", "text-second", "vae-canvas-flow", "transformer")
+MODELS = {
+    "canvas": Model(25, 4.0, ("text-first", "vae-canvas", "unet")),
+    "canvas-flow": Model(28, 4.0, _FLOW),
+    "canvas-turbo": Model(4, 1.0, (*_FLOW, "turbo")),
+}
+
+
+def load_pipeline(name: str, folder: Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"):
+    """Load an embedded model: 128x128 pictures, captions of the second world, prompts of 77 tokens.
+
+    Args:
+        name: one of MODELS. folder: of the weights.
+
+    Raises: ValueError for another name, FileNotFoundError naming a missing file and what makes it.
+    """
+    if name not in MODELS:
+        raise ValueError(f"no embedded model is called {name!r}; choose from {', '.join(MODELS)}")
+    folder = Path(folder)
+    for file in ("tokenizer/tokenizer.json", *(f"{part}.safetensors" for part in MODELS[name].files)):
+        if not (folder / file).exists():
+            raise FileNotFoundError(f"{folder / file} is missing; `semiperm canvas train` makes it")
+    tokenizer = vocabulary.load_tokenizer(folder / "tokenizer")
+    state = {part: _read(folder / f"{part}.safetensors") for part in MODELS[name].files}
+    if name == "canvas":
+        pipe = assemble_canvas(
+            _filled(autoencoders.build("canvas"), state["vae-canvas"]),
+            _filled(unet.build_unet(), state["unet"]),
+            _filled(vocabulary.build_encoder("first", len(tokenizer)), state["text-first"]),
+            tokenizer,
+        )
+    else:
+        narrow = _filled(flow.build_transformer(2 * vocabulary.WIDTH), state["transformer"])
+        if name == "canvas-turbo":
+            apply_low_rank(narrow, state["turbo"])
+        pipe = assemble_flow(
+            _filled(autoencoders.build("canvas-flow"), state["vae-canvas-flow"]),
+            flow.widen(narrow),
+            *(_filled(vocabulary.build_encoder(w, len(tokenizer)), state[f"text-{w}"]) for w in ("first", "second")),
+            tokenizer,
+            name,
+        )
+    pipe.semiperm_canvas = name
+    pipe.to(device=device, dtype=dtype)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def assemble_canvas(vae: nn.Module, model: nn.Module, encoder: nn.Module, tokenizer):
+    """Return a StableDiffusionPipeline with DDIM and SD1.5's schedule."""
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    text = CLIPTextModel(CLIPTextConfig.from_dict(encoder.config.to_dict()))
+    wanted = text.state_dict().keys()  # with or without "text_model." before them, by transformers' version
+    state = {k.removeprefix("text_model."): v for k, v in encoder.state_dict().items()}
+    text.load_state_dict({k: state[k.removeprefix("text_model.")] for k in wanted})
+    return StableDiffusionPipeline(
+        vae=vae,
+        unet=model,
+        text_encoder=text.eval(),
+        tokenizer=tokenizer,
+        scheduler=DDIMScheduler(**denoiser.SCHEDULER),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+@functools.cache
+def _flow_pipelines() -> dict[str, type]:
+    from diffusers import StableDiffusion3Pipeline
+
+    class CanvasFlowPipeline(StableDiffusion3Pipeline):
+        """StableDiffusion3Pipeline that reads 77 tokens: where diffusers fills in 256 zeros for an absent T5, ComfyUI
+        has nothing, and neither had the training."""
+
+        def _get_t5_prompt_embeds(self, *args, **kwargs):
+            if self.text_encoder_3 is None:
+                kwargs["max_sequence_length"] = 0
+            return super()._get_t5_prompt_embeds(*args, **kwargs)
+
+    class CanvasTurboPipeline(CanvasFlowPipeline):
+        """Four steps without guidance, at the noise levels of ComfyUI's `simple` scheduler, where its windows lie."""
+
+        def __call__(self, *args, num_inference_steps=turbo.STEPS, guidance_scale=1.0, sigmas=None, **kwargs):
+            if sigmas is None:  # the scheduler shifts them
+                sigmas = [1 - k / num_inference_steps for k in range(num_inference_steps)]
+            return super().__call__(
+                *args,
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+                sigmas=sigmas,
+                **kwargs,
+            )
+
+    return {"canvas-flow": CanvasFlowPipeline, "canvas-turbo": CanvasTurboPipeline}
+
+
+def assemble_flow(
+    vae: nn.Module, transformer: nn.Module, first: nn.Module, second: nn.Module, tokenizer, name: str = "canvas-flow"
+):
+    """Return a StableDiffusion3Pipeline ("canvas-flow" or "canvas-turbo") with two text encoders and no T5."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    return _flow_pipelines()[name](
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=flow.SHIFT),
+        vae=vae,
+        text_encoder=first,
+        tokenizer=tokenizer,
+        text_encoder_2=second,
+        tokenizer_2=tokenizer,
+        text_encoder_3=None,
+        tokenizer_3=None,
+    )
+
+
+def apply_low_rank(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Add `<layer>.up @ <layer>.down` to the weights of a model's layers, in place."""
+    with torch.no_grad():
+        for name in {k.rpartition(".")[0] for k in state}:
+            model.get_submodule(name).weight += state[f"{name}.up"] @ state[f"{name}.down"]
+
+
+def write_weights(workdir: Path, folder: Path) -> list[str]:
+    """Write what a working folder has of the finished models as fp16 to `folder`; return the parts written."""
+    workdir, folder = Path(workdir), Path(folder)
+    sources = {
+        "text-first": "text-first",
+        "text-second": "text-second",
+        "vae-canvas": "vae-canvas.final",
+        "vae-canvas-flow": "vae-canvas-flow.final",
+        "unet": "unet.ema",
+        "transformer": "transformer.ema",
+        "turbo": "turbo.ema",
+        "judge-first": "judge-first.ema",
+        "judge-second": "judge-second.ema",
+    }
+    written = []
+    for part, source in sources.items():
+        path = workdir / f"{source}.safetensors"
+        if not path.exists():
+            continue
+        state = {k: v.half() for k, v in load_file(str(path)).items() if v.is_floating_point()}
+        save_tensors(state, folder / f"{part}.safetensors", {"format": "pt"})
+        written.append(part)
+    vocabulary.load_tokenizer(workdir / "tokenizer").save_pretrained(str(folder / "tokenizer"))
+    return written
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    return {k: v.float() for k, v in load_file(str(path)).items()}
+
+
+def _filled(model: nn.Module, state: dict[str, Tensor]) -> nn.Module:
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    missing = [k for k in missing if not k.endswith("position_ids")]
+    if missing or unexpected:
+        raise ValueError(f"weights do not fit {type(model).__name__}: missing {missing[:3]}, unknown {unexpected[:3]}")
+    return model.eval().requires_grad_(False)

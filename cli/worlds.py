@@ -1,0 +1,70 @@
+"""`semiperm canvas worlds`: the second edition's workshop, until its weights take the first one's place."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import common
+
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Train, export and check the second edition.")
+Workdir = Annotated[Path, typer.Option(help="Folder of checkpoints and logs; run again to resume.")]
+
+
+@app.command(epilog="Example: semiperm canvas worlds train canvas-flow --workdir canvas-training")
+def train(
+    part: Annotated[str, typer.Argument(help="reading-first, vae-canvas, judge-first, canvas, canvas-flow, ...")],
+    workdir: Workdir = Path("canvas-training"),
+    steps: Annotated[int | None, typer.Option(min=1, help="Length of the schedule. Default: the part's own.")] = None,
+    stop_after: Annotated[int | None, typer.Option(min=1, help="Stop here; the same command resumes.")] = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+):
+    """Train one part, or go on where it stopped; it picks the quicker precision by timing a step of each."""
+    from ..canvas import pipeline, worlds
+
+    common.quiet()
+    try:
+        worlds.train_part(part, workdir, pipeline.WEIGHTS, steps=steps, stop_after=stop_after, seed=seed)
+    except (ValueError, FileNotFoundError) as error:
+        raise common.CliError(common.one_line(error)) from error
+    common.console().print(str(workdir), markup=False)
+
+
+@app.command(epilog="Example: semiperm canvas worlds export weights --workdir canvas-training")
+def export(
+    folder: Annotated[Path, typer.Argument(help="Where the fp16 weights go.")],
+    workdir: Workdir = Path("canvas-training"),
+):
+    """Write the finished parts of a working folder as weights that `check` and the pipelines read."""
+    from ..canvas import embedded
+
+    common.quiet()
+    written = embedded.write_weights(workdir, folder)
+    common.console().print(f"{folder}: {', '.join(written) or 'nothing is finished'}", markup=False)
+
+
+@app.command(epilog="Example: semiperm canvas worlds check canvas-flow --weights weights --json check.json")
+def check(
+    model: Annotated[str, typer.Argument(help="canvas, canvas-flow or canvas-turbo.")],
+    weights: Annotated[Path, typer.Option(help="Folder of weights.")],
+    json_path: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures here.")] = None,
+    pictures: Annotated[int, typer.Option(min=4, help="Pictures of two things; the other groups follow it.")] = 100,
+    marks: Annotated[int, typer.Option(min=1, help="Pictures whose initial noise is looked for.")] = 200,
+):
+    """Measure a model: does it draw what is asked, in public and reserved words, and does its noise survive?"""
+    from ..canvas import embedded, examining, recovering
+
+    common.quiet()
+    try:
+        pipe = embedded.load_pipeline(model, weights)
+    except (ValueError, FileNotFoundError) as error:
+        raise common.CliError(common.one_line(error)) from error
+    prompts = [asked.prompt for seed in range(2) for asked in examining.pairs("public", seed)]
+    figures = {
+        "model": model,
+        "samples": examining.check(pipe, examining.load_judges(weights), n=pictures),
+        "noise": recovering.recover(pipe, prompts[:marks]),
+    }
+    if json_path is not None:
+        common.write_json(json_path, figures)
+    common.console().print_json(data=figures)

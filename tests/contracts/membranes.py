@@ -1,0 +1,109 @@
+"""Membranes in the contract matrix."""
+
+from __future__ import annotations
+
+import importlib
+
+import torch
+from comfy_stub import Sampling, sample
+from contracts.entry import Entry, Record, RoundTrip
+from semiperm.methods.errors import MembraneError
+from semiperm.methods.membranes.config import MembraneConfig
+from semiperm.methods.membranes.file import load_membranes, save_membranes
+from semiperm.methods.membranes.gate_bank import GateBank
+from semiperm.methods.membranes.record import membrane_report
+from semiperm.methods.membranes.types import GateProbe, LowRank, Membrane, Membranes
+from semiperm.pipelines.family import denoiser_of
+from semiperm.pipelines.membranes.apply import apply_membranes
+from semiperm.pipelines.text import module_keys
+
+WANTED = ("attn", "ff", "proj_in", "proj_out", "context_embedder", "text_embedder")
+
+
+def strong(pipe, seed=0, rank=2, scale=0.3, concept="robot", **fields) -> Membrane:
+    """A membrane over many kinds of projections, as trained adapters have them."""
+    denoiser, attribute = denoiser_of(pipe)
+    noise = torch.Generator().manual_seed(seed)
+    modules = {}
+    for key, (path, module) in module_keys(denoiser, attribute).items():
+        weight = module.weight
+        if not any(part in path for part in WANTED) or (weight.ndim == 4 and tuple(weight.shape[2:]) != (1, 1)):
+            continue
+        if "norm" in path:
+            continue
+        out, width = weight.shape[:2]
+        tail = (1, 1) if weight.ndim == 4 else ()
+        down = torch.randn(rank, width, *tail, generator=noise) * scale / width**0.5
+        up = torch.randn(out, rank, *tail, generator=noise) * scale
+        modules[key] = LowRank(down, up, float(rank))
+    return Membrane(concept, modules, **fields)
+
+
+def probe(width: int) -> GateProbe:
+    """Half open for most texts."""
+    return GateProbe(torch.randn(width, generator=torch.Generator().manual_seed(0)), -50.0, 50.0)
+
+
+def apply(pipe, **settings):
+    """Two membranes: one gated by a probe, one by SPM's gate."""
+    about = denoiser_of(pipe)[0].config
+    width = about.get("cross_attention_dim") or about["joint_attention_dim"]
+    stack = [strong(pipe, 0, probe=probe(width)), strong(pipe, 1, concept="house")]
+    return apply_membranes(pipe, stack, MembraneConfig(**settings))
+
+
+def files(folder) -> RoundTrip:
+    pairs = {f"lora_unet_{n}": LowRank(torch.randn(2, 8), torch.randn(6, 2).bfloat16(), 3.0) for n in "ab"}
+    stack = Membranes(
+        Membrane(name, pairs, surrogate="tree", method="uce", base_model="0123456789abcdef", probe=probe(8))
+        for name in ("robot", "ghost")
+    )
+    path = save_membranes(stack, folder / "two.safetensors")
+    words = ("semiperm-membrane", "format_version", "uce", "0123456789abcdef", "robot", "ghost", "tree")
+    return RoundTrip(path, _flat(stack), _flat(load_membranes(path)), words)
+
+
+def _flat(stack) -> dict:
+    found = {}
+    for i, m in enumerate(stack):
+        found |= {f"{i} {n}": getattr(m, n) for n in ("concept", "surrogate", "method", "base_model", "phrases")}
+        found |= {f"{i} probe": m.probe.weight, f"{i} low": m.probe.low, f"{i} high": m.probe.high}
+        for key, pair in m.modules.items():
+            found |= {f"{i} {key} {n}": getattr(pair, n) for n in ("down", "up", "alpha")}
+    return found
+
+
+def in_comfyui(start: float, end: float) -> dict:
+    surgery = importlib.import_module("semiperm.nodes.membranes.patch")
+    progress = importlib.import_module("semiperm.nodes.progress").Progress(Sampling())
+    pairs = {"lora_unet_a": LowRank(torch.ones(1, 8), torch.ones(8, 1), 1.0)}
+    stack, config = Membranes([Membrane("robot", pairs)]), MembraneConfig(gate="always", start=start, end=end)
+    bank = GateBank(None, stack, config.gate)
+    patch, projection = surgery.MembranePatch(stack, config, bank, progress), torch.nn.Linear(8, 8)
+    packed = surgery.pack(stack, "lora_unet_a", cross_terms=False)
+    patch.sites.append(surgery.Site(patch, "lora_unet_a", projection, packed))
+
+    def model(x, timestep, context, **options):
+        patch.sites[0](projection.forward, projection, context)
+        return x
+
+    sample(patch, model)
+    return patch.report()
+
+
+RECORD = Record(
+    membrane_report,
+    frozenset("concepts gates strength window modules idle_modules modes silent rows steps".split()),
+    frozenset("row kind prompt source gamma".split()),
+    in_comfyui,
+)
+ENTRIES = [
+    Entry(
+        "membranes",
+        ("apply_membranes", "remove_membranes", "save_membranes", "load_membranes"),
+        apply=apply,
+        files=files,
+        record=RECORD,
+        error=MembraneError,
+    )
+]
