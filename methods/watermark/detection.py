@@ -325,13 +325,14 @@ class _Detector:
     def undo_edits(self, case: _Case, picture: Tensor, search: Search) -> None:
         """Look at the picture as it was given, turned back from what may have been done to it."""
         config, native = self.config, getattr(self.inverter, "native", None)
-        if native and math.prod(picture.shape[-2:]) > LARGEST * native**2:
-            factor = math.sqrt(LARGEST * native**2 / math.prod(picture.shape[-2:]))
-            picture = resized(picture, tuple(max(1, int(side * factor)) for side in picture.shape[-2:]))
-        sizes = (
-            [config.size] if config.size else signed_sizes(tuple(picture.shape[-2:]), native, self.inverter.multiple)
-        )
-        enlarged = large_enough(picture, self.inverter.multiple, self._elements_of)
+        height, width = picture.shape[-2], picture.shape[-1]
+        if native and height * width > LARGEST * native**2:
+            factor = math.sqrt(LARGEST * native**2 / (height * width))
+            height, width = max(1, int(height * factor)), max(1, int(width * factor))
+            picture = resized(picture, (height, width))
+        multiple = self.inverter.multiple
+        sizes = [config.size] if config.size else signed_sizes((height, width), native, multiple)
+        enlarged = large_enough(picture, multiple, self._elements_of)
         if len(sizes) > 1:  # cuts need the size that was signed: the model's is the likelier
             sizes = sizes[::-1] if enlarged is picture else sizes[1:]
         search = replace(search, budget=max(1, search.budget // len(sizes)))
@@ -368,7 +369,7 @@ class _Detector:
             content = content_p_value(best.noise, reading, features, key, self.config.scope)
             if content > CONTENT:
                 verdict = "content differs"
-            elif reading.format < FORMAT:  # a holder of a detector's copy could have bound this content
+            elif (reading.format or FORMAT) < FORMAT:  # a holder of a detector's copy could have bound this content
                 verdict = "unverified"
         return replace(
             absent,

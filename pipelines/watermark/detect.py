@@ -5,9 +5,9 @@ result = detect_watermark(pipe, picture, keyring)[0]  # result.verdict, result.p
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -85,8 +85,9 @@ def detect_watermark(
     inverter = PipelineInverter(pipe, config.batch_size)
     mask = None if mask is None else mask_of(mask)
     pixels = pixels_of(pipe, images)
-    if not family_of(pipe).video:
-        files = [images] if len(pixels) == 1 and hasattr(images, "convert") else images
-        turned = [as_exif_says(file) for file in files] if len(files) == len(pixels) else [None] * len(pixels)
-        pixels = [one if other is None else (one, other) for one, other in zip(pixels, turned, strict=True)]
-    return detect_in(pixels, inverter, keyring, config, mask=mask)
+    files: Sequence[Any] = [images] if hasattr(images, "convert") else cast("Sequence[Any]", images)
+    if family_of(pipe).video or len(files) != len(pixels):
+        return detect_in(pixels, inverter, keyring, config, mask=mask)
+    turned = [as_exif_says(file) for file in files]
+    both = [one if other is None else (one, other) for one, other in zip(pixels, turned, strict=True)]
+    return detect_in(both, inverter, keyring, config, mask=mask)
