@@ -302,7 +302,6 @@ def test_errors_say_what_to_do(found):
         "one side": "expected both sides",
         "two masks": "one for all pictures",
         "no keys": "keyring is empty",
-        "tiny": "at least 8 x 8",
     }
     assert set(found["errors"]) == set(words)
     for name, text in words.items():
