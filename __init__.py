@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # for editors and type checkers, which cannot follow `__getat
     from .methods.schedule import Window
     from .methods.token_merging.config import NegativeTokenMergingConfig
     from .methods.watermark.detection import DetectionConfig, DetectionResult
-    from .methods.watermark.keyring import Keyring, load_keyring, save_keyring
+    from .methods.watermark.keyring import Keyring, load_keyring, save_keyring, update_keyring
     from .methods.watermark.keys import WatermarkKey
     from .methods.watermark.mark import Payload
     from .methods.watermark.search import Search
@@ -94,6 +94,7 @@ _EXPORTS = {
     "replace_noise": "pipelines.watermark.noise",
     "save_keyring": "methods.watermark.keyring",
     "sign_noise": "pipelines.watermark.sign",
+    "update_keyring": "methods.watermark.keyring",
     "write_provenance": "methods.provenance.record",
 }
 __all__ = [
@@ -143,6 +144,7 @@ __all__ = [
     "save_keyring",
     "save_membranes",
     "sign_noise",
+    "update_keyring",
     "write_provenance",
 ]
 

@@ -58,6 +58,8 @@ class Store:
         self._values: dict[str, Any] = {}
         if self._path is None or not self._path.exists():
             return
+        if not self._path.is_file():  # reading a pipe might never end
+            raise SemipermError(f"--resume {self._path} is a folder, a pipe or a device; give the name of a file")
         text = self._path.read_text(encoding="utf-8", errors="replace")
         if self._header.startswith(text):  # stopped in its first line
             self._path.write_text(self._header + "\n", encoding="utf-8")

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from . import common
-from .detect import picture_files, read_picture
+from .detect import open_picture, picture_files
 
 EXAMPLE = "Example: semiperm attack pictures/ --attack jpeg:25 --attack rotate:5 -o attacked/ --grid attacked.png"
 CELL, GAP, CAPTION, ROWS = 160, 8, 22, 8  # of the grid
@@ -83,7 +83,7 @@ def run(
     with common.progress("attacking", len(files) * len(labels)) as advance:
         for number, file in enumerate(files):
             try:
-                pixels, row = to_pixels(read_picture(file)), []
+                pixels, row = to_pixels(open_picture(file).first), []
                 for label, path in zip(labels, paths[number], strict=True):
                     image = attacked(pixels, label, seed + number, known)
                     common.write_png(path, image, {"attack": label, "seed": seed + number, "source": file.name})

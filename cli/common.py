@@ -38,16 +38,32 @@ class OneLineErrors(TyperGroup):
 
 
 def _fail(error: Exception):
-    typer.echo(f"error: {one_line(error)}", err=True)
+    complain(error)
     raise typer.Exit(2) from error
 
 
 def one_line(error: Exception) -> str:
-    """The first line of an error's text, with the file's name where there is one."""
+    """The first line of an error's text, with the file's name where there is one; see `printable`."""
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+        return printable(f"{error.strerror}: {error.filename}" if error.filename else error.strerror)
     lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return printable(lines[0]) if lines else type(error).__name__
+
+
+def printable(value: Any) -> str:
+    """Text of files, keys and names, without the control characters that would steer a terminal."""
+    text = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
+def say(text: str) -> None:
+    """Print one line on standard output."""
+    typer.echo(printable(text))
+
+
+def complain(error: Exception, about: str | Path = "") -> None:
+    """Print an error as one line on standard error."""
+    typer.echo(f"error: {printable(about)}: {one_line(error)}" if about else f"error: {one_line(error)}", err=True)
 
 
 Concept = Annotated[
@@ -104,12 +120,16 @@ def console():
 
 @contextmanager
 def progress(label: str, total: int | None):
-    """A progress bar on stderr; yields `advance(n=1)`."""
+    """A progress bar on stderr, with what is printed meanwhile above it; yields `advance(n=1)`."""
+    import sys
+
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    # Lines for another program must go to stdout itself, not through the bar's console.
+    how = {"transient": True, "redirect_stdout": sys.stdout.isatty()}
+    with Progress(*columns, console=Console(stderr=True), **how) as bar:
         task = bar.add_task(label, total=total)
         yield lambda n=1: bar.advance(task, n)
 

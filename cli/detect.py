@@ -1,6 +1,12 @@
 """`semiperm detect`: which pictures carry a mark of the keyring's keys, and what it says."""
 
+import hashlib
+import itertools
 import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -11,8 +17,8 @@ from . import common, keys
 EXAMPLE = "Example: semiperm detect pictures/ --keyring keys.json --json > found.json"
 BATCH = 8  # pictures looked at together, and lost at most when the run is stopped
 PIXELS = 8 << 20  # in the model at once: eight of SDXL's
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")  # no formats that make Pillow start other programs
+FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "TIFF", "GIF")  # none that makes Pillow start other programs
+SUFFIXES = set(".png .apng .jpg .jpeg .jpe .jfif .webp .avif .avifs .bmp .dib .tif .tiff .gif".split())
 
 
 def run(
@@ -21,7 +27,7 @@ def run(
     ],
     keyring: keys.File,
     model: Annotated[str, typer.Option(metavar="MODEL", help=common.MODEL_HELP)] = "canvas",
-    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list instead of a table.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list instead of lines.")] = False,
     resume: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Keep finished pictures here and go on from them.")
     ] = None,
@@ -30,7 +36,9 @@ def run(
     ] = False,
     size: Annotated[
         str | None,
-        typer.Option(metavar="WIDTHxHEIGHT", help="Of the signed pictures, if they were resized or cropped."),
+        typer.Option(
+            metavar="WIDTHxHEIGHT", help="Of the signed pictures, if it is known; their own and the model's are tried."
+        ),
     ] = None,
     device: common.Device = "auto",
     dtype: common.DType = "auto",
@@ -39,8 +47,10 @@ def run(
 
     Verdicts: valid (a mark whose seal is right), content differs (such a mark, in a picture that does not show what
     was bound to it: it was carried over), unverified (a mark, but its seal is wrong or unreadable, or this keyring
-    cannot check it) and absent (no mark of these keys, or too little is left of one). Pictures that cannot be read
-    are named on standard error and left out; the exit code is then 1.
+    cannot check it) and absent (no mark of these keys, or too little is left of one). A line for each picture is
+    printed as soon as it is known; on a terminal a table follows. Of animated files and files of several pages all
+    pictures are looked at, the best of them is told. In folders, files without a suffix count by their content.
+    Pictures that cannot be read are named on standard error and left out; the exit code is then 1.
     """
     files = picture_files(images)
     options = {"search": search, "size": parse_size(size)}
@@ -59,25 +69,30 @@ def run(
                     digests[file] = digest(file) if resume else str(file)
                     found[file] = finished.get(digests[file])
                     if found[file] is None:
-                        pictures[file] = read_picture(file)
+                        pictures[file] = open_picture(file)
                 except (common.CliError, OSError) as error:
                     found[file] = error
             if pictures:
                 pipe = common.load_model(model, device, dtype) if pipe is None else pipe
-                found |= look(pipe, ring, pictures, options)
+                single = {file: opened.first for file, opened in pictures.items() if opened.count == 1}
+                found |= look(pipe, ring, single, options) if single else {}
+                several = {file: opened for file, opened in pictures.items() if opened.count > 1}
+                found |= {file: look_into(pipe, ring, opened, options) for file, opened in several.items()}
             for file in part:
                 if isinstance(found[file], Exception):
                     failed += 1
-                    typer.echo(f"error: {file}: {common.one_line(found[file])}", err=True)
+                    common.complain(found[file], file)
                     continue
                 if file in pictures:
                     finished.put(digests[file], found[file])
                 rows[file] = {"file": str(file), **found[file]}
+                if not as_json:
+                    common.say(line(rows[file], ring))
             advance(len(part))
     if as_json:
         typer.echo(json.dumps(list(rows.values()), indent=2))  # ASCII: file names need not be text
-    else:
-        show(common.console(), list(rows.values()), ring)
+    elif (console := common.console()).is_terminal:
+        show(console, list(rows.values()), ring)
     if failed:
         raise typer.Exit(1)
 
@@ -92,11 +107,21 @@ def picture_files(paths: list[Path]) -> list[Path]:
     for path in paths:
         inside = [path]
         if path.is_dir():
-            inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+            inside = sorted(file for file in path.rglob("*") if file.is_file() and _may_be_picture(file))
         files |= dict.fromkeys(inside)
     if not files:
         raise common.CliError(f"there are no pictures ({', '.join(sorted(SUFFIXES))}) in {', '.join(map(str, paths))}")
     return list(files)
+
+
+def _may_be_picture(file: Path) -> bool:
+    if file.suffix:
+        return file.suffix.lower() in SUFFIXES
+    try:
+        _recognised(file).close()
+    except common.CliError as error:
+        return not isinstance(error, _NotAPicture)  # a damaged or huge one is worth an error
+    return True
 
 
 def parse_size(text: str | None) -> tuple[int, int] | None:
@@ -113,31 +138,109 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
     return int(height), int(width)
 
 
-def read_picture(file: Path):
-    """Read a whole picture as RGB.
+class _NotAPicture(common.CliError):
+    pass
+
+
+@dataclass
+class Opened:
+    """A picture file: how many pictures are in it, the first, and all others as they are asked for; RGB."""
+
+    count: int
+    first: object
+    rest: Iterator
+
+
+def open_picture(file: Path) -> Opened:
+    """Open a picture file and read its first picture whole.
 
     Raises:
         CliError: not a file, not a picture, a damaged or a huge one.
     """
+    from ..methods.pictures import as_rgb
+
+    if not file.is_file():
+        raise common.CliError("there is no such file")
+    image = _recognised(file)
+    try:
+        with _reading():
+            count, first = getattr(image, "n_frames", 1), as_rgb(image)
+    except BaseException:
+        image.close()
+        raise
+
+    def rest():
+        with image:
+            for number in range(1, count):
+                with _reading():
+                    image.seek(number)
+                    frame = as_rgb(image)
+                yield frame
+
+    if count == 1:
+        image.close()
+    return Opened(count, first, rest())
+
+
+def _recognised(file: Path):
+    """The PIL image of a file, of which only the header has been read."""
+    from PIL import Image
+
+    Image.init()
+    with _reading():
+        return Image.open(file, formats=[name for name in FORMATS if name in Image.OPEN])
+
+
+@contextmanager
+def _reading():
     import warnings
 
     from PIL import Image, UnidentifiedImageError
 
-    if not file.is_file():
-        raise common.CliError("there is no such file")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(file, formats=FORMATS) as image:
-                return image.convert("RGB")
+            yield
     except UnidentifiedImageError as error:
-        raise common.CliError(f"not a picture that can be read here ({', '.join(FORMATS)})") from error
-    except Image.DecompressionBombError as error:
-        raise common.CliError(f"too large: {common.one_line(error)}") from error
-    except Image.DecompressionBombWarning as error:
+        raise _NotAPicture(f"not a picture that can be read here ({', '.join(FORMATS)})") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise common.CliError(f"too large: {common.one_line(error)}") from error
     except Exception as error:  # decoders fail on damaged files in every way there is
         raise common.CliError(f"damaged: {common.one_line(error)}") from error
+
+
+def look_into(pipe, ring, opened: Opened, options: dict = {}) -> dict | Exception:  # noqa: B006 (never written to)
+    """The best picture of a file, until one is found; each has its share of the error, so that the p-value is exact."""
+    from ..methods.watermark.detection import DetectionConfig
+
+    if opened.count == 1:
+        return look(pipe, ring, {0: opened.first}, options)[0]
+    options = {**options, "false_positive_rate": DetectionConfig().false_positive_rate / opened.count}
+    best, evaluations, seen = None, 0, set()
+    frames = enumerate(itertools.chain([opened.first], opened.rest))
+    try:
+        while part := dict(itertools.islice(frames, BATCH)):
+            fresh = {}
+            for number, frame in part.items():
+                shown = hashlib.sha256(frame.tobytes()).digest()
+                if shown not in seen:  # still pictures say nothing new
+                    seen.add(shown)
+                    fresh[number] = frame
+            for number, row in look(pipe, ring, fresh, options).items() if fresh else ():
+                if isinstance(row, Exception):
+                    return row
+                evaluations += row["model_evaluations"]
+                rank = row["verdict"] != "valid", row["log10_p"]
+                if best is None or rank < best[0]:
+                    best = rank, number, row
+            if best[2]["verdict"] != "absent":
+                break
+    except common.CliError as error:
+        return error
+    _, number, row = best
+    log10_p = min(0.0, row["log10_p"] + math.log10(opened.count))
+    about = {"p_value": 10**log10_p, "log10_p": log10_p, "model_evaluations": evaluations}
+    return row | about | {"frame": number + 1, "frames": opened.count}
 
 
 def look(pipe, ring, pictures: dict, options: dict = {}) -> dict:  # noqa: B006 (never written to)
@@ -175,24 +278,37 @@ def described(result) -> dict:
     }
 
 
-def show(console, rows: list[dict], ring) -> None:
-    """Print the table."""
+def told(row: dict, ring) -> tuple[str, ...]:
+    """File, verdict, p, key, unique id, when it was made and what was undone, as text."""
     from datetime import datetime, timezone
 
+    names = {key.key_id: key.name for key in ring}
+    payload = row["payload"] or {}
+    made = payload.get("time")
+    made = datetime.fromtimestamp(made, timezone.utc).strftime("%Y-%m-%d %H:%M") if made else ""
+    p = f"{row['p_value']:.2g}" if row["p_value"] > 1e-99 else f"1e{row['log10_p']:.0f}"
+    undone = [f"picture {row['frame']} of {row['frames']}"] if "frame" in row else []
+    undone += [row["transform"]] if "transform" in row else []
+    key = names.get(row["key_id"], "")
+    said = row["file"], row["verdict"], p, key, payload.get("unique_id", ""), made, ", ".join(undone)
+    return tuple(map(common.printable, said))
+
+
+def line(row: dict, ring) -> str:
+    """A row as one line of text."""
+    file, verdict, p, key, unique_id, made, undone = told(row, ring)
+    parts = (f"p {p}", key and f"key {key}", unique_id and f"id {unique_id}", made and f"made {made} UTC", undone)
+    return f"{file}: {verdict}, {', '.join(part for part in parts if part)}"
+
+
+def show(console, rows: list[dict], ring) -> None:
+    """Print the table."""
     from rich.table import Table
     from rich.text import Text
 
-    names = {key.key_id: key.name for key in ring}
     table = Table()
     for heading in ("file", "verdict", "p", "key", "unique id", "made (UTC)", "undone"):
         table.add_column(heading, overflow="fold")
     for row in rows:
-        payload = row["payload"] or {}
-        made = payload.get("time")
-        made = datetime.fromtimestamp(made, timezone.utc).strftime("%Y-%m-%d %H:%M") if made else ""
-        p = f"{row['p_value']:.2g}" if row["p_value"] > 1e-99 else f"1e{row['log10_p']:.0f}"
-        file = row["file"].encode("utf-8", "backslashreplace").decode()
-        key = names.get(row["key_id"], "")
-        said = (file, row["verdict"], p, key, str(payload.get("unique_id", "")), made)
-        table.add_row(*map(Text, (*said, row.get("transform", ""))))
+        table.add_row(*map(Text, told(row, ring)))
     console.print(table)

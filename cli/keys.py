@@ -21,13 +21,10 @@ def new(name: Name, keyring: File):
 
     Keep a copy of the keyring: nobody can read the marks of a lost key. Whoever has the file can sign in your name.
     """
-    from ..methods.watermark.keyring import Keyring, load_keyring, save_keyring
+    from ..methods.watermark.keyring import update_keyring
 
-    keyring.parent.mkdir(parents=True, exist_ok=True)
-    ring = load_keyring(keyring) if keyring.exists() else Keyring()
-    key = ring.new(name)
-    save_keyring(ring, keyring)
-    common.console().print(f"{keyring}: new key {key.name}, id {key.key_id}", markup=False, soft_wrap=True)
+    key = update_keyring(keyring, lambda ring: ring.new(name))
+    common.say(f"{keyring}: new key {key.name}, id {key.key_id}")
 
 
 @app.command("list", epilog="Example: semiperm keys list --keyring keys.json")
@@ -54,7 +51,7 @@ def list_(
         table.add_column(heading, overflow="fold")
     for row in rows:
         may = "sign and detect" if row["may_sign"] else "detect"
-        table.add_row(*map(Text, (row["name"], str(row["key_id"]), row["created"], may)))
+        table.add_row(*map(Text, map(common.printable, (row["name"], row["key_id"], row["created"], may))))
     common.console().print(table)
 
 
@@ -67,20 +64,16 @@ def export_detector(
     keyring: File,
     output: Annotated[Path, typer.Option("--output", "-o", help="The keyring to write; must not exist yet.")],
 ):
-    """Write a keyring that reads the marks of one key but cannot make its seal (the MAC).
+    """Write a keyring that reads the marks of one key but cannot make its seal (the MAC) or bind content.
 
     With it the verdict is at best `unverified`. Whoever has it can also fake a mark that looks like yours until you
     check the seal with the full keyring: hand it only to those you trust not to.
     """
-    from ..methods.watermark.keyring import Keyring, load_keyring, save_keyring
+    from ..methods.watermark.keyring import load_keyring, update_keyring
 
     key = load_keyring(keyring).get(name)
-    if output.exists() or output.is_symlink():
-        # it might be the only copy of somebody's keys: this very keyring, for one
-        raise common.CliError(f"{output} exists already; give a new name to -o, a keyring is never written over")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    save_keyring(Keyring([key]).detector(), output)
-    common.console().print(f"{output}: {name}, to detect only", markup=False, soft_wrap=True)
+    update_keyring(output, lambda ring: ring.add(key.detector()), fresh=True)
+    common.say(f"{output}: {name}, to detect only")
 
 
 def payload_record(payload) -> dict:

@@ -57,8 +57,8 @@ def look(file: Path, keyring: Path, model: str, device: str, dtype: str) -> dict
     from ..methods.watermark.keyring import load_keyring
     from . import detect
 
-    ring, picture = load_keyring(keyring), detect.read_picture(file)
-    row = detect.look(common.load_model(model, device, dtype), ring, {file: picture})[file]
+    ring, opened = load_keyring(keyring), detect.open_picture(file)
+    row = detect.look_into(common.load_model(model, device, dtype), ring, opened)
     if isinstance(row, Exception):
         raise common.CliError(f"{file}: {common.one_line(row)}") from row
     payload = row["payload"] or {}
@@ -89,16 +89,10 @@ def show(file: Path, report, found: dict | None) -> None:
     for name, part in parts:
         for what, value in (part or {}).items():
             if value not in (None, [], ()):
-                table.add_row(*map(Text, (name, what, printable(value))))
+                table.add_row(*map(Text, (name, what, common.printable(value))))
     if table.row_count:
         console.print(table)
     else:
-        console.print(f"{printable(file)}: no provenance record and no C2PA manifest", markup=False, soft_wrap=True)
+        common.say(f"{file}: no provenance record and no C2PA manifest")
     for problem in report.problems:
-        console.print(f"does not fit: {printable(problem)}", markup=False, soft_wrap=True)
-
-
-def printable(value) -> str:
-    """Text of a file without the control characters that would steer a terminal."""
-    text = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-    return "".join(c if c.isprintable() else "?" for c in text)
+        common.say(f"does not fit: {common.printable(problem)}")

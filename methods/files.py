@@ -1,7 +1,8 @@
 """Files that appear whole or not at all, and tensors from safetensors alone.
 
 Everything that this package writes goes through `whole_file`: to a partial file beside the target, synced, then renamed
-over it. A link is followed, so that the file it points to is replaced, not the link.
+over it. A link is followed, so that the file it points to is replaced, not the link. What is read, changed and written
+again is held with `locked`.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,8 +19,9 @@ from torch import Tensor
 
 from .errors import SemipermError
 
-__all__ = ["PICKLES", "open_safetensors", "read_safetensors", "save_safetensors", "whole_file", "write_file"]
+__all__ = ["PICKLES", "locked", "open_safetensors", "read_safetensors", "save_safetensors", "whole_file", "write_file"]
 
+_PATIENCE = 60.0  # seconds that a lock is waited for: others hold it for the time of one read and one write
 # Names that pickles usually have; what begins as a pickle is refused under any name.
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
 
@@ -61,6 +64,70 @@ def write_file(path: str | os.PathLike, data: bytes | str, mode: int | None = No
     with whole_file(path, mode) as partial:
         partial.write_bytes(data.encode() if isinstance(data, str) else data)
     return Path(path)
+
+
+@contextlib.contextmanager
+def locked(path: str | os.PathLike, patience: float = _PATIENCE) -> Iterator[None]:
+    """Hold `path` alone while it is read, changed and written: other processes and threads that ask wait.
+
+    The lock is the operating system's, on `.<name>.lock` beside the file that a link leads to. It ends with the
+    process that holds it, so that none can be left over; the file goes with it where the system lets it.
+
+    Args:
+        path: what is going to be written; its folder is made where it is missing.
+        patience: seconds to wait.
+
+    Raises:
+        SemipermError: somebody held it all that time.
+        OSError: the folder cannot be written, or its file system knows no locks.
+    """
+    path = Path(os.path.realpath(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside, until = path.with_name(f".{path.name}.lock"), time.monotonic() + patience
+    while True:
+        descriptor = os.open(beside, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            if _taken(descriptor) and _same(descriptor, beside):
+                break
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+        if time.monotonic() > until:
+            raise SemipermError(f"{str(path)!r} was held by another program for {patience:g} s; try again")
+        time.sleep(0.005)
+    try:
+        yield
+    finally:
+        if os.name == "posix":  # elsewhere a file that is open stays
+            beside.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _taken(descriptor: int) -> bool:
+    if os.name == "posix":
+        import fcntl
+
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+    import msvcrt
+
+    try:
+        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+    except PermissionError:
+        return False
+    return True
+
+
+def _same(descriptor: int, path: Path) -> bool:
+    """Whether the file that was locked is still the one of that name: its last holder may have taken it away."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def save_safetensors(

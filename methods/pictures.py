@@ -15,10 +15,13 @@ from .errors import SemipermError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["Mask", "Picture", "Pictures", "check_pixels", "from_pil", "mask_of", "picture_of"]
+__all__ = ["Mask", "Picture", "Pictures", "as_exif_says", "as_rgb", "check_pixels", "from_pil", "mask_of", "picture_of"]
 
 # What decoders and resizers in float16 leave beyond 0..1; more is another range, such as -1..1 or 0..255.
 _ROUNDING = 1e-3
+_ORIENTATION = 0x0112  # in EXIF: how a picture is to be turned before it is shown,
+# here as quarters counter-clockwise, and then whether it is mirrored from left to right.
+_TURNS = {2: (0, True), 3: (2, False), 4: (2, True), 5: (3, True), 6: (3, False), 7: (1, True), 8: (1, False)}
 
 Picture: TypeAlias = "Image | Tensor | np.ndarray"  # as `picture_of` takes it
 Pictures: TypeAlias = "Picture | Sequence[Picture | Sequence[Picture]]"  # one, several, or videos
@@ -42,7 +45,7 @@ def picture_of(picture) -> Tensor:
         SemipermError: something else, NaN, or values outside 0..1.
     """
     if hasattr(picture, "convert"):
-        return from_pil(picture.convert("RGB"))
+        return from_pil(as_rgb(picture))
     if isinstance(picture, np.ndarray):
         picture = torch.from_numpy(picture)
         picture = picture.float() / 255 if picture.dtype == torch.uint8 else picture
@@ -51,6 +54,42 @@ def picture_of(picture) -> Tensor:
         given = f"shape {tuple(picture.shape)}" if isinstance(picture, Tensor) else type(picture).__name__
         raise SemipermError(f"a picture is {given}; expected a PIL image, a tensor (3, H, W) or an array (H, W, 3)")
     return _checked(picture, "a picture's")
+
+
+def as_rgb(image):
+    """A PIL image of any mode -> RGB, with the EXIF orientation it had; deep greys are scaled, not clipped.
+
+    Grey of 16 or 32 bits is taken as 0..65535 where it goes beyond 255, floats as 0..1, or as 0..255 or 0..65535 where
+    they go beyond that.
+
+    Raises:
+        SemipermError: floats that are NaN or infinite.
+    """
+    turned = image.getexif().get(_ORIENTATION)
+    if image.mode == "F" or image.mode.startswith("I"):
+        values = np.asarray(image, dtype=np.float64)
+        if not np.isfinite(values).all():
+            raise SemipermError("a picture of floats holds NaN or Inf; expected grey from 0 (black) to 1")
+        top, floats = float(values.max(initial=0)), image.mode == "F"
+        scale = 1 if floats and top <= 1 else 255 if top <= 255 and image.mode in ("F", "I") else max(65535, top)
+        grey = np.rint(np.clip(values / scale, 0, 1) * 255).astype(np.uint8)
+        from PIL import Image
+
+        image = Image.fromarray(grey)
+    rgb = image.convert("RGB")
+    if turned:
+        rgb.getexif()[_ORIENTATION] = turned
+    return rgb
+
+
+def as_exif_says(image) -> Tensor | None:
+    """A PIL image turned as its EXIF orientation says, as `picture_of`; None where there is nothing to turn."""
+    orientation = image.getexif().get(_ORIENTATION, 1) if hasattr(image, "getexif") else 1
+    if orientation not in _TURNS:
+        return None
+    quarters, mirrored = _TURNS[orientation]
+    turned = picture_of(image).rot90(quarters, (-2, -1))
+    return turned.flip(-1) if mirrored else turned
 
 
 def mask_of(mask) -> Tensor:

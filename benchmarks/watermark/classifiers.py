@@ -1,4 +1,5 @@
-"""Classifiers that try to tell marked from plain noise: of means, of pairs of elements, and of neighbourhoods."""
+"""Classifiers that try to tell marked from plain noise: of means, of pairs of elements, of neighbourhoods, and of known
+latents: pictures of one key can be linked, see docs/watermark.md."""
 
 from __future__ import annotations
 
@@ -55,6 +56,19 @@ def _pairs(x: Tensor, y: Tensor) -> Callable[[Tensor], Tensor]:
     return score
 
 
+def _nearest(x: Tensor, y: Tensor) -> Callable[[Tensor], Tensor]:
+    """The largest agreement of signs, or disagreement, with any marked latent that is known: of those that share a
+    pattern, half have it the other way round."""
+    known = x[y > 0].flatten(1).sign()
+
+    def score(z: Tensor) -> Tensor:
+        agreement = (z.flatten(1).sign() @ known.T).abs()
+        agreement[agreement == known.shape[1]] = 0  # itself, where what was learned from is asked
+        return agreement.amax(1)
+
+    return score
+
+
 def _trained(model: nn.Sequential, x: Tensor, y: Tensor) -> Callable[[Tensor], Tensor]:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -77,4 +91,4 @@ def _trained(model: nn.Sequential, x: Tensor, y: Tensor) -> Callable[[Tensor], T
     return score
 
 
-CLASSIFIERS = {"logistic": _logistic, "pairs": _pairs, "convolutional": _convolutional}
+CLASSIFIERS = {"logistic": _logistic, "pairs": _pairs, "convolutional": _convolutional, "nearest": _nearest}

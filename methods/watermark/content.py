@@ -1,6 +1,6 @@
 """Content binding: signs of the noise that say what the picture shows, so that a mark cannot move to another picture.
 
-Each element j of the binding field has a random direction r_j in {-1, 1}^D under key and nonce, and
+Each element j of the binding field has a random direction r_j in {-1, 1}^D under content secret and nonce, and
 
     sign(z_j) = keystream_j XOR [r_j . v < 0],   v = embedding of the picture
 
@@ -8,6 +8,10 @@ A detector embeds the picture in hand to v' and counts the elements that agree w
 is about 0 and every sign is a fair coin, so the tail of that count is an exact p-value; two pictures at an angle t
 agree in a share 1 - t / pi (SimHash). The picture depends on the noise and the noise on the picture:
 `draw_bound` draws, binds and draws again.
+
+Keystream and directions come from the content secret, which exported detectors do not hold: who can read a mark still
+cannot say of a new picture that it is the signed one. In pictures of format 1 (keys.py) they came from the stream
+secret; they are read, but never vouch for what a picture shows.
 
 Source: SEAL (arXiv 2503.12172) binds patches to a caption by SimHash; here it is one field of the latent, tested
 softly.
@@ -27,7 +31,7 @@ from torch import Tensor
 
 from ..errors import WatermarkError
 from .fields import fields_of, first_field, split
-from .keys import WatermarkKey
+from .keys import FORMAT, WatermarkKey
 from .mark import Reading, read
 from .statistics import level_counts, log_tail, quantise
 
@@ -63,11 +67,16 @@ def perceptual_hash(pixels: Tensor) -> Tensor:
     ].flatten(1)
 
 
-def content_bits(key: WatermarkKey, nonce: int, features: Tensor, count: int, scope: str = "") -> np.ndarray:
-    """(D,) features -> (count,) uint8: on which side of each keyed direction they lie.
+_STREAMS = {1: ("binding", "content"), 2: ("binding 2", "content 2")}  # keystream and directions, by format
+
+
+def content_bits(
+    key: WatermarkKey, nonce: int, features: Tensor, count: int, scope: str = "", *, form: int = FORMAT
+) -> np.ndarray:
+    """(D,) features -> (count,) uint8: on which side of each keyed direction they lie, in a format of pictures.
 
     Raises:
-        WatermarkError: features of another shape, or NaN or Inf inside.
+        WatermarkError: features of another shape, or NaN or Inf inside, or a detector's copy of the key.
     """
     values = features.detach().to("cpu", torch.float32).numpy()
     if values.ndim != 1 or not values.size or not np.isfinite(values).all():
@@ -75,7 +84,7 @@ def content_bits(key: WatermarkKey, nonce: int, features: Tensor, count: int, sc
             f"the embedding of a picture has shape {values.shape} or holds NaN or Inf; expected one vector of finite"
             " numbers for each picture"
         )
-    directions = key.stream("content", values.shape, nonce, count * values.size, scope=scope)
+    directions = key.stream(_STREAMS[form][1], values.shape, nonce, count * values.size, scope=scope)
     sides = (1 - 2 * rearrange(directions, "(bit d) -> bit d", bit=count).astype(np.float32)) @ values
     return (sides < 0).astype(np.uint8)
 
@@ -89,6 +98,13 @@ def content_agreement(features: Tensor, others: Tensor) -> Tensor:
 def _positions(key: WatermarkKey, shape: tuple[int, ...], scope: str) -> np.ndarray:
     fields = fields_of(shape)
     return split(fields, first_field(fields, [key], scope)[0][0])[1]
+
+
+def _signs(key: WatermarkKey, reading: Reading, features: Tensor, shape: tuple[int, ...], scope: str):
+    """(n,) positions of the binding and (n,) uint8 sign bits there that say what the features are of."""
+    positions, form = _positions(key, shape, scope), reading.format or FORMAT
+    bits = key.stream(_STREAMS[form][0], shape, reading.nonce, len(positions), scope=scope)
+    return positions, bits ^ content_bits(key, reading.nonce, features, len(positions), scope, form=form)
 
 
 def bind(latents: Tensor, features: Tensor, key: WatermarkKey, scope: str = "") -> Tensor:
@@ -108,16 +124,13 @@ def bind(latents: Tensor, features: Tensor, key: WatermarkKey, scope: str = "") 
     if len(features) != len(latents):
         raise WatermarkError(f"{len(features)} embeddings were given for {len(latents)} latents; expected one each")
     bound = latents.clone()
-    shape = tuple(latents.shape[1:])
-    positions = _positions(key, shape, scope)
     for row, values, reading in zip(bound, features, read(latents, [key], scope=scope), strict=True):
         if not (reading.bound and reading.mac_ok):
             raise WatermarkError(
                 "content was to be bound in latents that do not say so; make them with"
                 " KeyedMark(key).sample(shape, bound=True)"
             )
-        bits = key.stream("binding", shape, reading.nonce, len(positions), scope=scope)
-        bits = bits ^ content_bits(key, reading.nonce, values, len(positions), scope)
+        positions, bits = _signs(key, reading, values, tuple(row.shape), scope)
         flat, at = row.view(-1), torch.from_numpy(positions).to(row.device)
         flat[at] = flat[at].abs() * torch.from_numpy(1 - 2 * bits.astype(np.int8)).to(row)
     return bound
@@ -197,10 +210,10 @@ def content_p_value(noise: Tensor, reading: Reading, features: Tensor, key: Wate
         reading: of that noise.
         features: (D,) embedding of the picture in hand.
         key, scope: of the reading.
+
+    Raises:
+        WatermarkError: a detector's copy of the key.
     """
-    shape = tuple(noise.shape)
-    positions = _positions(key, shape, scope)
-    bits = key.stream("binding", shape, reading.nonce, len(positions), scope=scope)
-    bits = bits ^ content_bits(key, reading.nonce, features, len(positions), scope)
+    positions, bits = _signs(key, reading, features, tuple(noise.shape), scope)
     values = quantise(noise[None])[0][positions].astype(np.int64)
     return math.exp(log_tail(level_counts(values), int(values @ (1 - 2 * bits.astype(np.int64)))))

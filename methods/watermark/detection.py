@@ -17,11 +17,13 @@ from torch import Tensor
 from ..errors import WatermarkError
 from .content import Embedding, content_p_value, perceptual_hash
 from .edits import cells_inside, without_flats
-from .keys import WatermarkKey
+from .fields import MINIMUM
+from .keys import FORMAT, WatermarkKey
 from .mark import Payload, Reading, read
 from .search import Inverter, Search
 from .search import run as search_edits
 from .statistics import levelled
+from .views import AS_GIVEN, LARGEST, large_enough, resized, signed_sizes, views, whole_cells
 
 LADDER = (0, 1, 5, 10, 25)  # inversion steps; each rung costs more than all before it together
 # Where inversion asks the denoiser, as a share of the noise schedule. Told t = 0 it says nothing of the noise that a
@@ -33,7 +35,6 @@ _LAST = 0.961  # where DDIM's first step of 25 stands; the signs hardly depend o
 # agree on the canvas at 1 (even steps), .8014 at 1.5, .8015 at 2 (24 pictures).
 _POWER = 1.5
 CONTENT = 3e-3  # of pictures that show something unrelated, this many are taken for the one that was signed
-AS_GIVEN = "as given"
 
 
 def inversion_times(steps: int) -> list[float]:
@@ -51,8 +52,9 @@ class DetectionResult:
     Args:
         verdict: "valid" (mark present, payload authenticated, and the content is what was signed where it is bound),
             "content differs" (an authentic mark in a picture that shows something else: a transplant), "unverified"
-            (mark present, but the payload did not decode, or its MAC is wrong, or the keyring has no MAC key: treat the
-            payload as a claim) or "absent".
+            (mark present, but the payload did not decode, or its MAC is wrong, or the keyring has no MAC key, or
+            content was bound in format 1, which a holder of a detector's copy can forge: treat the payload as a claim)
+            or "absent".
         p_value, log10_p: the chance that a picture made without the keys looks so marked; all keys, nonces, rungs of
             the ladder and edits undone are accounted for.
         payload: None if absent or not decoded.
@@ -61,7 +63,7 @@ class DetectionResult:
         key_id, key_name: None if absent.
         model_evaluations: of the denoiser, over all rungs and edits.
         content_p_value: the chance that a picture of unrelated content fits the bound one so well; None where no
-            content is bound or the payload was not decoded.
+            content is bound or the payload was not authenticated.
         transform: the edit that was undone, "as given" without one.
         evidence: float32 in the latent's shape (C, h, w), positive where the mark agrees; None where nothing was
             decoded.
@@ -91,7 +93,8 @@ class DetectionConfig:
         batch_size: pictures in the model at a time, at least 1.
         search: edits to undo where the ladder finds nothing (flips, turns, shifts, crops); True for the usual ones,
             None or False for none.
-        size: (height, width) that was signed, in pixels, where pictures may have been resized or cropped since.
+        size: (height, width) that was signed, in pixels. None tries the picture's own and, where the inverter knows
+            it, the model's; a search then divides its budget among them.
         embedding: as when the content was bound.
 
     Raises:
@@ -147,6 +150,8 @@ class _Case:
 
     pixels: Tensor
     filled: tuple[Tensor, Tensor] | None  # with areas of one colour filled, and where it is valid; None without any
+    views: int = 1  # of the picture, that share the rate
+    transform: str = AS_GIVEN
     looks: list[_Look] = field(default_factory=list)
     evaluations: int = 0
 
@@ -161,13 +166,15 @@ class _Case:
 
     def settled(self, log10_rate: float) -> bool:
         """Present, and no further rung could say more: authenticated, or decoded where there is no MAC key."""
+        if not self.looks:
+            return False
         last = self.looks[-1].reading
         decoded = last.payload is not None and last.mac_ok is not False
         return decoded and self.log10_p <= log10_rate
 
 
 def detect_in(
-    pixels: Sequence[Tensor],
+    pixels: Sequence[Tensor | tuple[Tensor, ...]],
     inverter: Inverter,
     keys: Iterable[WatermarkKey],
     config: DetectionConfig | None = None,
@@ -179,35 +186,47 @@ def detect_in(
     A picture leaves the ladder once the mark is present and its payload authenticated, or without a MAC key decoded.
     With R rungs each is tested at rate / R, so p = min(1, R min_r p_r) holds wherever the climb stops (Bonferroni:
     rungs see the same picture and are not independent). A picture with areas of one colour (bars, erased boxes) has
-    two climbs, as it is and with these filled and not counted. With a search half of the rate is the ladders' and half
-    is shared by all edits that the search can undo.
+    two climbs, as it is and with these filled and not counted. What it may have looked like when it was signed
+    (views.py: other sizes, its EXIF orientation) has a climb each, four at most. With a search half of the rate is the
+    ladders' and half is shared by all edits that the search can undo.
 
     Args:
-        pixels: (3, H, W) in 0..1 each, of any sizes; videos (F, 3, H, W).
+        pixels: (3, H, W) in 0..1 each, of any sizes, or two: as they lie in the file, and turned as its EXIF says;
+            videos (F, 3, H, W).
         inverter: of the model that drew them.
         keys: at least one.
         config: how to look.
         mask: (H, W) of the pictures, 1 (in uint8: 255) where an inpainting drew; None is everywhere.
 
     Raises:
-        WatermarkError: no keys, a picture smaller than a latent cell, or a search with a mask or in videos.
+        WatermarkError: no keys, or a search with a mask or in videos.
     """
     config, keys = config or DetectionConfig(), list(keys)
     if not keys:
         raise WatermarkError("the keyring is empty; expected at least one key: make one with `semiperm keys new`")
-    if config.search is not None and (mask is not None or any(picture.ndim != 3 for picture in pixels)):
+    files = [one if isinstance(one, tuple) else (one,) for one in pixels]
+    if config.search is not None and (mask is not None or any(readings[0].ndim != 3 for readings in files)):
         raise WatermarkError("a search for edits was asked for with a mask or in videos; it works on whole pictures")
     search = cast("Search | None", config.search)  # no bool any more
     detector = _Detector(inverter, keys, config, mask)
-    cases = [_case(whole_cells(_sized(picture, config.size), inverter.multiple)) for picture in pixels]
-    for part in _batches(cases, config.batch_size):
-        detector.climb(part)
-        if part := [case for case in part if case.filled and not case.settled(config.log10_rate)]:
-            detector.climb(part, filled=True)
-    for case, picture in zip(cases, pixels, strict=True):
+    seen = [detector.cases(readings) for readings in files]
+    several = max(map(len, seen), default=0)
+    # All views up to a few steps before any of them goes higher, which takes ten times as long.
+    for rungs in filter(None, (config.ladder[:2], config.ladder[2:]) if several > 1 else (config.ladder,)):
+        for turn in range(several):
+            left = [cases for cases in seen if not any(case.settled(config.log10_rate) for case in cases)]
+            for part in _batches([cases[turn] for cases in left if turn < len(cases)], config.batch_size):
+                detector.climb(part, rungs)
+                if part := [case for case in part if case.filled and not case.settled(config.log10_rate)]:
+                    detector.climb(part, rungs, filled=True)
+    results = []
+    for cases, readings in zip(seen, files, strict=True):
+        case = replace(cases[0], looks=[look for c in cases for look in c.looks])
+        case.evaluations = sum(c.evaluations for c in cases)
         if search is not None and case.log10_p > config.log10_rate:
-            detector.undo_edits(case, picture, search)
-    return [detector.result(case) for case in cases]
+            detector.undo_edits(case, readings[0], search)
+        results.append(detector.result(case))
+    return results
 
 
 def latent_mask(mask: Tensor, height: int, width: int) -> Tensor:
@@ -227,34 +246,11 @@ def latent_mask(mask: Tensor, height: int, width: int) -> Tensor:
     return inside
 
 
-def _sized(picture: Tensor, size: tuple[int, int] | None) -> Tensor:
-    if size is None or picture.shape[-2:] == tuple(size):
-        return picture
-    frames = picture if picture.ndim == 4 else picture[None]
-    resized = torch.nn.functional.interpolate(frames, size=size, mode="bicubic", antialias=True).clamp(0, 1)
-    return resized if picture.ndim == 4 else resized[0]
-
-
-def whole_cells(picture: Tensor, multiple: int) -> Tensor:
-    """Leave out what is beyond the last whole latent cell, on the right and below.
-
-    Raises:
-        WatermarkError: nothing is left.
-    """
-    height, width = (side - side % multiple for side in picture.shape[-2:])
-    if not height or not width:
-        raise WatermarkError(
-            f"a picture of {picture.shape[-2]} x {picture.shape[-1]} pixels is smaller than what the model encodes;"
-            f" expected at least {multiple} x {multiple}"
-        )
-    return picture[..., :height, :width]
-
-
-def _case(pixels: Tensor) -> _Case:
+def _filled(pixels: Tensor) -> tuple[Tensor, Tensor] | None:
     if pixels.ndim != 3:
-        return _Case(pixels, None)
+        return None
     filled, valid = without_flats(pixels)
-    return _Case(pixels, None if valid.all() else (filled, valid))
+    return None if valid.all() else (filled, valid)
 
 
 def _batches(cases: Sequence[_Case], batch_size: int) -> Iterator[list[_Case]]:
@@ -275,20 +271,40 @@ class _Detector:
     keys: list[WatermarkKey]
     config: DetectionConfig
     mask: Tensor | None
+    _elements: dict[tuple[int, ...], int] = field(default_factory=dict)  # of the latent, by the picture's size
 
-    def climb(self, cases: list[_Case], *, filled: bool = False) -> None:
-        """Up the ladder, with areas of one colour as they are or filled."""
+    def cases(self, readings: Sequence[Tensor]) -> list[_Case]:
+        """A picture's views; whoever knows where it was drawn (mask) knows its size, and videos have their own."""
+        native = getattr(self.inverter, "native", None)
+        if self.mask is not None or readings[0].ndim != 3:
+            native, readings = None, readings[:1]
+        found = views(readings, self.inverter.multiple, native, self.config.size, self._elements_of)
+        return [_Case(view.pixels, _filled(view.pixels), len(found), view.transform) for view in found]
+
+    def _elements_of(self, pixels: Tensor) -> int:
+        cells = math.prod(side // self.inverter.multiple for side in pixels.shape[-2:])
+        if cells >= MINIMUM:  # a latent has one channel or more
+            return cells
+        shape = tuple(pixels.shape)
+        if shape not in self._elements:
+            self._elements[shape] = self.inverter.encode([pixels])[0].numel()
+        return self._elements[shape]
+
+    def climb(self, cases: list[_Case], rungs: Sequence[int], *, filled: bool = False) -> None:
+        """Up these rungs of the ladder, with areas of one colour as they are or filled."""
         config, inverter = self.config, self.inverter
         pictures = [case.filled[0] if filled and case.filled else case.pixels for case in cases]
         latents, pending = inverter.encode(pictures), list(range(len(cases)))
         inside = self._inside(cases, latents, filled)
         share = len(config.ladder) * (1 if config.search is None else 2)
-        for steps in config.ladder:
+        for steps in rungs:
             noise = levelled(inverter.invert(latents[pending], steps), inside[pending])
             for row, i, reading in zip(noise, pending, read(noise, self.keys, scope=config.scope), strict=True):
                 case = cases[i]
-                tries = share * (2 if case.filled else 1)  # told by the picture alone, whichever climb this is
-                said = "plain areas filled" if filled else AS_GIVEN
+                tries = share * case.views * (2 if case.filled else 1)  # told by the picture alone, whichever climb
+                said = case.transform
+                if filled:
+                    said = "plain areas filled" if said == AS_GIVEN else f"{said}, plain areas filled"
                 case.looks.append(_Look(reading.log10_p + math.log10(tries), reading, row, pictures[i], said))
                 case.evaluations += steps
             pending = [i for i in pending if not cases[i].settled(config.log10_rate)]
@@ -308,21 +324,28 @@ class _Detector:
 
     def undo_edits(self, case: _Case, picture: Tensor, search: Search) -> None:
         """Look at the picture as it was given, turned back from what may have been done to it."""
-        config = self.config
-        undone = search_edits(
-            picture,
-            self.inverter,
-            self.keys,
-            search,
-            config.false_positive_rate,
-            size=config.size,
-            scope=config.scope,
-        )
-        if undone is None:  # the budget allowed nothing
-            return
-        case.evaluations += undone.evaluations
-        log10_p = undone.reading.log10_p + math.log10(2 * undone.tries)
-        case.looks.append(_Look(log10_p, undone.reading, undone.noise, undone.picture, undone.transform))
+        config, native = self.config, getattr(self.inverter, "native", None)
+        height, width = picture.shape[-2], picture.shape[-1]
+        if native and height * width > LARGEST * native**2:
+            factor = math.sqrt(LARGEST * native**2 / (height * width))
+            height, width = max(1, int(height * factor)), max(1, int(width * factor))
+            picture = resized(picture, (height, width))
+        multiple = self.inverter.multiple
+        sizes = [config.size] if config.size else signed_sizes((height, width), native, multiple)
+        enlarged = large_enough(picture, multiple, self._elements_of)
+        if len(sizes) > 1:  # cuts need the size that was signed: the model's is the likelier
+            sizes = sizes[::-1] if enlarged is picture else sizes[1:]
+        search = replace(search, budget=max(1, search.budget // len(sizes)))
+        for size in sizes:
+            if case.settled(config.log10_rate):
+                return
+            rate = config.false_positive_rate / len(sizes)
+            undone = search_edits(enlarged, self.inverter, self.keys, search, rate, size=size, scope=config.scope)
+            if undone is None:  # the budget allowed nothing
+                continue
+            case.evaluations += undone.evaluations
+            log10_p = undone.reading.log10_p + math.log10(2 * len(sizes) * undone.tries)
+            case.looks.append(_Look(log10_p, undone.reading, undone.noise, undone.picture, undone.transform))
 
     def result(self, case: _Case) -> DetectionResult:
         """What all looks at a picture say together."""
@@ -340,12 +363,14 @@ class _Detector:
         if case.log10_p > self.config.log10_rate:
             return absent
         verdict, content = "valid" if reading.mac_ok else "unverified", None
-        if reading.bound:
+        if reading.bound and reading.mac_ok:  # a detector's copy cannot tell
             key = next(k for k in reversed(self.keys) if (k.key_id, k.name) == (reading.key_id, reading.key_name))
             features = self.config.embedding(best.pixels[None])[0]
             content = content_p_value(best.noise, reading, features, key, self.config.scope)
-            if verdict == "valid" and content > CONTENT:
+            if content > CONTENT:
                 verdict = "content differs"
+            elif (reading.format or FORMAT) < FORMAT:  # a holder of a detector's copy could have bound this content
+                verdict = "unverified"
         return replace(
             absent,
             verdict=verdict,

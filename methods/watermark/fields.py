@@ -6,7 +6,7 @@ likeliest of all nonces at once. Second field (latents of 4,096 elements or more
 the first field's nonce, which makes the whole nonce 34..40 bits long. Binding: an eighth of small latents, 1,024 of
 large ones, whose signs may say what the picture shows (content.py). Payload: every other position, under a
 stream of the whole nonce. The first field uses 2^14 patterns or more for one key; which of its elements belong together
-(four by four, through the Walsh functions) is known only to the key.
+(four by four, through the Walsh functions) is known only to the key; that two latents use the same one is not hidden.
 """
 
 from __future__ import annotations

@@ -1,7 +1,13 @@
-"""Keys of the watermark: two secrets from one random master, the keystream they give, and the file that keeps them.
+"""Keys of the watermark: three secrets from one random master, and the keystreams they give.
 
 A holder of `stream_key` can read marks and forge their presence; only a holder of `mac_key` can make or check the
-authentication code inside a payload. `Keyring.detector()` drops the second, for a detector that is given away.
+authentication code inside a payload, and only a holder of `content_key` can write or check what a picture shows.
+`Keyring.detector()` drops these two, for a detector that is given away.
+
+Formats of pictures: in format 1 what a picture shows was written with `stream_key`, and the code did not say which
+format it was; in format 2 it is written with `content_key`, and the code is of a message that names the format. Keys
+made before format 2 had two secrets; their content secret is derived from the MAC secret, and their old pictures are
+read as well. Keys made since read and write format 2 alone.
 """
 
 from __future__ import annotations
@@ -16,6 +22,8 @@ import numpy as np
 from ..errors import WatermarkError
 
 KEY_IDS = 4096  # the 12 bits that a large payload has for it
+FORMAT = 2  # of the pictures that are signed
+CONTENT_PURPOSES = ("binding 2", "content 2")  # of keystreams that come from the content secret
 _SECRET = 32  # bytes: the key of ChaCha20, and of HMAC-SHA256
 
 
@@ -33,9 +41,16 @@ def _cryptography():
     return hashes, hmac, Cipher, ChaCha20, HKDF, HKDFExpand
 
 
+def _expanded(secret: bytes, info: str) -> bytes:
+    hashes, _, _, _, _, hkdf_expand = _cryptography()
+    return hkdf_expand(hashes.SHA256(), _SECRET, info.encode()).derive(secret)
+
+
 @dataclass(frozen=True)
 class WatermarkKey:
     """One signing or detecting key; its repr hides the secrets.
+
+    Without `content_key` a key that has a MAC secret gets one that is derived from it: it was made before format 2.
 
     Args:
         name: what people call it, not empty.
@@ -43,9 +58,10 @@ class WatermarkKey:
         created: ISO 8601 time.
         stream_key: 32 secret bytes: positions, signs, presence.
         mac_key: 32 secret bytes, or None in a detector's copy, which can read marks but not authenticate them.
+        content_key: 32 secret bytes: what a picture shows. None in a detector's copy.
 
     Raises:
-        WatermarkError: a field of the wrong type, length or range.
+        WatermarkError: a field of the wrong type, length or range, or a content secret without the MAC's.
     """
 
     name: str
@@ -53,6 +69,7 @@ class WatermarkKey:
     created: str
     stream_key: bytes = field(repr=False)
     mac_key: bytes | None = field(default=None, repr=False)
+    content_key: bytes | None = field(default=None, repr=False)
 
     def __post_init__(self):
         if not isinstance(self.name, str) or not self.name.strip():
@@ -61,30 +78,45 @@ class WatermarkKey:
             raise WatermarkError(f"key {self.name!r} has the id {self.key_id!r}; expected 0..{KEY_IDS - 1}")
         if not isinstance(self.created, str):
             raise WatermarkError(f"key {self.name!r} has a creation time that is not text; expected ISO 8601")
-        for part, value in (("stream_key", self.stream_key), ("mac_key", self.mac_key or bytes(_SECRET))):
+        for part in ("stream_key", "mac_key", "content_key"):
+            value = getattr(self, part)
+            if value is None and part != "stream_key":
+                continue
             if not isinstance(value, bytes) or len(value) != _SECRET:
                 raise WatermarkError(f"key {self.name!r} has a {part} that is not {_SECRET} bytes; make a new key")
+        if self.mac_key is None and self.content_key is not None:
+            raise WatermarkError(f"key {self.name!r} has a content secret but no MAC secret; expected both or neither")
+        if self.mac_key is not None and self.content_key is None:
+            object.__setattr__(self, "content_key", _expanded(self.mac_key, "semiperm watermark content"))
+
+    @property
+    def formats(self) -> tuple[int, ...]:
+        """Formats of pictures that this key may have signed, the newest first."""
+        old = self.mac_key is not None and self.content_key == _expanded(self.mac_key, "semiperm watermark content")
+        return (FORMAT, 1) if old else (FORMAT,)
 
     @classmethod
     def new(cls, name: str, key_id: int) -> WatermarkKey:
-        """A fresh key: both secrets are HKDF-SHA256 of one random 32-byte master, which is then forgotten."""
+        """A fresh key: its secrets are HKDF-SHA256 of one random 32-byte master, which is then forgotten."""
         hashes, _, _, _, hkdf, _ = _cryptography()
         master = secrets.token_bytes(_SECRET)
-        stream_key, mac_key = (
+        stream_key, mac_key, content_key = (
             hkdf(hashes.SHA256(), _SECRET, salt=None, info=f"semiperm watermark {purpose}".encode()).derive(master)
-            for purpose in ("stream", "mac")
+            for purpose in ("stream", "mac", "content")
         )
         created = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-        return cls(name, key_id, created, stream_key, mac_key)
+        return cls(name, key_id, created, stream_key, mac_key, content_key)
 
     def detector(self) -> WatermarkKey:
-        """This key without its MAC secret."""
-        return replace(self, mac_key=None)
+        """This key without its MAC and content secrets."""
+        return replace(self, mac_key=None, content_key=None)
 
     def keystream(
         self, purpose: str, shape: tuple[int, ...], nonce: int, count: int, *, offset: int = 0, scope: str = ""
     ) -> bytes:
-        """`count` bytes of ChaCha20(HKDF-Expand(stream_key, purpose | scope | shape), nonce), `offset` bytes in.
+        """`count` bytes of ChaCha20(HKDF-Expand(secret, purpose | scope | shape), nonce), `offset` bytes in.
+
+        The secret is `stream_key`, or `content_key` for the purposes of `CONTENT_PURPOSES`.
 
         Args:
             purpose: separates the uses of one key.
@@ -93,12 +125,17 @@ class WatermarkKey:
             count: bytes.
             offset: bytes to skip, a multiple of 64 (one ChaCha20 block).
             scope: a model or tenant name that separates marks further; "" for none.
+
+        Raises:
+            WatermarkError: another offset, or a content purpose in a detector's copy.
         """
-        hashes, _, cipher, chacha20, _, hkdf_expand = _cryptography()
+        _, _, cipher, chacha20, _, _ = _cryptography()
         if offset % 64:
             raise WatermarkError(f"a keystream offset of {offset} bytes was asked for; expected a multiple of 64")
-        info = json.dumps(["semiperm", purpose, scope, *shape]).encode()
-        derived = hkdf_expand(hashes.SHA256(), _SECRET, info).derive(self.stream_key)
+        secret = self.content_key if purpose in CONTENT_PURPOSES else self.stream_key
+        if secret is None:
+            raise WatermarkError(f"key {self.name!r} is a detector's copy: what a picture shows needs the full keyring")
+        derived = _expanded(secret, json.dumps(["semiperm", purpose, scope, *shape]))
         # The first 4 bytes are ChaCha20's block counter, the other 12 its nonce (RFC 8439).
         block = (offset // 64).to_bytes(4, "little") + int(nonce).to_bytes(12, "little")
         return cipher(chacha20(derived, block), mode=None).encryptor().update(bytes(count))

@@ -1,14 +1,17 @@
 """Keyed payload mark in the initial noise, with exact statistics and no database.
 
 sign(z_i) = keystream_i XOR codeword_i and |z_i| half-normal: under a random key the noise of each image is exactly
-N(0, I), and a fresh nonce for each image keeps images of one key unrelated. The nonce lies in the latent itself
-(fields.py), the payload under an error-correcting code (code.py).
+N(0, I). The nonce, fresh for each image, lies in the latent itself (fields.py), the payload under an error-correcting
+code (code.py).
 
 Who can do what: a holder of the stream secret can read marks, forge their presence and copy a payload; only a holder
-of the MAC secret can make a payload that verifies. The MAC binds payload, key, nonce and shape, not the picture: who
-inverts a marked picture can carry its whole noise over to another (transplant), and content binding has to catch that.
-The nonces of small latents are short (14 bits below 4,096 elements, 34..40 from 4,096 on): after some 100 images of
-1,024 elements two share a nonce and with it their signs up to the difference of their payloads.
+of the MAC secret can make a payload that verifies. The MAC binds payload, key, nonce, shape and format (keys.py), not
+the picture: who inverts a marked picture can carry its whole noise over to another (transplant), and content binding,
+which takes the content secret, has to catch that.
+
+Images of one key can be linked without it: the first field says 14 bits of the nonce (16 from 65,536 elements on) with
+one of as many fixed patterns, so that of some hundred images two share one, and who compares their noise sees it.
+Below 4,096 elements there is no second field: such a pair shares all signs up to the difference of its payloads.
 """
 
 from __future__ import annotations
@@ -38,7 +41,7 @@ from .fields import (
     second_signs,
     split,
 )
-from .keys import WatermarkKey
+from .keys import FORMAT, WatermarkKey
 from .statistics import corrected, level_counts, log_chernoff, log_tail, quantise
 
 _SCREENED = 1 << 20  # elements of first fields, of all keys in one call: some 20 MB
@@ -114,6 +117,7 @@ class Reading:
             the fit of chance without a mark, 1 for untouched noise.
         nonce: the likeliest nonce.
         bound: whether the payload says that content is bound; None without a payload.
+        format: of the picture (`keys.FORMAT`), told by the MAC; None unless `mac_ok`.
         evidence: one image's latent of soft values times the signs that the mark says, float32: positive where the
             mark agrees, 0 where content is bound; None without a mark beyond chance.
     """
@@ -127,6 +131,7 @@ class Reading:
     bit_confidence: float
     nonce: int
     bound: bool | None = None
+    format: int | None = None
     evidence: np.ndarray | None = field(default=None, repr=False, compare=False)
 
 
@@ -162,14 +167,16 @@ def _bits(value: int, count: int) -> list[int]:
     return [value >> (count - 1 - i) & 1 for i in range(count)]
 
 
-def _mac(key: WatermarkKey, layout: Layout, body: Sequence[int], shape: tuple[int, ...], nonce: int, scope: str):
-    message = json.dumps(["payload", scope, *shape, key.key_id, nonce, "".join(map(str, body))])
+_MESSAGES = {1: "payload", 2: "payload 2"}  # by format
+
+
+def _mac(fields: Fields, layout: Layout, key: WatermarkKey, scope: str, nonce: int, body: Sequence[int], form=FORMAT):
+    message = json.dumps([_MESSAGES[form], scope, *fields.shape, key.key_id, nonce, "".join(map(str, body))])
     return _bits(key.mac(message.encode(), layout.mac), layout.mac)
 
 
 def _body(payload: Payload, key: WatermarkKey, layout: Layout, bound: bool) -> list[int]:
-    limit = 1 << layout.unique_id
-    if payload.unique_id >= limit or (not layout.version and payload.version != 1):
+    if payload.unique_id >= 1 << layout.unique_id or (not layout.version and payload.version != 1):
         raise WatermarkError(
             f"the payload has unique_id {payload.unique_id} and version {payload.version}, but a latent of this size"
             f" carries {layout.unique_id} bits of unique_id and {layout.version} of version (1 where none): use a"
@@ -248,8 +255,8 @@ class KeyedMark:
             else:
                 entry = payload if isinstance(payload, Payload) else payload[index]
             body = _body(entry, self.key, layout, bound)
-            code_bits = _code(fields, layout).encode(body + _mac(self.key, layout, body, image, nonce, self.scope))
-            _lay(flips[index], fields, self.key, self.scope, nonce, code_bits, first)
+            sealed = body + _mac(fields, layout, self.key, self.scope, nonce, body)
+            _lay(flips[index], fields, self.key, self.scope, nonce, _code(fields, layout).encode(sealed), first)
         signs = torch.from_numpy(1 - 2 * flips.astype(np.int8)).reshape(shape)
         return (magnitude.abs_() * signs.to(source)).to(device=device, dtype=dtype)
 
@@ -356,16 +363,8 @@ def _reading(latent: _Latent, key: WatermarkKey, candidate: _Candidate, tries: i
     if hopeless and not needed:
         return None
     log_first = nonces + log_tail(counts, candidate.score) - math.log1p(-_JOINT)
-    p_value, log10_p = corrected(log_first, tries)
     nothing = Reading(
-        p_value=p_value,
-        log10_p=log10_p,
-        key_id=key.key_id,
-        key_name=key.name,
-        payload=None,
-        mac_ok=None,
-        bit_confidence=0.5,
-        nonce=candidate.number,
+        *corrected(log_first, tries), key.key_id, key.name, None, None, bit_confidence=0.5, nonce=candidate.number
     )
     if hopeless:
         return nothing
@@ -378,8 +377,7 @@ def _reading(latent: _Latent, key: WatermarkKey, candidate: _Candidate, tries: i
     flips = np.empty(len(row), np.uint8)
     _lay(flips, fields, key, scope, nonce, code.encode(decoded), laid)
     evidence = row * (1 - 2 * flips.astype(np.int8))
-    bound = bool(decoded[0])
-    if bound:  # what these signs say depends on the picture
+    if bound := bool(decoded[0]):  # what these signs say depends on the picture
         evidence[binding] = 0
     log_joint = (math.log2(fields.nonces) + layout.total) * math.log(2)
     log_joint += log_chernoff(level_counts(evidence), int(evidence.sum(dtype=np.int64)))
@@ -387,13 +385,15 @@ def _reading(latent: _Latent, key: WatermarkKey, candidate: _Candidate, tries: i
     undecoded = replace(nothing, p_value=p_value, log10_p=log10_p, bit_confidence=confidence, nonce=nonce)
     if log_joint + math.log(tries) >= _DECODED:
         return undecoded
-    body, payload, mac_ok = decoded[: layout.payload], None, None
+    body, payload, mac_ok, form = decoded[: layout.payload], None, None, None
     if key.mac_key is not None:
-        mac_ok = _mac(key, layout, body.tolist(), fields.shape, nonce, scope) == decoded[layout.payload :].tolist()
+        seal, about = decoded[layout.payload :].tolist(), (fields, layout, key, scope, nonce, body.tolist())
+        form = next((n for n in key.formats if _mac(*about, n) == seal), None)
+        mac_ok = form is not None
     # A weak mark is decoded to a neighbour of its codeword, which is just as far beyond chance.
     soft = row[places].astype(np.float64)
     fit = (2 * confidence - 1) * np.abs(soft).sum()
     if mac_ok or fit**2 > _CLEAR * code.steps * (soft @ soft):
         payload = _payload(body, layout)
-    evidence = evidence.reshape(fields.shape).astype(np.float32)
-    return replace(undecoded, payload=payload, mac_ok=mac_ok, bound=bound if payload else None, evidence=evidence)
+    said = replace(undecoded, payload=payload, mac_ok=mac_ok, bound=bound if payload else None, format=form)
+    return replace(said, evidence=evidence.reshape(fields.shape).astype(np.float32))

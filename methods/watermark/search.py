@@ -43,10 +43,12 @@ _PHASES_OF_LARGE = 2
 class Inverter(Protocol):
     """How to get from pictures to their initial noise.
 
-    multiple: sides of pictures are cut to multiples of it, in pixels.
+    multiple: sides of pictures are cut to multiples of it, in pixels. native: side of the square that the model draws,
+    in pixels; None, or left out, where that is not known.
     """
 
     multiple: int
+    native: int | None
 
     def encode(self, pixels: list[Tensor]) -> Tensor:
         """Pictures (3, H, W) in 0..1 of one size (videos (F, 3, H, W)) -> latents (B, C, h, w) or (B, C, f, h, w)."""

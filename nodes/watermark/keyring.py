@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...methods.errors import WatermarkError
-from ...methods.watermark.keyring import Keyring, load_keyring, save_keyring
+from ...methods.watermark.keyring import Keyring, load_keyring, update_keyring
 from ...methods.watermark.keys import WatermarkKey
 from ..private import private_folder
 
@@ -69,19 +69,23 @@ def open_keys(name: str, key_name: str = "", make_missing: bool = False) -> Keys
             f"there is no keyring {name!r} in {path.parent}; expected one of {keyring_names()}: switch make_missing on"
             " to make it, or copy a keyring there (mode 0600) and refresh (key R)"
         )
-    ring = load_keyring(path) if path.exists() else Keyring()
+    if make_missing:
+        _make_private(path.parent)
+        return update_keyring(path, lambda ring: Keys(ring, _found_or_made(ring, key_name, path.stem)))
+    ring = load_keyring(path)
     names = [key.name for key in ring]
     if not names or (key_name and key_name not in names):
-        if not make_missing:
-            raise WatermarkError(
-                f"the keyring {name!r} has no key {key_name!r}; expected one of {names}: switch make_missing on to make"
-                " it"
-            )
-        ring.new(key_name or path.stem)
-        _make_private(path.parent)
-        save_keyring(ring, path)
-        return Keys(ring, list(ring)[-1])
+        raise WatermarkError(
+            f"the keyring {name!r} has no key {key_name!r}; expected one of {names}: switch make_missing on to make it"
+        )
     return Keys(ring, ring.get(key_name) if key_name else list(ring)[-1])
+
+
+def _found_or_made(ring: Keyring, key_name: str, first: str) -> WatermarkKey:
+    names = [key.name for key in ring]
+    if not names or (key_name and key_name not in names):
+        return ring.new(key_name or first)
+    return ring.get(key_name) if key_name else list(ring)[-1]
 
 
 def _make_private(folder: Path) -> None:

@@ -5,17 +5,17 @@ result = detect_watermark(pipe, picture, keyring)[0]  # result.verdict, result.p
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
-from ...methods.pictures import Mask, Pictures, mask_of
+from ...methods.pictures import Mask, Pictures, as_exif_says, mask_of
 from ...methods.watermark.detection import DetectionConfig, DetectionResult, detect_in
 from ...methods.watermark.keys import WatermarkKey
-from ..family import Pipeline
-from ..latents import multiple_of
+from ..family import Pipeline, family_of
+from ..latents import latent_shape, multiple_of, pixels_per_latent
 from .inversion import encode_images, invert, pixels_of
 
 __all__ = ["PipelineInverter", "detect_watermark"]
@@ -32,6 +32,7 @@ class PipelineInverter:
     def __init__(self, pipe: Pipeline, batch_size: int = 16):
         self._pipe, self._batch_size = pipe, batch_size
         self.multiple = multiple_of(pipe)
+        self.native = None if family_of(pipe).video else latent_shape(pipe)[-1] * pixels_per_latent(pipe)
 
     def encode(self, pixels: list[Tensor]) -> Tensor:
         return encode_images(self._pipe, pixels, self._batch_size)
@@ -50,6 +51,9 @@ def detect_watermark(
     **settings: Any,
 ) -> list[DetectionResult]:
     """Look for the mark of any key in pictures, taking more inversion steps only where fewer do not settle it.
+
+    Pictures need not have the size that was signed: their own and the model's are both looked at, and so is what the
+    EXIF orientation of PIL images says.
 
     Args:
         pipe: a pipeline of the model that drew them; which scheduler it has does not matter.
@@ -80,4 +84,10 @@ def detect_watermark(
     config = replace(config or DetectionConfig(), **settings)
     inverter = PipelineInverter(pipe, config.batch_size)
     mask = None if mask is None else mask_of(mask)
-    return detect_in(pixels_of(pipe, images), inverter, keyring, config, mask=mask)
+    pixels = pixels_of(pipe, images)
+    files: Sequence[Any] = [images] if hasattr(images, "convert") else cast("Sequence[Any]", images)
+    if family_of(pipe).video or len(files) != len(pixels):
+        return detect_in(pixels, inverter, keyring, config, mask=mask)
+    turned = [as_exif_says(file) for file in files]
+    both = [one if other is None else (one, other) for one, other in zip(pixels, turned, strict=True)]
+    return detect_in(both, inverter, keyring, config, mask=mask)

@@ -1,15 +1,19 @@
 """`semiperm detect` as a user runs it, with a stand-in for the model and the detector."""
 
 import json
+import math
+import os
 import struct
 import zlib
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, features
 from semiperm.cli import app, common
 from semiperm.cli import detect as detect_command
 from semiperm.methods.errors import WatermarkError
+from semiperm.methods.pictures import as_exif_says
 from semiperm.methods.watermark.keyring import Keyring, load_keyring, save_keyring
 from semiperm.methods.watermark.mark import Payload
 from semiperm.pipelines.watermark import detect as watermark
@@ -33,10 +37,11 @@ def keyring(tmp_path):
 @pytest.fixture
 def detector(monkeypatch):
     """The stand-in; `.groups` counts the pictures of each call, `.loads` the models loaded."""
-    seen = SimpleNamespace(groups=[], loads=[])
+    seen = SimpleNamespace(groups=[], loads=[], rates=[])
 
     def detect(pipe, images, ring, batch_size, **options):
-        seen.options = options
+        seen.options, seen.images = options, images
+        seen.rates.append(options.get("false_positive_rate", 1e-6))
         seen.groups.append(len(images))
         assert pipe == "the model" and batch_size * max(i.width * i.height for i in images) <= detect_command.PIXELS
         if any(image.size == TOO_LARGE for image in images):
@@ -266,3 +271,124 @@ def test_what_was_undone_and_the_content_are_told(detector):
         "key_id",
         "model_evaluations",
     }
+
+
+def found_in(result) -> list[dict]:
+    assert result.exit_code == 0 and lines(result) == [], result.output
+    return json.loads(result.stdout)
+
+
+@pytest.mark.parametrize("suffix", [".jfif", ".jpe", ".JPG", ".avif", ".tif", ".dib", ""])
+def test_every_kind_of_picture_in_a_folder_is_looked_at(suffix, keyring, detector, tmp_path):
+    if suffix == ".avif" and not features.check("avif"):
+        pytest.skip("this Pillow reads no AVIF")
+    name = {".jfif": "JPEG", ".jpe": "JPEG", ".JPG": "JPEG", ".avif": "AVIF", ".tif": "TIFF", ".dib": "BMP", "": "PNG"}
+    (tmp_path / "in").mkdir()
+    Image.new("RGB", (64, 64), PLAIN).save(tmp_path / "in" / f"a{suffix}", name[suffix])
+    (tmp_path / "in" / "README").write_text("no picture")
+    (tmp_path / "in" / "empty").touch()
+    rows = found_in(run("detect", tmp_path / "in", "--keyring", keyring, "--json"))
+    assert [row["file"] for row in rows] == [str(tmp_path / "in" / f"a{suffix}")]
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".png", ".webp", ".tif"])
+def test_all_pictures_of_a_file_are_looked_at_and_pay(suffix, keyring, detector, tmp_path):
+    colours = [(i, i, 250 - i) for i in range(0, 120, 10)]
+    colours[9] = MARKED
+    frames = [Image.new("RGB", (64, 64), colour) for colour in colours]
+    file, still = tmp_path / f"many{suffix}", tmp_path / f"still{suffix}"
+    more = {".webp": {"lossless": True}, ".gif": {"duration": 50}}.get(suffix, {})
+    frames[0].save(file, save_all=True, append_images=frames[1:], **more)
+    frames[0].save(still, save_all=True, append_images=frames[1:4], **more)
+    one = picture(tmp_path / "one.png", MARKED)
+    marked, plain, single = found_in(run("detect", file, still, one, "--keyring", keyring, "--json"))
+    assert (marked["verdict"], marked["frame"], marked["frames"]) == ("valid", 10, 12)
+    assert marked["log10_p"] == pytest.approx(single["log10_p"] + math.log10(12)) and "frame" not in single
+    assert plain["verdict"] == "absent" and plain["p_value"] == 1 and plain["frames"] == 4
+    assert {round(1e-6 / rate) for rate in detector.rates} == {1, 12, 4}
+    assert "picture 10 of 12" in run("detect", file, "--keyring", keyring).stdout
+
+
+def test_still_pictures_of_a_file_are_looked_at_once(keyring, detector, tmp_path):
+    frames = [Image.new("RGB", (64, 64), PLAIN)] * 30
+    frames[0].save(tmp_path / "a.tif", save_all=True, append_images=frames[1:])
+    (row,) = found_in(run("detect", tmp_path / "a.tif", "--keyring", keyring, "--json"))
+    assert row["frames"] == 30 and sum(detector.groups) == 1
+
+
+def test_a_file_damaged_behind_its_first_picture_is_an_error(keyring, detector, tmp_path):
+    frames = [Image.effect_noise((64, 64), 50 + i).convert("RGB") for i in range(12)]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    whole = (tmp_path / "a.gif").read_bytes()
+    (tmp_path / "a.gif").write_bytes(whole[: int(len(whole) * 0.97)])
+    result = run("detect", tmp_path / "a.gif", picture(tmp_path / "b.png", PLAIN), "--keyring", keyring, "--json")
+    assert [row["file"] for row in json.loads(result.stdout)][-1] == str(tmp_path / "b.png")
+    assert result.exit_code == len(lines(result)) <= 1
+
+
+def test_the_orientation_of_a_file_reaches_the_detector(keyring, detector, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for suffix in (".jpg", ".png", ".webp", ".tif"):
+        Image.new("RGB", (64, 64), PLAIN).save(tmp_path / f"a{suffix}", exif=exif)
+        found_in(run("detect", tmp_path / f"a{suffix}", "--keyring", keyring, "--json"))
+        assert detector.images[0].getexif()[0x0112] == 6 and as_exif_says(detector.images[0]) is not None, suffix
+
+
+def test_deep_greys_are_no_blank_pages(keyring, detector, tmp_path):
+    ramp = np.linspace(0, 1, 64 * 64).reshape(64, 64)
+    kinds = {
+        "a.png": Image.fromarray((ramp * 65535).astype(np.uint16)),
+        "b.tif": Image.fromarray((ramp * 65535).astype(np.uint16)),
+        "c.tif": Image.fromarray(ramp.astype(np.float32)),
+        "d.tif": Image.fromarray((ramp * 255).astype(np.float32)),
+        "e.tif": Image.fromarray((ramp * 255).astype(np.int32)),
+        "f.tif": Image.fromarray((ramp * 65535).astype(np.int32)),
+    }
+    for name, image in kinds.items():
+        image.save(tmp_path / name)
+        found_in(run("detect", tmp_path / name, "--keyring", keyring, "--json"))
+        seen = np.asarray(detector.images[0])
+        assert seen.shape == (64, 64, 3) and np.abs(seen[..., 0] - ramp * 255).max() <= 1, name
+    Image.fromarray(np.full((64, 64), np.nan, np.float32)).save(tmp_path / "g.tif")
+    assert "NaN" in lines(run("detect", tmp_path / "g.tif", "--keyring", keyring))[0]
+
+
+def test_rows_are_printed_as_they_are_found(keyring, detector, tmp_path, monkeypatch):
+    files = [picture(tmp_path / f"{i:02d}.png", PLAIN) for i in range(9)] + [picture(tmp_path / "zz.png", MARKED)]
+    real, seen = watermark.detect_watermark, []
+
+    def stopped(pipe, images, *rest, **options):
+        seen.append(len(images))
+        if len(seen) > 1:
+            raise KeyboardInterrupt
+        return real(pipe, images, *rest, **options)
+
+    monkeypatch.setattr(watermark, "detect_watermark", stopped)
+    result = run("detect", *files, "--keyring", keyring)
+    assert result.stdout.splitlines() == [f"{file}: absent, p 0.5" for file in files[:8]] and result.exit_code != 0
+
+
+@pytest.mark.skipif(os.name != "posix", reason="names and pipes of POSIX")
+def test_no_name_steers_the_terminal_and_no_pipe_blocks(keyring, detector, tmp_path):
+    evil = picture(tmp_path / "a\x1b[31m\n\x9bb.png", PLAIN)
+    bad = tmp_path / "c\x1b]0;d.png"
+    bad.write_text("no picture")
+    ring = load_keyring(keyring)
+    data = json.loads(keyring.read_text())
+    data["keys"][0]["name"] = "studio\x1b[2J"
+    keyring.write_text(json.dumps(data))
+    assert len(ring) == 1
+    marked = picture(tmp_path / "m.png", MARKED)
+    more = ("keys", "list"), ("keys", "new", "--name", "x\x1b")
+    for arguments in (("detect", evil, bad, marked), ("detect", tmp_path / "no\x1b.png"), *more):
+        result = run(*arguments, "--keyring", keyring)
+        assert not [c for c in result.output if not c.isprintable() and c != "\n"], arguments
+        assert "Traceback" not in result.output
+    os.mkfifo(tmp_path / "pipe", 0o600)
+    resume = ("--keyring", keyring, "--resume", tmp_path / "pipe")
+    for where in (("--keyring", tmp_path / "pipe"), resume, ("--keyring", tmp_path)):
+        result = run("detect", marked, *where)
+        assert result.exit_code == 2 and len(lines(result)) == 1
+        assert "a pipe" in lines(result)[0] or "a folder" in lines(result)[0]
+    assert "no such file" in lines(run("detect", tmp_path / "pipe", "--keyring", keyring))[0]

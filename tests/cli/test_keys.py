@@ -29,7 +29,8 @@ def detector(keyring, tmp_path):
 
 def secrets_of(*files) -> list[bytes]:
     """The secrets of keyrings, raw and as text writes them."""
-    raw = [s for file in files for key in load_keyring(file) for s in (key.stream_key, key.mac_key) if s is not None]
+    keys = [key for file in files for key in load_keyring(file)]
+    raw = [s for key in keys for s in (key.stream_key, key.mac_key, key.content_key) if s is not None]
     return [form for s in raw for form in (s, s.hex().encode(), base64.b64encode(s)[:-1], repr(s).encode())]
 
 
@@ -76,9 +77,11 @@ def test_a_damaged_keyring_is_left_alone(keyring, damage, command):
 
 def test_a_detector_copy_cannot_seal(keyring, detector):
     full, copy = load_keyring(keyring).get("studio"), load_keyring(detector).get("studio")
-    assert copy.stream_key == full.stream_key and copy.key_id == full.key_id and copy.mac_key is None
+    assert copy.stream_key == full.stream_key and copy.key_id == full.key_id
+    assert copy.mac_key is copy.content_key is None
     assert not json.loads(runs("keys", "list", "--keyring", detector, "--json"))[0]["may_sign"]
-    assert not [secret for secret in (full.mac_key, base64.b64encode(full.mac_key)) if secret in detector.read_bytes()]
+    hidden = [form for s in (full.mac_key, full.content_key) for form in (s, s.hex().encode(), base64.b64encode(s))]
+    assert not [secret for secret in hidden if secret in detector.read_bytes()]
 
 
 def test_no_keyring_is_written_over(keyring, detector):

@@ -96,7 +96,7 @@ def test_the_mark_is_compared(picture, keyring, monkeypatch):
 
     def sees(**row):
         row = {"verdict": "valid", "p_value": 1e-9, "key_id": key_id, "payload": None} | row
-        monkeypatch.setattr(detect_command, "look", lambda pipe, ring, files: dict.fromkeys(files, row))
+        monkeypatch.setattr(detect_command, "look", lambda pipe, ring, files, options: dict.fromkeys(files, row))
 
     write_provenance(picture, Provenance("canvas", algorithm=ALGORITHM, key_id=key_id, unique_id="0" * 15 + "1"))
     sees(payload={"unique_id": "0" * 15 + "1"})
@@ -144,7 +144,12 @@ def test_signed_pictures_with_a_manifest(untrained_canvas, keyring, certificate,
         assert manifest["binding"] == f"{record['key_id']:03x}-{record['unique_id']}"
         written = file.read_bytes()
         key = load_keyring(keyring).get("studio")
-        secrets = key.stream_key, key.mac_key, (tmp_path / "private_key.pem").read_bytes().splitlines()[1]
+        secrets = (
+            key.stream_key,
+            key.mac_key,
+            key.content_key,
+            (tmp_path / "private_key.pem").read_bytes().splitlines()[1],
+        )
         assert not [secret for secret in secrets if secret in written]
     table = "".join(runs("provenance", file).split())
     assert "Signer,Tests" in table and "Valid" in table

@@ -56,6 +56,7 @@ from semiperm import (
     save_keyring,
     save_membranes,
     sign_noise,
+    update_keyring,
     write_provenance,
 )
 from torch import Tensor
@@ -105,6 +106,7 @@ def watermark(picture: Image, image: Tensor) -> None:
     pipe, ring = load_pipeline("canvas"), Keyring()
     assert_type(ring.new("studio"), WatermarkKey)
     assert_type(save_keyring(ring, "keys.json"), Path)
+    assert_type(update_keyring("keys.json", lambda ring: ring.new("archive")), WatermarkKey)
     assert_type(load_keyring("keys.json"), Keyring)
     key = ring.get("studio")
     assert_type(sign_noise(pipe, key, batch=2, payload=[Payload(unique_id=1), Payload(unique_id=2)]), Tensor)

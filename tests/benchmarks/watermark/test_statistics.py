@@ -106,6 +106,11 @@ def test_classifiers_find_what_is_there_and_nothing_else():
     assert hits("logistic", shifted, plain, 600)[0] > 500
     assert hits("convolutional", shifted, plain, 600)[0] > 500
     assert hits("pairs", tied, plain, 600)[0] > 590 > 350 > hits("logistic", tied, plain, 600)[0]
+    kinds = torch.randn(60, 4, 8, 8, generator=seeded(5)).sign()
+    kinds[:, :, 4:] = 0  # one of 60 patterns in a half of each latent, as a nonce lays it, and nothing in the means
+    pattern = kinds[torch.randint(0, 60, (900,), generator=seeded(6))]
+    linked = torch.where(pattern == 0, other, other.abs() * pattern)
+    assert hits("nearest", linked, plain, 600)[0] > 550
     for name in CLASSIFIERS:
         right, asked = hits(name, other, plain, 600)
         assert asked == 600 and 240 < right < 360

@@ -251,7 +251,7 @@ def test_a_record_names_the_key_and_no_secret(tmp_path):
     assert (record.key_id, record.unique_id, record.time) == (7, "00000000000000ff", "2027-01-15T08:00:00Z")
     assert record.binding == "007-00000000000000ff" and record.generator_version
     data = embed(picture(), record)
-    for secret in (key.stream_key, key.mac_key):
+    for secret in (key.stream_key, key.mac_key, key.content_key):
         assert secret not in data and secret.hex().encode() not in data
     assert b"studio" not in data
     assert describe(str(tmp_path), key).model == tmp_path.name  # a path would tell of the disk

@@ -3,11 +3,13 @@
 import json
 import os
 import stat
+import subprocess
+import sys
 
 import numpy as np
 import pytest
-from semiperm.methods.errors import WatermarkError
-from semiperm.methods.watermark.keyring import Keyring, load_keyring, save_keyring
+from semiperm.methods.errors import SemipermError, WatermarkError
+from semiperm.methods.watermark.keyring import Keyring, load_keyring, save_keyring, update_keyring
 from semiperm.methods.watermark.keys import WatermarkKey
 
 
@@ -115,7 +117,7 @@ def broken(text):
     yield "whole JSON", "\x00\x01" + text
     yield "not a keyring", json.dumps([1])
     yield "not a keyring", json.dumps({"keys": []})
-    yield "format version", json.dumps(data | {"version": 2})
+    yield "format version", json.dumps(data | {"version": 3})
     yield "corrupted", json.dumps({name: value for name, value in data.items() if name != "keys"})
     yield "corrupted", json.dumps(data | {"keys": [record | {"stream_key": secret[:-9]}]})
     yield "corrupted", json.dumps(data | {"keys": [record | {"stream_key": "*" + secret}]})
@@ -138,3 +140,101 @@ def test_broken_files_give_clear_errors_without_secrets_and_stay(tmp_path):
         with pytest.raises(WatermarkError):
             save_keyring(Keyring([fixed()]), path)
         assert path.read_text() == content
+
+
+def test_a_key_has_a_third_secret_that_detectors_lack():
+    key, old = WatermarkKey.new("a", 1), fixed()
+    assert len({key.stream_key, key.mac_key, key.content_key}) == 3 and key.formats == (2,)
+    assert old.content_key not in (None, old.stream_key, old.mac_key) and old.formats == (2, 1)
+    assert old.content_key.hex()[:16] == "173a4a516f124530"  # frozen: pictures of old keys depend on it
+    for one in (key, old):
+        assert one.detector().content_key is None and one.detector().mac_key is None
+        assert repr(one.content_key)[2:-1] not in repr(one)
+        for purpose in ("binding 2", "content 2"):
+            assert one.stream(purpose, (4, 8, 8), 0, 64).any()
+            with pytest.raises(WatermarkError, match="needs the full keyring"):
+                one.detector().stream(purpose, (4, 8, 8), 0, 64)
+    changed = WatermarkKey(key.name, 1, "", bytes(32), key.mac_key, key.content_key)
+    assert (changed.stream("content 2", (5,), 0, 999) == key.stream("content 2", (5,), 0, 999)).all()
+    with pytest.raises(WatermarkError, match="expected both or neither"):
+        WatermarkKey("a", 1, "", bytes(32), None, bytes(32))
+
+
+def test_a_keyring_of_format_1_is_read_and_written_in_format_2(tmp_path):
+    path = tmp_path / "ring.json"
+    save_keyring(Keyring([fixed(), fixed("bob", 4, mac=False)]), path)
+    data = json.loads(path.read_text())
+    assert data["version"] == 2
+    for record in data["keys"]:
+        del record["content_key"]
+    path.write_text(json.dumps(data | {"version": 1}))
+    ring = load_keyring(path)
+    assert list(ring) == [fixed(), fixed("bob", 4, mac=False)]
+    update_keyring(path, lambda ring: ring.new("carol"))
+    assert json.loads(path.read_text())["version"] == 2 and list(load_keyring(path))[:2] == list(ring)
+
+
+def add(path, first, count):
+    """Of one process among several."""
+    for i in range(first, first + count):
+        update_keyring(path, lambda ring, i=i: ring.new(f"key {i}"))
+
+
+@pytest.mark.parametrize("writers, each", [(4, 4), pytest.param(8, 50, marks=pytest.mark.slow)])
+def test_writers_at_the_same_time_lose_no_key(writers, each, tmp_path):
+    real = tmp_path / "there" / "ring.json"
+    save_keyring(Keyring([fixed("first", 0)]), real)
+    link = tmp_path / "link.json"
+    link.symlink_to(real)
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import test_keys; test_keys.add(*eval(sys.argv[2]))"
+    here = os.path.dirname(__file__)
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    started = [
+        subprocess.Popen([sys.executable, "-c", code, here, repr((str(path), number * each, each))], env=env)
+        for number, path in enumerate([real, link] * (writers // 2))
+    ]
+    assert [process.wait() for process in started] == [0] * writers
+    ring = load_keyring(real)
+    assert {key.name for key in ring} == {"first", *(f"key {i}" for i in range(writers * each))}
+    assert len({key.key_id for key in ring}) == len(ring) and link.is_symlink()
+    assert os.listdir(real.parent) == ["ring.json"]  # no lock is left
+
+
+def test_a_lock_that_nobody_gives_back_is_an_error(tmp_path, monkeypatch):
+    from semiperm.methods import files
+
+    path = tmp_path / "ring.json"
+    with files.locked(path), pytest.raises(SemipermError, match="held by another program"):
+        with files.locked(path, patience=0.02):
+            pass
+    (tmp_path / ".ring.json.lock").touch()  # of a program that was killed
+    save_keyring(Keyring([fixed()]), path)
+    assert os.listdir(tmp_path) == ["ring.json"]
+
+
+def test_an_update_that_fails_or_changes_nothing_writes_nothing(tmp_path):
+    path = tmp_path / "ring.json"
+    save_keyring(Keyring([fixed()]), path)
+    before = path.stat()
+    assert update_keyring(path, lambda ring: len(ring)) == 1
+    with pytest.raises(WatermarkError, match="exists already"):
+        update_keyring(path, lambda ring: ring.new("b"), fresh=True)
+    with pytest.raises(ZeroDivisionError):
+        update_keyring(path, lambda ring: ring.new("b") and 1 / 0)
+    assert path.stat() == before and os.listdir(tmp_path) == ["ring.json"]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes of POSIX")
+def test_folders_and_pipes_are_no_keyrings_and_deep_files_no_tracebacks(tmp_path):
+    os.mkfifo(tmp_path / "pipe", 0o600)
+    for path, words in ((tmp_path, "is a folder"), (tmp_path / "pipe", "is a pipe")):
+        for use in (load_keyring, lambda path: update_keyring(path, len), lambda path: save_keyring(Keyring(), path)):
+            with pytest.raises(WatermarkError, match=words):
+                use(path)
+    deep = tmp_path / "deep.json"
+    deep.write_text("[" * 100_000)
+    deep.chmod(0o600)
+    with pytest.raises(WatermarkError, match="not whole JSON"):
+        load_keyring(deep)
+    with pytest.raises(WatermarkError, match="control characters"):
+        Keyring().new("a\x1b[31m")

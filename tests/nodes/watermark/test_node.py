@@ -110,7 +110,7 @@ def test_secrets_do_not_show(nodes, keyrings, home):
     shown = repr(keys) + str(keys) + repr(output.ui.as_dict())
     assert "my_keys" in shown and "signs and detects" in shown
     for key in keys.ring:
-        for secret in (key.stream_key, key.mac_key):
+        for secret in (key.stream_key, key.mac_key, key.content_key):
             assert repr(secret) not in shown and secret.hex() not in shown
     only = keyrings.keys_text("d.json", keyrings.Keys(keys.ring.detector(), keys.key.detector()))
     assert "only detects" in only
@@ -179,7 +179,10 @@ def test_the_table(home):
 def given(tmp_path_factory):
     """A keyring with two keys, and where the picture goes that ComfyUI signs."""
     folder = tmp_path_factory.mktemp("comfy")
-    keys = (WatermarkKey(name, i, "2026-01-01", bytes([i] * 32), bytes([9 - i] * 32)) for i, name in enumerate("ab"))
+    secrets = ((bytes([i] * 32), bytes([9 - i] * 32), bytes([20 + i] * 32)) for i in range(2))
+    keys = (
+        WatermarkKey(name, i, "2026-01-01", *three) for i, (name, three) in enumerate(zip("ab", secrets, strict=True))
+    )
     save_keyring(Keyring(keys), folder / "keys.json")  # the same keys, so the same pictures every time
     return SimpleNamespace(
         keys=folder / "keys.json", signed=folder / "signed.png", tensors=folder / "given.safetensors"
@@ -299,7 +302,6 @@ def test_errors_say_what_to_do(found):
         "one side": "expected both sides",
         "two masks": "one for all pictures",
         "no keys": "keyring is empty",
-        "tiny": "at least 8 x 8",
     }
     assert set(found["errors"]) == set(words)
     for name, text in words.items():

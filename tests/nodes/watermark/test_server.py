@@ -146,7 +146,7 @@ def secrets_of(comfy) -> list[bytes]:
     found = []
     for path in keyrings(comfy).glob("*.json"):
         for key in load_keyring(path):
-            for secret in (key.stream_key, key.mac_key):
+            for secret in (key.stream_key, key.mac_key, key.content_key):
                 found += [secret, base64.b64encode(secret), secret.hex().encode(), repr(secret)[2:-1].encode()]
                 found.append(base64.urlsafe_b64encode(secret))
     return found

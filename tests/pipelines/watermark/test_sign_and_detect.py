@@ -63,7 +63,7 @@ def test_unmodified_pipelines_take_the_noise(family, dtype, key):
 def test_pictures_of_every_family_can_be_searched(family, key):
     pipe = build_wan() if family == "wan" else build(family)
     pictures = torch.rand(2, 5, 3, 64, 64) if family == "wan" else torch.rand(2, 3, 32, 32)
-    results = detect_watermark(pipe, pictures, [key], ladder=(0, 2))
+    results = detect_watermark(pipe, pictures, [key], ladder=(0, 2), size=tuple(pictures.shape[-2:]))
     assert [r.verdict for r in results] == ["absent", "absent"]
     assert all(r.model_evaluations == 2 and r.payload is None and r.key_id is None for r in results)
     assert all(0 < r.p_value <= 1 for r in results)
@@ -118,7 +118,7 @@ def test_the_ladder_stops_early_and_pays_for_every_rung(key, monkeypatch):
         return [SimpleNamespace(p_value=10**v, log10_p=v, mac_ok=v < -8, **said) for v in values]
 
     monkeypatch.setattr(core, "read", read)
-    first, second = detect_watermark(pipe, torch.rand(2, 3, 32, 32), [key], ladder=(0, 1, 5))
+    first, second = detect_watermark(pipe, torch.rand(2, 3, 32, 32), [key], ladder=(0, 1, 5), size=(32, 32))
     assert rows == [2, 2, 1]
     assert first.verdict == "valid" and first.model_evaluations == 1
     assert first.log10_p == pytest.approx(-9 + torch.tensor(3.0).log10().item())
