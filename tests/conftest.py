@@ -15,6 +15,9 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton: kernels run on the CPU
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # for what the tests start; workers take a core each,
+    torch.set_num_threads(1)  # and threads of several torch processes slow one another tenfold
 
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
@@ -48,6 +51,7 @@ def root() -> Path:
     return ROOT
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(config, items):
     asked = config.option.markexpr or ""
     no_comfyui = why_no_comfyui()
@@ -55,6 +59,8 @@ def pytest_collection_modifyitems(config, items):
         for mark in ON_REQUEST:
             if item.get_closest_marker(mark) and mark not in asked:
                 item.add_marker(pytest.mark.skip(reason=f"{mark}: runs only when asked for, with `pytest -m {mark}`"))
+        if item.get_closest_marker("comfy"):
+            item.add_marker(pytest.mark.xdist_group("comfy"))  # one server at a time
         if item.get_closest_marker("comfy") and no_comfyui:
             item.add_marker(pytest.mark.skip(reason=f"comfy: {no_comfyui}"))
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
