@@ -51,7 +51,6 @@ def root() -> Path:
     return ROOT
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(config, items):
     asked = config.option.markexpr or ""
     no_comfyui = why_no_comfyui()
@@ -59,8 +58,6 @@ def pytest_collection_modifyitems(config, items):
         for mark in ON_REQUEST:
             if item.get_closest_marker(mark) and mark not in asked:
                 item.add_marker(pytest.mark.skip(reason=f"{mark}: runs only when asked for, with `pytest -m {mark}`"))
-        if item.get_closest_marker("comfy"):
-            item.add_marker(pytest.mark.xdist_group("comfy"))  # one server at a time
         if item.get_closest_marker("comfy") and no_comfyui:
             item.add_marker(pytest.mark.skip(reason=f"comfy: {no_comfyui}"))
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
