@@ -184,15 +184,15 @@ def test_inference_mode(pipe, erased):
 def test_in_place_change_of_the_embeddings_is_seen(pipe):
     denoiser, _ = denoiser_of(pipe)
     handle = apply_membranes(pipe, strong(pipe), MembraneConfig(gate="always"))
+    run(pipe)
     features = encode_text(pipe, PROMPTS)
     with torch.no_grad():
-        handle.select(features.hidden, features.pooled)
-        first = handle.plan
-        handle.select(features.hidden, features.pooled)
-        assert handle.plan is first
+        plans = handle.run.record.plans
+        _, new = handle._plan_of(handle.run, features.hidden, features.pooled)
+        assert new and handle._plan_of(handle.run, features.hidden, features.pooled) == (plans[-1], False)
         features.hidden.mul_(2)
-        handle.select(features.hidden, features.pooled)
-    assert handle.plan is not first
+        _, new = handle._plan_of(handle.run, features.hidden, features.pooled)
+    assert new
 
 
 @pytest.mark.parametrize(
