@@ -77,6 +77,7 @@ _EXPORTS = {
     "TokenMergingMixin": "pipelines.token_merging.mixin",
     "apply_negative_token_merging": "pipelines.token_merging.apply",
     "remove_negative_token_merging": "pipelines.token_merging.apply",
+    "row_layout": "pipelines.rows",
     # watermark and provenance
     "BoundImages": "pipelines.watermark.content",
     "DetectionConfig": "methods.watermark.detection",
@@ -141,6 +142,7 @@ __all__ = [
     "remove_membranes",
     "remove_negative_token_merging",
     "replace_noise",
+    "row_layout",
     "save_keyring",
     "save_membranes",
     "sign_noise",

@@ -23,8 +23,7 @@ from torch import Tensor, nn
 from ..methods.errors import SemipermError
 from .family import Pipeline, denoiser_of, family_of
 from .hooks import install, listen, listeners_of, parameters_of, uninstall, unlisten
-from .rows import Encoded, negative_rows, said
-from .run import Run
+from .rows import Encoded, Run, negative_rows, said
 from .text import Ear, reader_of
 
 __all__ = ["Handle", "RootHook"]

@@ -15,6 +15,7 @@ from ..methods.errors import ModelError, SemipermError
 from ..methods.text_space import Segment, TextFeatures
 from .family import denoiser_of, device_of, family_of
 from .hooks import heard, unheard
+from .weights import base_layer
 
 _CHUNK = 32  # prompts per text-encoder call: it bounds memory; chosen by hand
 _TEXT_TOKEN_MODULES = re.compile(r"(^|\.)(attn2\.to_[kv]|context_embedder)$")
@@ -22,9 +23,16 @@ _TEXT_POOLED_MODULES = re.compile(r"(^|\.)time_text_embed\.text_embedder\.linear
 
 
 def module_keys(denoiser: nn.Module, attribute: str) -> dict[str, tuple[str, Any]]:
-    """Map kohya/SPM keys ("lora_unet_...", "lora_transformer_...") to (path, module) for every projection."""
-    found = {}
+    """Map kohya/SPM keys ("lora_unet_...", "lora_transformer_...") to (path, module) for every projection.
+
+    Under PEFT's adapters it is the layer that stays when they go, by the path that it has without them.
+    """
+    found, adapted = {}, ()
     for path, module in denoiser.named_modules():
+        if adapted and path.startswith(adapted):
+            continue
+        if (inner := base_layer(module)) is not module:
+            adapted, module = (f"{path}.",), inner
         if path and isinstance(getattr(module, "weight", None), Tensor) and module.weight.ndim in (2, 4):
             found[f"lora_{attribute}_{path.replace('.', '_')}"] = (path, module)
     return found

@@ -14,6 +14,7 @@ from ...methods.membranes.types import Membranes
 from ...methods.text_space import TextSpace
 from ..family import Pipeline
 from ..text import encode_text, segments_of, text_projections
+from ..weights import weights_of
 
 
 @torch.no_grad()
@@ -68,7 +69,7 @@ def erase_concepts(
         max_sequence_length=max_sequence_length,
         positions=None if last.causal else last.start + T5_POSITIONS,
     )
-    tokens, pooled = ({key: m.weight.detach() for key, m in group.items()} for group in text_projections(pipe))
+    tokens, pooled = (weights_of(pipe, group) for group in text_projections(pipe))
     space = TextSpace(encode, segments, tokens, pooled)
     return fit_concepts(
         space, concepts, surrogate, preserve, synonyms=synonyms, templates=templates, config=config, world=world

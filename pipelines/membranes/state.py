@@ -17,7 +17,7 @@ from ...methods.membranes.types import Membranes
 from ...methods.modules import stamp
 from ..handle import Handle, RootHook
 from ..hooks import parameters_of
-from ..run import Run
+from ..rows import Run
 from ..scheduler import image_tokens, share_of, sigma_of
 from ..text import token_ids
 
