@@ -280,7 +280,7 @@ class Handle(abc.ABC):
             return negative_rows(hidden, (), self.family.one_call)
         found = negative_rows(hidden, run.texts, self.family.one_call)
         run.positive = run.positive or False in found
-        sure = run.positive or said() or all(text.sure for text in run.texts)
+        sure = run.positive or bool(said()) or all(text.sure for text in run.texts)
         # that the second text which was read is a negative one is believed where the first was seen as a positive one
         return found if sure else tuple(None if row else row for row in found)
 

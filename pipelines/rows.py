@@ -86,9 +86,10 @@ class Encoded:
     sure: bool = True
 
 
-def said() -> bool:
-    """Whether the layout of the call at hand was said, by `row_layout` or by the pipeline."""
-    return bool(_layout.get()) or branch_of() in ("cond", "uncond")
+def said() -> tuple[str, ...]:
+    """What was said of the rows of the call at hand, by `row_layout` or by the pipeline; () where nothing was."""
+    branch = branch_of()
+    return _layout.get() or ((branch,) if branch in ("cond", "uncond") else ())
 
 
 def negative_rows(hidden: Tensor, texts: Sequence[Encoded], one_call: bool) -> tuple[bool | None, ...]:

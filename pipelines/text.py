@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+import diffusers
 import torch
 from torch import Tensor, nn
 
@@ -57,7 +58,8 @@ def text_projections(pipe) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def token_ids(pipe, prompts: Sequence[str]) -> list[list[int]]:
     """The first tokenizer's ids of each prompt, cut to its length, without special tokens."""
-    return _ids(pipe.tokenizer, prompts)
+    tokenizer = getattr(pipe, "tokenizer", None)  # SDXL's refiner has the second alone
+    return _ids(pipe.tokenizer_2 if tokenizer is None else tokenizer, prompts)
 
 
 def _ids(tokenizer, prompts: Sequence[str]) -> list[list[int]]:
@@ -78,6 +80,8 @@ def segments_of(pipe) -> list[Segment]:
             continue
         start = pipe.tokenizer_max_length if segments else 0
         segments.append(Segment(functools.partial(prefix_tokens, getattr(pipe, row.tokenizer)), start, row.causal))
+    if not segments and (reader := reader_of(pipe)) is not None:
+        segments.append(Segment(functools.partial(prefix_tokens, reader[1]), 0, True))
     return segments
 
 
@@ -105,12 +109,15 @@ def encode_text(
     Raises:
         SemipermError: unsupported pipeline, or no prompts.
     """
-    family_of(pipe)
-    prompts = list(prompts)
+    family, prompts = family_of(pipe), list(prompts)
     if not prompts:
         raise SemipermError("encode_text got no prompts; expected at least one string")
-    encode = functools.partial(type(pipe).encode_prompt, pipe)
-    accepted = inspect.signature(type(pipe).encode_prompt).parameters
+    # a few pipelines (InstructPix2Pix) have none of their own: their family's reads the same parts in the same way
+    cls = type(pipe) if hasattr(pipe, "encode_prompt") else getattr(diffusers, family.img2img or "", None)
+    if cls is None:
+        raise ModelError(f"{type(pipe).__name__} has no encode_prompt; expected a text-to-image pipeline of diffusers")
+    encode = functools.partial(cls.encode_prompt, pipe)
+    accepted = inspect.signature(cls.encode_prompt).parameters
     kwargs = {
         "device": device_of(pipe),
         "num_images_per_prompt": 1,

@@ -41,6 +41,7 @@ class Plan:
     uniform: bool  # all rows have the same gates, so that weights can be folded
     grad: bool  # whether gradients were wanted when it was made
     negative: tuple[bool, ...] | None = None  # which rows guide away from their text; None where nobody said
+    said: tuple = ()  # what the caller said of its rows: a plan is for calls of which the same is said
     ran: set = field(default_factory=set)  # sites that ran, but for those in compiled graphs
     outputs: dict = field(default_factory=dict)  # site -> cached projection of the text
     fused: dict = field(default_factory=dict)  # site -> (down, up, gamma per row and rank)

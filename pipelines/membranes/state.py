@@ -17,7 +17,7 @@ from ...methods.membranes.types import Membranes
 from ...methods.modules import stamp
 from ..handle import Handle, RootHook
 from ..hooks import parameters_of
-from ..rows import Run
+from ..rows import Run, said
 from ..scheduler import image_tokens, share_of, sigma_of
 from ..text import token_ids
 
@@ -209,7 +209,7 @@ class MembraneHandle(Handle):
     def _plan_of(self, run: Run, hidden: Tensor, pooled: Tensor | None) -> tuple[Plan, bool]:
         """The remembered plan of this text batch, or a new one, in whose first call the sites are watched."""
         plans = run.record.plans
-        plan = next((plan for plan in plans[-_PLANS:] if plan.fits(hidden, pooled)), None)
+        plan = next((plan for plan in plans[-_PLANS:] if plan.fits(hidden, pooled) and plan.said == said()), None)
         new = plan is None
         if plan is None:
             plan = self._new_plan(hidden, pooled)
@@ -249,6 +249,7 @@ class MembraneHandle(Handle):
             neutral=self.strength == 0 or (not grad and not bool(gamma.any())),
             uniform=uniform,
             grad=grad,
+            said=said(),
             negative=tuple(bool(row) for row in self.negative_rows(hidden)),
         )
 

@@ -17,7 +17,7 @@ from ...methods.errors import TokenMergingError
 from ...methods.modules import same_bits, stamp
 from ...methods.token_merging.merging import MergeRows, merge_tokens
 from ...methods.token_merging.record import MergeRecord
-from ..rows import ExtraRows, chunks_of
+from ..rows import ExtraRows, chunks_of, said
 from ..scheduler import image_tokens, share_of, sigma_of
 from .plan import MergePlan, make_plan
 from .reference import Reference
@@ -138,10 +138,13 @@ class Merging:
         share = share_of(scheduler, self.family, timestep, tokens, run.timesteps(scheduler))
         active, plan = self.config.window.contains(share), None
         if active:
-            plan = next((p for p in kept.plans if p.hidden is hidden and same_bits(hidden, p.stamped)), None)
+            plan = next(
+                (p for p in kept.plans if p.hidden is hidden and p.said == said() and same_bits(hidden, p.stamped)),
+                None,
+            )
             if plan is None:
                 plan = make_plan(hidden, self._chunks(run, hidden), *self._made_of())
-                kept.plans = [plan, *kept.plans][:_PLANS]
+                plan.said, kept.plans = said(), [plan, *kept.plans][:_PLANS]
                 run.seen += 1
         extra = plan.extra if plan is not None else 0
         kept.record.step(share, sigma_of(scheduler, self.family, timestep), bool(active), extra)
