@@ -71,7 +71,7 @@ class Handle(abc.ABC):
 
     @classmethod
     def clear(cls, pipe: Pipeline) -> None:
-        """Remove this method from the pipeline's denoiser, and let handles on denoisers that it had no longer listen."""
+        """Remove this method from the pipeline's denoiser; handles on denoisers that it had listen no longer."""
         for handle in (cls.on(pipe), *(other for other in listeners_of(pipe) if other.NAME == cls.NAME)):
             if handle is not None and handle.denoiser is denoiser_of(pipe)[0]:
                 handle.remove()
@@ -225,10 +225,11 @@ class Handle(abc.ABC):
         run.over = True
         if self.compiled or self.config.strength == 0:
             return
-        steps = self.steps()
-        if not steps:
+        if not run.began:
             raise self.ERROR(self.never_ran())
-        if missed := self.config.window.missed(steps):
+        if self.config.window.whole:  # nothing to look up
+            return
+        if missed := self.config.window.missed(self.steps()):
             logger.warning("%s: %s", self.NAME.strip("_"), missed)
 
     @property

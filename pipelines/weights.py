@@ -86,8 +86,8 @@ def weight_of(module: nn.Module, name: str, dtype: torch.dtype, device: torch.de
     missed = missed.norm() / expected.norm().clamp_min(1e-12)
     if not bool(missed <= _LINEAR):  # NaN, too
         raise ModelError(
-            f"{kind} is not linear in what it reads (off by {float(missed):.0%} of its answer), so that no weight stands"
-            " for it; unload what wraps it, or load the model unquantised"
+            f"{kind} is not linear in what it reads (off by {float(missed):.0%} of its answer), so that no weight"
+            " stands for it; unload what wraps it, or load the model unquantised"
         )
     return found[..., None, None] if isinstance(module, nn.Conv2d) else found
 

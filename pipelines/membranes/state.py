@@ -18,7 +18,7 @@ from ...methods.modules import stamp
 from ..handle import Handle, RootHook
 from ..hooks import parameters_of
 from ..rows import Run, said
-from ..scheduler import image_tokens, share_of, sigma_of
+from ..scheduler import image_tokens, on_host, share_of, sigma_of
 from ..text import token_ids
 
 logger = logging.getLogger(__name__)
@@ -184,6 +184,8 @@ class MembraneHandle(Handle):
         run = self.called()
         if not run.record.calls:
             self.folds.verify()
+        if not window.whole:
+            timestep = on_host(timestep)
         inside = window.whole or bool(window.contains(self._share(timestep, tokens)))
         run.record.calls.append(_Step(timestep, tokens, inside))
         plan, new = self._plan_of(run, hidden, inputs.get("pooled_projections"))

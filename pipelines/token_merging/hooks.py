@@ -18,7 +18,7 @@ from ...methods.modules import same_bits, stamp
 from ...methods.token_merging.merging import MergeRows, merge_tokens
 from ...methods.token_merging.record import MergeRecord
 from ..rows import ExtraRows, chunks_of, said
-from ..scheduler import image_tokens, share_of, sigma_of
+from ..scheduler import image_tokens, on_host, share_of, sigma_of
 from .plan import MergePlan, make_plan
 from .reference import Reference
 
@@ -134,7 +134,7 @@ class Merging:
             call.image_tokens = image_tokens(self.family, denoiser, sample)
 
     def _plan(self, run, hidden: Tensor, timestep: Tensor, tokens: int) -> MergePlan | None:
-        scheduler, kept = self.handle.scheduler, run.record
+        scheduler, kept, timestep = self.handle.scheduler, run.record, on_host(timestep)
         share = share_of(scheduler, self.family, timestep, tokens, run.timesteps(scheduler))
         active, plan = self.config.window.contains(share), None
         if active:
