@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,8 +14,21 @@ MODEL_HELP = "canvas (the embedded model), a diffusers folder, a hub id or a sin
 Model = Annotated[str, typer.Argument(help=MODEL_HELP, metavar="MODEL", show_default=False)]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps")]
 DType = Annotated[str, typer.Option(help="auto (float16 on a GPU, else float32), float32, float16 or bfloat16")]
-Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps. Default: the model's own.")]
-Guidance = Annotated[float | None, typer.Option(help="Guidance scale. Default: the model's own.")]
+# The most steps that a schedule has: every model here was trained with 1,000, and samplers refuse more.
+MOST_STEPS = 1000
+# What torch's generators take, with room for the pictures that count up from it.
+MOST_SEED = 2**62
+Steps = Annotated[int | None, typer.Option(min=1, max=MOST_STEPS, help="Denoising steps. Default: the model's own.")]
+
+
+def finite(value: float | None) -> float | None:
+    """A number that is one, for typer."""
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is not a finite number")
+    return value
+
+
+Guidance = Annotated[float | None, typer.Option(callback=finite, help="Guidance scale. Default: the model's own.")]
 
 
 class CliError(Exception):
@@ -29,6 +43,8 @@ class OneLineErrors(TyperGroup):
             return super().invoke(ctx)
         except (CliError, OSError) as error:
             _fail(error)
+        except MemoryError as error:
+            _fail(CliError(f"out of memory: {one_line(error)}; take a smaller model or fewer pictures at once"))
         except ValueError as error:
             from ..kernels.errors import SemipermError
 
@@ -97,7 +113,7 @@ def write_file(path: str | Path, data: bytes | str) -> Path:
 
 
 def write_json(path: str | Path, value: Any) -> Path:
-    return write_file(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    return write_file(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def write_png(path: str | Path, image, record: dict | None = None) -> Path:
@@ -106,7 +122,7 @@ def write_png(path: str | Path, image, record: dict | None = None) -> Path:
 
     info = PngInfo()
     if record is not None:
-        info.add_text("semiperm", json.dumps(record))
+        info.add_text("semiperm", json.dumps(record, allow_nan=False))
     buffer = io.BytesIO()
     image.save(buffer, "PNG", pnginfo=info)
     return write_file(path, buffer.getvalue())
@@ -148,6 +164,7 @@ def load_model(model: str, device: str = "auto", dtype: str = "auto"):
         dtype = "float16" if device.startswith("cuda") else "float32"
     if dtype not in ("float32", "float16", "bfloat16"):
         raise CliError(f"--dtype {dtype} is not supported; choose auto, float32, float16 or bfloat16")
+    check_device(device)
     quiet()
     from ..methods.errors import SemipermError
     from ..pipelines.loaders import load_pipeline
@@ -160,6 +177,23 @@ def load_model(model: str, device: str = "auto", dtype: str = "auto"):
         raise CliError(f"cannot load the model {model!r}: {one_line(error)}") from error
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that torch does not know, or that is not in this machine.
+
+    Raises:
+        CliError: with what there is.
+    """
+    import torch
+
+    try:
+        torch.empty(1, device=torch.device(device)).add_(1)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        there = [f"cuda:{i}" for i in range(torch.cuda.device_count())] + ["mps"] * torch.backends.mps.is_available()
+        raise CliError(
+            f"--device {device} cannot be used ({one_line(error)}); there is {', '.join(['cpu', *there])}"
+        ) from error
 
 
 def quiet():
@@ -193,14 +227,18 @@ def split_strength(text: str) -> tuple[Path, float]:
     """Parse FILE[:strength].
 
     Raises:
-        CliError: no such file, or a strength that is not a number.
+        CliError: no such file, or a strength that is no number from 0 to 1.
     """
     name, colon, tail = text.rpartition(":")
     if not Path(text).exists() and colon and name and len(name) > 1:
+        path = existing_adapter(Path(name), "membrane file")
         try:
-            return existing_adapter(Path(name), "membrane file"), float(tail)
+            strength = float(tail)
         except ValueError as error:
             raise CliError(f"--membrane {text}: {tail!r} is not a strength; write FILE:0.5") from error
+        if not 0 <= strength <= 1:
+            raise CliError(f"--membrane {text}: the strength is {tail}; expected 0 (nothing) to 1 (as it was made)")
+        return path, strength
     return existing_adapter(Path(text), "membrane file"), 1.0
 
 

@@ -29,7 +29,10 @@ def run(
     gate: Annotated[str, typer.Option(help="auto, probe, paper, official or always (see docs/python.md).")] = "auto",
     negative: Annotated[str | None, typer.Option(help="Negative prompt.")] = None,
     seed: Annotated[
-        int | None, typer.Option(min=0, help="Seed of the first picture; the next ones count up. Default: 0.")
+        int | None,
+        typer.Option(
+            min=0, max=common.MOST_SEED, help="Seed of the first picture; the next ones count up. Default: 0."
+        ),
     ] = None,
     sign: Annotated[
         str | None, typer.Option(metavar="NAME", help="Mark the noise with this key of --keyring. Excludes --seed.")
@@ -260,7 +263,9 @@ def sealed(image, record: dict, provenance, credentials) -> bytes:
 
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
-    data = embed(parse(buffer.getvalue()).with_text("semiperm", json.dumps(record)).to_bytes(), provenance)
+    data = embed(
+        parse(buffer.getvalue()).with_text("semiperm", json.dumps(record, allow_nan=False)).to_bytes(), provenance
+    )
     if credentials is not None:
         from ..methods.provenance.c2pa import sign
 
