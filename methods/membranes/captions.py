@@ -161,8 +161,8 @@ OTHERS: tuple[str, ...] = (
     "queen", "machine", "mask", "painting", "insect", "statue",
 )  # fmt: skip
 OTHERS_KEPT_OUT: tuple[str, ...] = (
-    "boat", "lamp", "tree", "chair", "bird", "guitar", "clock", "apple", "tower", "young woman", "fish", "toy", "square",
-    "soldier", "robe", "drawing", "cat",
+    "boat", "lamp", "tree", "chair", "bird", "guitar", "clock", "apple", "tower", "young woman", "fish", "toy",
+    "square", "soldier", "robe", "drawing", "cat",
 )  # fmt: skip
 _FORM = re.compile(r"\{(|Up|s|'s)\}")
 

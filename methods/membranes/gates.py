@@ -123,8 +123,8 @@ def fit_probe(
 
     The thresholds lean towards opening, because words that nobody gave respond less than those that were fitted:
     between the response that all but 1 % of the other captions stay below and the lowest concept response, `low` lies
-    0.35 of the way up and `high` 0.6. Where these overlap, `high` is the lowest concept response, so that a concept caption
-    still opens the gate fully.
+    0.35 of the way up and `high` 0.6. Where these overlap, `high` is the lowest concept response, so that a
+    concept caption still opens the gate fully.
 
     Args:
         concept_hidden: (n, N, d), captions that ask for the concept, in many phrasings.
