@@ -49,7 +49,8 @@ def run(
     resume: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Keep finished runs here and go on from them.")
     ] = None,
-    gate: Annotated[str, typer.Option(help="auto, probe, paper, official or always.")] = "auto",
+    gate: common.Gate = "auto",
+    negative_rows: common.NegativeRows = False,
     repeats: Annotated[int, typer.Option(min=1, help="Built-in prompts for each pair of object and style.")] = 3,
     batch: Annotated[int, typer.Option(min=1, help="Pictures made at once.")] = 32,
     steps: common.Steps = None,
@@ -88,7 +89,7 @@ def run(
     else:
         stack = common.load_stack(pipe, membrane, concept or [], text_encoder=text_encoder, bias=bias)
         names = names or [name for name, _ in erasure.check_asked(cases[modes[0]], stack.concepts)]
-        methods, main = {"membrane": lambda pipe, _: applied(pipe, stack, gate)}, "membrane"
+        methods, main = {"membrane": lambda pipe, _: applied(pipe, stack, gate, negative_rows)}, "membrane"
         sets = [tuple(dict.fromkeys(names))]
     sampling = common.sampling(model, steps, guidance)
 
@@ -96,7 +97,7 @@ def run(
 
     judge, found = Judge.load(), []
     for words in modes:
-        kept = settings(pipe, cases[words], membrane, gate, sampling, words, each) if resume else None
+        kept = settings(pipe, cases[words], membrane, (gate, negative_rows), sampling, words, each) if resume else None
         finished = Store(resume, "evaluate", kept)
         with common.progress(f"pictures, {words} words", None) as advance:
             found.append(
@@ -113,7 +114,7 @@ def run(
     show(common.console(), result)
 
 
-def settings(pipe, cases, membranes, gate: str, sampling: dict, words: str, each: int | None) -> dict:
+def settings(pipe, cases, membranes, gate: tuple, sampling: dict, words: str, each: int | None) -> dict:
     """All beside the code that changes the pictures: prompts, weights, membrane files, sampling."""
     from dataclasses import asdict
 

@@ -45,12 +45,12 @@ def _negative_prompt(pipe, words: Words) -> Iterator[dict]:
 
 
 @contextmanager
-def applied(pipe, membranes, gate: str) -> Iterator[dict]:
+def applied(pipe, membranes, gate: str, negative_rows: bool = False) -> Iterator[dict]:
     """Apply ready membranes while the block runs."""
     from ...methods.membranes.config import MembraneConfig
     from ...pipelines.membranes.apply import apply_membranes, remove_membranes
 
-    apply_membranes(pipe, membranes, MembraneConfig(gate=gate))
+    apply_membranes(pipe, membranes, MembraneConfig(gate=gate, negative_rows=negative_rows))
     try:
         yield {}
     finally:
