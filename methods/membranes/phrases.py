@@ -19,6 +19,7 @@ _IRREGULAR = {
     "men": "man", "women": "woman", "children": "child", "people": "person", "mice": "mouse", "geese": "goose",
     "feet": "foot", "teeth": "tooth", "wolves": "wolf", "knives": "knife", "wives": "wife", "elves": "elf",
     "leaves": "leaf", "loaves": "loaf", "thieves": "thief", "shelves": "shelf", "dwarves": "dwarf", "oxen": "ox",
+    "lens": "lens", "lenses": "lens", "canvas": "canvas", "canvases": "canvas", "atlas": "atlas", "atlases": "atlas",
 }  # fmt: skip
 _NO_MEN = ("human", "german", "roman", "shaman", "talisman", "caiman")
 _NOT_WORDS = re.compile(r"[^\w]+|_+")
@@ -38,22 +39,23 @@ def fold(text: str) -> tuple[str, ...]:
 
 
 def singular(word: str) -> str:
-    """The singular of an English word; a word that only looks like a plural loses its ending, too, on both sides.
+    """What the singular and the plural of an English word have in common, mostly the singular.
 
-    >>> [singular(word) for word in ("robots", "boxes", "ladies", "glass", "men", "crosses", "hana")]
-    ['robot', 'box', 'lady', 'glass', 'man', 'cross', 'hana']
+    A word that only looks like a plural loses its ending, too, and "house" its last letter, which "houses" shares with
+    "buses": both sides of a comparison are treated alike.
+
+    >>> [singular(word) for word in ("robots", "boxes", "ladies", "glass", "men", "buses", "bus", "house")]
+    ['robot', 'box', 'lady', 'glass', 'man', 'bus', 'bus', 'hous']
     """
     if word in _IRREGULAR:
-        return _IRREGULAR[word]
-    if word.endswith("men") and len(word) > 4:  # firemen, but no "omen"
-        return word[:-2] + "an"
-    if word.endswith("ies") and len(word) > 4:
-        return word[:-3] + "y"
-    if word.endswith(("ches", "shes", "sses", "xes", "zes")) and len(word) > 4:
-        return word[:-2]
-    if word.endswith("s") and not word.endswith(("ss", "us", "is")) and len(word) > 3:
-        return word[:-1]
-    return word
+        word = _IRREGULAR[word]
+    elif word.endswith("men") and len(word) > 4:  # firemen, but no "omen"
+        word = word[:-2] + "an"
+    elif word.endswith("ies") and len(word) > 4:
+        word = word[:-3] + "y"
+    elif word.endswith("s") and not word.endswith(("ss", "us", "is")) and len(word) > 3:
+        word = word[:-1]
+    return word[:-1] if word.endswith(("se", "xe", "ze", "che", "she")) and len(word) > 3 else word
 
 
 def plural(phrase: str) -> str:
