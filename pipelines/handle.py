@@ -251,10 +251,13 @@ class Handle(abc.ABC):
         return self.here or self._last
 
     def _new_run(self) -> Run:
-        run = self._last = Run(self.new_record())
-        runs = weakref.WeakKeyDictionary(_runs.get())
-        runs[self] = run  # a mapping of its own: contexts that were copied from this one keep theirs
+        runs = weakref.WeakKeyDictionary(_runs.get())  # its own: contexts that were copied from this one keep theirs
+        old = runs.pop(self, None)
+        self._last = None if self._last is old else self._last
+        self._told = None if self._told is old else self._told
         _runs.set(runs)
+        del old  # what it held may be forgotten
+        runs[self] = run = self._last = Run(self.new_record())
         return run
 
     def called(self) -> Run:

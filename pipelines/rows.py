@@ -31,6 +31,7 @@ __all__ = [
     "negative_rows",
     "row_layout",
     "said",
+    "same_rows",
     "with_rows",
     "without_rows",
 ]
@@ -118,7 +119,7 @@ def negative_rows(hidden: Tensor, texts: Sequence[Encoded], one_call: bool) -> t
     known = torch.zeros(2, count, dtype=torch.bool, device=hidden.device)  # seen as positive, as negative
     for text in texts:
         if text.negative is not None:
-            known[int(text.negative)] |= _same(hidden, text.rows)
+            known[int(text.negative)] |= same_rows(hidden, text.rows)
     as_positive, as_negative = known.tolist()  # the one time that it waits for the GPU
     prompts = max((len(text.rows) for text in texts if text.negative is False), default=0)
     guided = one_call and count == 2 * prompts and any(text.negative for text in texts)
@@ -145,7 +146,7 @@ def chunks_of(negative: Sequence[bool], images: int | None = None) -> tuple[bool
     return tuple(not negative[first] for first in range(0, len(negative), per))
 
 
-def _same(hidden: Tensor, rows: Tensor) -> Tensor:
+def same_rows(hidden: Tensor, rows: Tensor) -> Tensor:
     """(B,): whether a row of `hidden` equals one of `rows`, as far as these go."""
     length, width = rows.shape[1:]
     if length > hidden.shape[1] or width > hidden.shape[2]:

@@ -34,8 +34,8 @@ def apply_membranes(
 ) -> MembraneHandle:
     """Let membranes act on a loaded pipeline, in place of those it has; nothing changes if anything is wrong.
 
-    y = W x + sum_k gamma_k(row) up_k (down_k x) in every wrapped projection, with gamma per row of the batch: the
-    negative and unconditional rows have gates of their own.
+    y = W x + sum_k gamma_k(row) up_k (down_k x) in every wrapped projection, with gamma per row of the batch. The
+    negative and unconditional rows are left alone (`MembraneConfig.negative_rows`).
 
     Args:
         pipe: SD1.x, SD2, SDXL, SD3 or Flux pipeline (text-to-image, image-to-image, ...), `torch.compile`d or not.
@@ -71,7 +71,7 @@ def apply_membranes(
         sites[key] = (available[key], pair)
     if config.check_base:
         check_base_models(membranes, weights_of(pipe, {key: available[key] for key in membranes.module_keys}))
-    bank = GateBank(functools.partial(encode_text, pipe), membranes, config.gate)
+    bank = GateBank(functools.partial(encode_text, pipe), membranes, config.gate, config.negative_rows)
     handle = MembraneHandle(pipe, membranes, config, sites, bank)
     handle.replace(pipe)
     return handle

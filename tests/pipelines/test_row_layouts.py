@@ -15,7 +15,7 @@ from PIL import Image
 from semiperm import row_layout
 from semiperm.methods.errors import SemipermError, TokenMergingError
 from semiperm.methods.membranes.config import MembraneConfig
-from semiperm.pipelines.membranes.apply import apply_membranes
+from semiperm.pipelines.membranes.apply import apply_membranes, remove_membranes
 from semiperm.pipelines.membranes.erase import erase_concepts
 from semiperm.pipelines.rows import Encoded, chunks_of, negative_rows
 from semiperm.pipelines.text import encode_text
@@ -63,6 +63,12 @@ def test_perturbed_attention_has_a_third_row():
             assert kinds(handle) == "neg neg pos pos pos pos"
             call(pipe, PROMPTS, pag_scale=2.0, guidance_scale=1.0)
             assert kinds(handle) == "pos pos pos pos"
+        remove_membranes(pipe)
+        guided = {"negative_prompt": ["a cat"], "pag_scale": 2.0}
+        with membranes(applied):  # each picture by itself, although a projection sees a part of the rows
+            both = call(pipe, PROMPTS, **guided | {"negative_prompt": ["a cat"] * 2})
+            single = [call(pipe, [prompt], seed=seed, **guided) for seed, prompt in enumerate(PROMPTS)]
+        torch.testing.assert_close(torch.cat(single), both, atol=2e-5, rtol=1e-4)
         with away(applied) as handle:
             call(pipe, PROMPTS, negative_prompt=["a cat"] * 2, pag_scale=2.0)
             assert pushed(handle) == {("positive", 0), ("positive", 1)}
