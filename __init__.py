@@ -34,6 +34,7 @@ if TYPE_CHECKING:  # for editors and type checkers, which cannot follow `__getat
         MembraneStableDiffusionPipeline,
         MembraneStableDiffusionXLPipeline,
     )
+    from .pipelines.rows import row_layout
     from .pipelines.token_merging.apply import apply_negative_token_merging, remove_negative_token_merging
     from .pipelines.token_merging.mixin import TokenMergingMixin
     from .pipelines.watermark.content import BoundImages, generate_bound
