@@ -8,6 +8,10 @@ remove_negative_token_merging(pipe)
 
 from __future__ import annotations
 
+import dataclasses
+import logging
+from collections.abc import Sequence
+
 from torch import nn
 
 from ...methods.errors import TokenMergingError
@@ -17,6 +21,8 @@ from ..handle import Handle
 from ..latents import pixels_per_latent
 from ..rows import RowsHook
 from .hooks import BeforeOutputHook, LayerHook, MergeState, told_context
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["TokenMergingHandle", "apply_negative_token_merging", "remove_negative_token_merging"]
 
@@ -87,6 +93,25 @@ class TokenMergingHandle(Handle):
             self.denoiser.__dict__.pop("cache_context", None)
         super().remove()
 
+    def set(self, *, strength: float | Sequence[float] | None = None, threshold: float | None = None) -> None:
+        """Go on with another strength or threshold; a compiled model is not compiled again.
+
+        Args:
+            strength, threshold: as in `NegativeTokenMergingConfig`; None leaves it.
+
+        Raises:
+            TokenMergingError: values out of range, or a compiled model to or from strength 0, which runs no extra row.
+        """
+        given = {"strength": strength, "threshold": threshold}
+        config = dataclasses.replace(self.config, **{name: v for name, v in given.items() if v is not None})
+        if self.compiled and (config.strength == 0) != self.state.off:
+            raise TokenMergingError(
+                f"strength={config.strength} instead of {self.config.strength} on a compiled model; strength 0 is"
+                " another graph: remove, or apply again"
+            )
+        self.config = config
+        self.state.tune(config)
+
     def prepare(self, height: int, width: int) -> None:
         """Encode the reference for images of this size now; needed before a compiled model's first call only."""
         if self.config.mode == "reference":
@@ -98,6 +123,12 @@ class TokenMergingHandle(Handle):
 
     def begin_run(self, encoded, arguments: dict) -> None:
         self.state.begin_run()
+        self.state.ready(encoded)
+
+    def _ended(self, result, arguments: dict) -> None:
+        super()._ended(result, arguments)
+        if not self.compiled and (nothing := self.state.record.nothing(self.config)):
+            logger.warning("%s: %s", self.NAME.strip("_"), nothing)
 
     def report(self) -> dict:
         """What was pushed in the last call of the pipeline: see `MergeRecord.report`.

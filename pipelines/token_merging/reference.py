@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
 from ...methods.errors import TokenMergingError
 from ...methods.token_merging.config import NegativeTokenMergingConfig
-from ...methods.token_merging.merging import grid_of, token_mask
+from ...methods.token_merging.merging import fitted_images, fitted_masks, token_mask
 from ..family import Family
 from ..latents import encode_pixels, pixels_per_latent
 from ..scheduler import alphas_of, noise_levels
@@ -23,7 +20,8 @@ class Reference:
 
     def __init__(self, pipe, family: Family, config: NegativeTokenMergingConfig):
         self.pipe, self.family, self.config = pipe, family, config
-        self.images, self.masks = config.reference or (), config.mask or ()
+        self.images = config.reference or ()
+        self.masked = config.mask is not None or config.fit == "pad"
         self.alphas = None if family.flow else alphas_of(pipe)
         self._latents: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         self._masks: dict[tuple[int, int, int], Tensor] = {}
@@ -36,7 +34,11 @@ class Reference:
         return noise_levels(self.family, timestep, self.alphas)
 
     def prepare(self, height: int, width: int, device=None) -> tuple[Tensor, Tensor]:
-        """Latents (R, C, height, width) of the reference images, scaled as the denoiser expects, and noise; cached."""
+        """Latents (R, C, height, width) of the reference images, scaled as the denoiser expects, and noise; cached.
+
+        Raises:
+            TokenMergingError: a mask with nothing white in the part that is shown.
+        """
         key = (height, width)
         if key not in self._latents:
             if torch.compiler.is_compiling():
@@ -45,8 +47,8 @@ class Reference:
                     " call handle.prepare(image_height, image_width) first"
                 )
             scale = pixels_per_latent(self.pipe)
-            pixels = torch.stack([cover(image, height * scale, width * scale) for image in self.images])
-            pixels = pixels * 2 - 1
+            fitted_masks(self.config, height, width)
+            pixels = fitted_images(self.config, height * scale, width * scale) * 2 - 1
             if self.family.video:  # of one frame
                 latents = encode_pixels(self.pipe, [rearrange(pixels, "r c h w -> r c 1 h w")])
                 latents = rearrange(latents, "r c 1 h w -> r c h w")
@@ -72,19 +74,22 @@ class Reference:
 
     def mask(self, tokens: int, height: int, width: int, device) -> Tensor | None:
         """(R, tokens) bool on a layer's grid, or None."""
-        if not self.masks:
+        if not self.masked:
             return None
         key = (tokens, height, width)
         if key not in self._masks:
-            _, rows, columns = grid_of(tokens, height, width)
-            size = max(rows, 64), max(columns, 64)
-            self._masks[key] = token_mask([cover(m[None], *size)[0] for m in self.masks], tokens, height, width)
+            self._masks[key] = token_mask(fitted_masks(self.config, height, width), tokens, height, width)
         self._masks[key] = self._masks[key].to(device)
         return self._masks[key]
 
     def text(self, length: int) -> tuple[Tensor, Tensor | None]:
         """The reference prompt's embeddings (1, length, d) and pooled embedding (1, p) or None; cached."""
         if length not in self._texts:
+            if torch.compiler.is_compiling():
+                raise TokenMergingError(
+                    f"the reference prompt was not encoded to {length} positions before the model was compiled; run the"
+                    " pipeline with a prompt, which encodes it first, rather than the denoiser by itself"
+                )
             clip = self.pipe.tokenizer_max_length if len(self.family.segments) > 1 else 0
             features = encode_text(self.pipe, [self.config.reference_prompt], length - clip or None)
             self._texts[length] = features.hidden, features.pooled
@@ -100,13 +105,3 @@ class Reference:
     def sizes(self) -> list[tuple[int, int]]:
         """The sizes of latents for which the images are encoded."""
         return list(self._latents)
-
-
-def cover(image: Tensor, height: int, width: int) -> Tensor:
-    """Resize (C, H, W) until it covers height x width, and cut the middle out: nothing is stretched."""
-    scale = max(height / image.shape[-2], width / image.shape[-1])
-    size = [max(height, math.ceil(image.shape[-2] * scale)), max(width, math.ceil(image.shape[-1] * scale))]
-    if size != list(image.shape[-2:]):
-        image = F.interpolate(image[None], size, mode="bicubic", antialias=True)[0].clamp(0, 1)
-    top, left = (size[0] - height) // 2, (size[1] - width) // 2
-    return image[:, top : top + height, left : left + width]

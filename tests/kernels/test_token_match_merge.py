@@ -251,7 +251,7 @@ def test_forcing_triton_where_it_cannot_run(monkeypatch):
         ({"pairs": torch.ones(2, 1)}, "pairs is torch.float32; expected bool"),
         ({"reference_mask": torch.ones(5).bool()}, r"mask is \(5,\).*expected \(1, 5\)"),
         ({"gate": torch.ones(1)}, r"gate is \(1,\).*expected \(2,\)"),
-        ({"strength": torch.ones(3)}, r"strength has shape \(3,\).*a number or \(2,\)"),
+        ({"strength": torch.ones(3)}, r"strength has shape \(3,\).*a number, \(2,\) or \(2, 1\)"),
     ],
 )
 def test_errors_say_what_was_given(change, message):
