@@ -81,6 +81,7 @@ def test_a_layer_never_waits_for_the_device(monkeypatch, mode, dtype):
     from semiperm.methods.token_merging.merging import diversity_rows, knobs, merge_tokens, reference_rows
 
     monkeypatch.setenv("SEMIPERM_KERNELS", "auto")
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # it does not know this device
     monkeypatch.setattr(token_match_gpu, "TILE", 2**24)
     picture = torch.rand(3, 8, 8)
     config = NegativeTokenMergingConfig(
