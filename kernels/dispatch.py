@@ -30,6 +30,7 @@ except ImportError:  # Windows, macOS and slim installations: the reference runs
 __all__ = [
     "KernelError",
     "check_tensors",
+    "forced",
     "has_matrix_units",
     "interpreted",
     "jit",
@@ -84,6 +85,11 @@ def kernel_path(x: Tensor, products: bool = False) -> str:
             " semiperm is imported, or unset SEMIPERM_KERNELS"
         )
     return "triton"
+
+
+def forced() -> bool:
+    """Whether SEMIPERM_KERNELS forces Triton, also where it does not pay."""
+    return os.environ.get("SEMIPERM_KERNELS", "auto") == "triton"
 
 
 def interpreted() -> bool:

@@ -27,6 +27,7 @@ KERNELS = (
     "keyed_correlation",
     "normalized_attention_guidance",
     "safe_guidance_step",
+    "dual_context_attention",
 )
 TARGETS = {
     "sm_75": ("cuda", 75, 32),
