@@ -69,12 +69,13 @@ _LOG2E = 1.4426950408889634  # exp2 is one instruction
 
 @jit
 def _attend(
-    q,  # (BM, BD), times scale and log2(e)
+    q,  # (BM, BD)
     k_ptr,  # (L, D) of this row and head
     v_ptr,
     stride_k,
     stride_v,
     length,
+    scale,
     top,  # (BM,) running maximum
     total,  # (BM,) running sum
     out,  # (BM, BD) running output
@@ -92,7 +93,7 @@ def _attend(
         if WIDEN:
             k = k.to(tl.float32)
         score = tl.dot(q, k, input_precision="ieee")
-        score = tl.where((j < length)[None, :], score, float("-inf"))
+        score = tl.where((j < length)[None, :], score * scale, float("-inf"))
         higher = tl.maximum(top, tl.max(score, axis=1))
         weight = tl.exp2(score - higher[:, None])
         fade = tl.exp2(top - higher)
@@ -150,23 +151,27 @@ def _dual_context_attention_kernel(
     d = tl.arange(0, BD)
     inside = (n < N)[:, None] & (d < D)[None, :]
     raw = tl.load(q_ptr + b * stride_qb + h * stride_qh + n[:, None] * stride_qn + d[None, :], mask=inside, other=0.0)
-    q = (raw.to(tl.float32) * scale).to(raw.dtype)
+    q = raw
     if WIDEN:
-        q = raw.to(tl.float32) * scale
+        q = raw.to(tl.float32)
     top = tl.full((BM,), float("-inf"), tl.float32)
     total = tl.zeros((BM,), tl.float32)
     out = tl.zeros((BM, BD), tl.float32)
     at = b * stride_0b + h * stride_0h
-    top, total, out = _attend(q, k0_ptr + at, v0_ptr + at, stride_0n, stride_0n, S, top, total, out, D, BN, BD, WIDEN)
+    top, total, out = _attend(
+        q, k0_ptr + at, v0_ptr + at, stride_0n, stride_0n, S, scale, top, total, out, D, BN, BD, WIDEN
+    )
     at = b * stride_pb + h * stride_ph
-    _, sum_positive, z = _attend(q, k_positive_ptr + at, v_positive_ptr + at, stride_pn, stride_pn, P, top, total, out,
-                                 D, BN, BD, WIDEN)  # fmt: skip
+    _, sum_positive, z = _attend(
+        q, k_positive_ptr + at, v_positive_ptr + at, stride_pn, stride_pn, P, scale, top, total, out, D, BN, BD, WIDEN
+    )
     z = z / sum_positive[:, None]
     row = (b * H + h) * N + n
     tl.store(z_positive_ptr + row[:, None] * D + d[None, :], z.to(raw.dtype), mask=inside)
     at = b * stride_mb + h * stride_mh
-    _, sum_negative, other = _attend(q, k_negative_ptr + at, v_negative_ptr + at, stride_mn, stride_mn, M, top, total,
-                                     out, D, BN, BD, WIDEN)  # fmt: skip
+    _, sum_negative, other = _attend(
+        q, k_negative_ptr + at, v_negative_ptr + at, stride_mn, stride_mn, M, scale, top, total, out, D, BN, BD, WIDEN
+    )
     other = other / sum_negative[:, None]
     tl.store(z_negative_ptr + row[:, None] * D + d[None, :], other.to(raw.dtype), mask=inside)
     heads_of_all = tl.num_programs(0).to(tl.int64) // tiles
@@ -231,7 +236,7 @@ def _(q, *_):
 
 
 def dual_context_pays(q: Tensor, shared: int, positive: int, negative: int) -> bool:
-    """Whether the kernel is taken: it must save a quarter of the operations, (S + P + M) / (2 S + P + M) <= 3/4.
+    """Whether the kernel is taken: it must save a quarter of the operations: S >= (P + M) / 2.
 
     torch's own attention is worth up to a third more of the tensor cores than a Triton kernel without warp
     specialisation (FlashAttention 3 against 2, arXiv 2407.08608), which the rest of the saving has to exceed. In
@@ -240,7 +245,7 @@ def dual_context_pays(q: Tensor, shared: int, positive: int, negative: int) -> b
     Args:
         q: (B, H, N, D). shared, positive, negative: S, P and M.
     """
-    saves = 4 * (shared + positive + negative) <= 3 * (2 * shared + positive + negative)
+    saves = 2 * shared >= positive + negative  # (S + P + M) / (2 S + P + M) <= 3 / 4
     return saves and q.dtype is not torch.float32 and q.shape[-1] <= _WIDEST
 
 

@@ -281,8 +281,8 @@ def kernels(rows: list[dict]) -> str:
         "## Kernels",
         source("kernels.json", "semiperm bench kernels --json benchmarks/results/kernels.json", rows),
         "Time in times the naive algorithm's, both in eager torch and both under `torch.compile`, and in times the"
-        " naive algorithm's in chunks of 1,024 queries, which leaves the reference's own row out; memory beside inputs and"
-        " outputs:",
+        " naive algorithm's in chunks of 1,024 queries, which leaves the reference's own row out; memory beside inputs"
+        " and outputs:",
         table(("kernel", "shape", "eager", "compiled", "in chunks", "memory", "naive's"), cells),
         *large,
         "Limits: these are the torch paths that CPUs take, not the Triton kernels, which have not been timed on a GPU"
