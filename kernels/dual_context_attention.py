@@ -62,7 +62,7 @@ def dual_context_attention_reference(
 
 
 # widest head -> (queries, keys of a step, warps, stages): two outputs and a tile of scores stay in registers
-_CONFIGS = {64: (64, 64, 4, 3), 128: (64, 32, 8, 2)}
+_CONFIGS = {64: (64, 32, 4, 3), 128: (64, 32, 8, 2)}
 _WIDEST = max(_CONFIGS)
 _LOG2E = 1.4426950408889634  # exp2 is one instruction
 

@@ -11,8 +11,8 @@ splits, each of which writes its best key as one int64 a token (score, then the 
 the best, and the lowest of equals). The merge takes the best of the splits, and pushes.
 Bytes: eager writes and reads the B x N x M cosines and some fifteen tensors of x's size; here x and the reference are
 read from memory twice and the output is written once. Bound: 2 B N M C operations, 440 to 1750 per byte: the tensor
-cores, on every GPU; tiles come from the L2 cache. docs/kernels.md has
-a model of the time (not measured).
+cores, on every GPU; tiles come from the L2 cache. benchmarks/kernels/model.py
+has a model of the time (not measured).
 Elsewhere: token_match_cpu for CPUs, token_match_gpu for GPUs without these kernels.
 Source: NegToMe (arXiv 2412.01339), section 3. The released code takes the maximum over x's tokens instead.
 """
@@ -66,6 +66,12 @@ def _splits(programs: int, blocks: int, cores: int) -> int:
     candidates = range(1, min(blocks, MOST_SPLITS) + 1)
     best = min(map(seconds, candidates))
     return next(splits for splits in candidates if seconds(splits) <= 1.1 * best)
+
+
+def cut_for(programs: int, blocks: int, cores: int) -> tuple[int, int]:
+    """(splits, blocks of each): none of them empty. Arguments as `_splits`."""
+    steps = -(-blocks // _splits(programs, blocks, cores))
+    return -(-blocks // steps), steps
 
 
 @functools.cache
@@ -241,9 +247,7 @@ def _launch(x, reference, threshold, pairs, mask, gate, strength, seen) -> tuple
     config = _config(x.dtype, tokens, channels)
     tiles, blocks = triton.cdiv(tokens, config["BM"]), references * triton.cdiv(length, config["BN"])
     working = batch if seen is None else max(1, sum(map(bool, seen)))
-    splits = _splits(working * tiles, blocks, _cores(x.device))
-    steps = triton.cdiv(blocks, splits)
-    splits = triton.cdiv(blocks, steps)
+    splits, steps = cut_for(working * tiles, blocks, _cores(x.device))
     merged = None if strength is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     score = torch.empty((batch, tokens), dtype=torch.float32, device=x.device)
     index = torch.empty((batch, tokens), dtype=torch.int64, device=x.device)

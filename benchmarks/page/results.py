@@ -323,6 +323,37 @@ def kernel_resources(rows: list[dict]) -> str:
     )
 
 
+def kernel_model(rows: list[dict]) -> str:
+    """What the match's time on an H100 should be; a GPU has not been there to ask."""
+    first, assumed = rows[0], rows[0]["assumed"]
+    return paragraphs(
+        "## The match on an H100, by a model",
+        "[kernel_model.json](../benchmarks/results/kernel_model.json), by `semiperm bench kernels --model --json"
+        " benchmarks/results/kernel_model.json`. **Not measured**: computed from bytes, operations and occupancy by"
+        " [model.py](../benchmarks/kernels/model.py).",
+        f"Time of token_match_merge on one {first['target']}, bfloat16, one reference, in times the released"
+        " algorithm's in eager torch (which pushes the reference's own row, too), and in times the same without that row:",
+        table(
+            ("shape", "programs", "splits of the keys", "ours, ms", "to eager", "to eager without the reference's row"),
+            [
+                (
+                    row["shape"],
+                    row["programs"],
+                    row["splits"],
+                    f"{row['ms']:.3f}",
+                    f"{row['ratio']:.2f}",
+                    f"{row['chunks_ratio']:.2f}",
+                )
+                for row in rows
+            ],
+        ),
+        f"Assumed: {assumed['l2_bytes_per_clock_and_core']} bytes a clock and core from the L2 cache, which bounds the"
+        f" search; {assumed['cublas_share_of_peak']:.0%} of peak for cuBLAS; {assumed['share_of_bandwidth']:.0%} of the"
+        f" memory's bandwidth; {assumed['launch_seconds'] * 1e6:g} microseconds a launch;"
+        f" {assumed['epilogue_instructions']} instructions a score.",
+    )
+
+
 SECTIONS: dict[str, Callable] = {
     "canvas": canvas,
     "erasure": erasure,
@@ -333,6 +364,7 @@ SECTIONS: dict[str, Callable] = {
     "watermark": results_watermark.watermark,
     "kernels": kernels,
     "kernel_resources": kernel_resources,
+    "kernel_model": kernel_model,
 }
 
 

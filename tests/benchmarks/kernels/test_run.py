@@ -200,6 +200,19 @@ def test_resources_are_compiled_in_a_process_without_the_interpreter(monkeypatch
     assert result.stderr.strip() == "error: the kernels were not compiled: Triton is not installed"
 
 
+def test_the_model_of_the_match(tmp_path):
+    """Flux at 1024 pixels, one picture and one reference: at most .6 of eager; a model, and it says so."""
+    result = bench("--model", "--json", tmp_path / "model.json")
+    assert result.exit_code == 0 and "not measured" in result.stdout
+    rows = json.loads((tmp_path / "model.json").read_text())
+    flux = rows[0]
+    assert "Flux 1024: B2 N4096 C3072" in flux["shape"] and (flux["programs"], flux["splits"]) == (128, 4)
+    assert flux["ratio"] <= 0.6 and not any(row["measured"] for row in rows)
+    flops, roof = 2 * 4096**2 * 3072, 989e12
+    assert all(row["ms"] < row["chunks_ms"] * 2 and row["eager_ms"] > row["chunks_ms"] for row in rows)
+    assert flux["ms"] / 1e3 > flops / roof, "no faster than the tensor cores"
+
+
 @pytest.mark.gpu
 def test_on_a_gpu():
     rows = kernels.run("cuda", quick=True)
