@@ -3,8 +3,9 @@
     search = waves x blocks x (channels' steps x max(tensor, L2) + epilogue)   cycles
     merge  = bytes / bandwidth;   eager = operations / cuBLAS + bytes / bandwidth + launches
 
-One program fills a multiprocessor: its tiles take 96 KiB, its threads most registers. So the time is that of the program
-that ends last. Where a GPU has been there to ask, its row in benchmarks/results/kernels.json takes this one's place.
+One program fills a multiprocessor: its tiles take 96 KiB, its threads most registers. So the time is that of the
+program that ends last. Where a GPU has been there to ask, its row in benchmarks/results/kernels.json takes this one's
+place.
 """
 
 from __future__ import annotations

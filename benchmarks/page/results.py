@@ -332,7 +332,8 @@ def kernel_model(rows: list[dict]) -> str:
         " benchmarks/results/kernel_model.json`. **Not measured**: computed from bytes, operations and occupancy by"
         " [model.py](../benchmarks/kernels/model.py).",
         f"Time of token_match_merge on one {first['target']}, bfloat16, one reference, in times the released"
-        " algorithm's in eager torch (which pushes the reference's own row, too), and in times the same without that row:",
+        " algorithm's in eager torch (which pushes the reference's own row, too), and in times the same without that"
+        " row:",
         table(
             ("shape", "programs", "splits of the keys", "ours, ms", "to eager", "to eager without the reference's row"),
             [
