@@ -51,10 +51,17 @@ def sampling(
 @app.command("token-merging", epilog="Example: semiperm bench token-merging --json token_merging.json")
 def token_merging(
     seeds: Annotated[int, typer.Option(min=1, help="Noises for each prompt.")] = 2,
+    held_out: Annotated[
+        bool, typer.Option("--held-out", help="Four references that the setting was not chosen on, a row each.")
+    ] = False,
     json_path: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures here.")] = None,
 ):
     """Judge on the canvas whether negative token merging avoids a picture, and spreads a batch; and what it costs."""
     from rich.table import Table
+
+    if held_out:
+        _held_out(json_path)
+        return
 
     from ..benchmarks.token_merging.judged import batches, run
 
@@ -71,6 +78,25 @@ def token_merging(
             values = [row[name][0] if isinstance(row[name], list) else row[name] for name in figures]
             table.add_row(row["name"], *(f"{value:.3f}" for value in values))
         common.console().print(table)
+
+
+def _held_out(json_path: Path | None) -> None:
+    from rich.table import Table
+
+    from ..benchmarks.token_merging.references import batches, run
+
+    with common.progress("pictures, four at a time", batches()) as advance:
+        rows = run(progress=advance)
+    if json_path is not None:
+        common.write_json(json_path, rows)
+    figures = ("shown", "similarity", "style_kept", "background_kept")
+    table = Table(caption="setting chosen on the calibration reference; every other one is held out")
+    for heading in ("reference", "role", "name", *figures):
+        table.add_column(heading.replace("_", " "))
+    for row in rows:
+        values = [row[name][0] if isinstance(row[name], list) else row[name] for name in figures]
+        table.add_row(row["reference"], row["role"], row["name"], *(f"{value:.3f}" for value in values))
+    common.console().print(table)
 
 
 @app.command("comfyui", epilog="Example: semiperm bench comfyui --path ~/comfy/ComfyUI --json comfyui.json")

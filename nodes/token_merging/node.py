@@ -5,6 +5,7 @@ The modules that need `comfy` itself are imported when a node runs, so that the 
 
 from comfy_api.latest import io, ui
 
+from ...methods.pictures import FITS
 from ...methods.token_merging.config import NegativeTokenMergingConfig as Default
 
 CATEGORY = "semiperm/negative token merging"
@@ -42,8 +43,8 @@ def _reference() -> list[io.Input]:
         io.Image.Input(
             "image",
             optional=True,
-            tooltip="What to push away from; a batch is several references. Without it the images of the latent's"
-            " batch push each other apart.",
+            tooltip="What to push away from; a batch is several references, transparent parts of a picture with alpha"
+            " do not count. Without it the images of the latent's batch push each other apart.",
         ),
         io.Mask.Input(
             "mask",
@@ -177,6 +178,19 @@ class SemipermNegativeTokenMergingAdvanced(io.ComfyNode):
                     tooltip="official sets rows, matching, diversity, cross_attention and noise_reference as the"
                     " released code, to reproduce its images.",
                 ),
+                io.Combo.Input(
+                    "fit",
+                    options=list(FITS),
+                    default=Default.fit,
+                    tooltip="How an image of another shape is brought to the latent's: crop keeps the middle, pad keeps"
+                    " all of it with borders that do not count, stretch gives up its proportions.",
+                ),
+                io.String.Input(
+                    "strengths",
+                    default="",
+                    tooltip="One strength for each image of the batch, separated by commas, instead of strength: 2, 0"
+                    " pushes away from the first and keeps what is like the second. Empty: strength for all.",
+                ),
                 *_reference(),
             ],
             outputs=[io.Model.Output("merged_model", display_name="MODEL", tooltip=_PATCHED)],
@@ -194,10 +208,11 @@ def report_text(report: dict) -> str:
     steps, (start, end) = report["steps"], report["window"]
     active = sum(bool(step["active"]) for step in steps)
     sigmas = f", sigma {steps[0]['sigma']:.3g} to {steps[-1]['sigma']:.3g}" if steps else ""
-    number = report["references"]
+    each = report["strength"] if isinstance(report["strength"], list) else [report["strength"]]
+    number, strengths = report["references"], ", ".join(f"{value:g}" for value in each)
     source = f"{number} reference image{'' if number == 1 else 's'}" if number else "the images of the batch"
     lines = [
-        f"away from {source}: strength {report['strength']:g}, threshold {report['threshold']:g}",
+        f"away from {source}: strength {strengths}, threshold {report['threshold']:g}",
         f"window {start:g} to {end:g}: active in {active} of {len(steps)} steps{sigmas}",
         f"{report['extra_rows']} extra rows denoised",
         "",

@@ -185,7 +185,7 @@ def test_rows_do_not_depend_on_each_other(found):
 
 @comfy
 def test_conditionings_that_run_one_after_the_other(found):
-    assert found["split"] < NEAR and sorted(found["split, batches"]) == [2, 3]
+    assert found["split"] < 3e-2 and sorted(found["split, batches"]) == [2, 3]  # a tie may fall the other way
     assert {row["kind"] for row in found["split, report"]["rows"]} == {"positive"}
     assert found["areas"] > 1
 
