@@ -23,7 +23,13 @@ TITLE_BAR = 30
 # Stage -> its node classes, or titles of single nodes; the stages stand from left to right, each in a group of its own.
 STAGES = {
     "Model and prompts": ("SemipermLoadCanvas", "CLIPTextEncode", "EmptyLatentImage"),
-    "Membranes": ("SemipermEraseConcept", "SemipermLoadMembrane", "SemipermApplyMembranes", "SemipermSaveMembrane"),
+    "Membranes": (
+        "SemipermEraseConcept",
+        "SemipermSolveMembranes",
+        "SemipermLoadMembrane",
+        "SemipermApplyMembranes",
+        "SemipermSaveMembrane",
+    ),
     "Reference": ("The reference picture", "Decode the reference"),
     "Negative token merging": ("SemipermNegativeTokenMerging", "SemipermNegativeTokenMergingAdvanced"),
     "Watermark": (
@@ -56,6 +62,7 @@ SIZES = {  # of nodes that show a text field or a picture
     "SemipermMembraneReport": (380, 520),
     "SemipermSaveMembrane": (340, 160),
     "SemipermSaveWithProvenance": (560, 520),
+    "SemipermSolveMembranes": (360, 420),
     "SemipermTokenMergingReport": (400, 300),
 }
 
@@ -70,8 +77,8 @@ KEYS = (
 NOTES = {
     "erase_by_text": "## Erase by text\nThe same prompt and seed twice: by the model as it is (left), and by a clone "
     "from which *Erase Concept* took the robot (right). No file and no training: the membrane is computed from the "
-    "model's own weights. *Membrane Report* tells what fired; a prompt without a robot gives the untouched picture."
-    + SWITCH,
+    "model's own weights; another strength is not solved again. *Membrane Report* tells what fired; a prompt without a "
+    "robot gives the untouched picture." + SWITCH,
     "erase_by_file": "## Erase by file\n*Load Membrane* reads `models/semiperm` and `models/loras`; the two canvas "
     "files of this workflow ship with semiperm. The right picture has the same prompt and seed as the left one, with "
     "the membrane applied." + SWITCH + " A membrane belongs to one base model: make yours with *Erase Concept* and "
@@ -79,8 +86,9 @@ NOTES = {
     "stack_and_compare": "## Stack and compare\nColumns: before, the robot membrane alone, robot and sketch stacked. "
     "The upper prompt asks for both concepts; the lower one for neither, and its three pictures are equal to the bit. "
     "Further files stack by the input *membranes* of *Load Membrane*." + SWITCH + " The files must be of that model.",
-    "save_and_reload": "## Save and reload\n*Erase Concept* also returns the membranes it made: *Save Membrane* "
-    "writes them to `models/semiperm`, and the file, loaded again, gives the same picture to the bit. From then on you "
+    "save_and_reload": "## Save and reload\n*Solve Membranes* computes membranes with everything that can be set; "
+    "*Apply Membranes* says how they act, and changes without solving again. *Save Membrane* writes them to "
+    "`models/semiperm`, and the file, loaded again, gives the same picture to the bit. From then on you "
     "need this node no more: in any workflow press **R** (refresh the node definitions) and choose the file, whose "
     "name *Save Membrane* shows, in *Load Membrane*." + SWITCH,
     "negative_token_merging_reference": "## Away from a picture\nLeft the reference, a mascot. Middle: a prompt that "

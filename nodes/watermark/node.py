@@ -7,7 +7,7 @@ import time
 
 from comfy_api.latest import io, ui
 
-from ..sockets import DetectionIO, KeyringIO
+from ..sockets import DetectionIO, KeyringIO, aliases
 from .keyring import DEFAULT, fingerprint, keyring_names, keyring_path, keys_text, open_keys
 
 CATEGORY = "semiperm/watermark"
@@ -67,6 +67,7 @@ class SemipermKeyring(io.ComfyNode):
                 )
             ],
             is_output_node=True,  # what it shows is then shown again by every run
+            **aliases("watermark key", "secret key", "signing key"),
         )
 
     @classmethod
@@ -117,6 +118,7 @@ class SemipermWatermarkNoise(io.ComfyNode):
             outputs=[
                 io.Noise.Output("noise", display_name="NOISE", tooltip="Signed noise, in place of RandomNoise's.")
             ],
+            **aliases("invisible watermark", "signed noise", "gaussian shading", "RandomNoise watermark", "provenance"),
         )
 
     @classmethod
@@ -160,6 +162,7 @@ class SemipermWatermarkModel(io.ComfyNode):
                     " these nodes the last one counts.",
                 )
             ],
+            **aliases("invisible watermark", "sign images", "gaussian shading", "tree ring", "provenance"),
         )
 
     @classmethod
@@ -251,6 +254,7 @@ class SemipermDetectWatermark(io.ComfyNode):
                 ),
             ],
             is_output_node=True,
+            **aliases("find watermark", "verify watermark", "is it AI", "read watermark", "provenance"),
         )
 
     @classmethod

@@ -22,6 +22,7 @@ IDS = {
     "SemipermLoadCanvas",
     "SemipermLoadMembrane",
     "SemipermEraseConcept",
+    "SemipermSolveMembranes",
     "SemipermApplyMembranes",
     "SemipermSaveMembrane",
     "SemipermMembraneReport",
@@ -81,16 +82,28 @@ def test_every_socket_explains_itself(nodes, node_id):
     assert all(socket.display_name for socket in schema.outputs)
 
 
-@pytest.mark.parametrize("node_id", ["SemipermEraseConcept", "SemipermApplyMembranes"])
-def test_control_inputs(nodes, node_id):
-    cls, schema = nodes[node_id]
-    inputs = {socket.id: socket for socket in schema.inputs}
-    assert inputs["strength"].options == {"default": 1.0, "min": -2.0, "max": 4.0, "step": 0.05}
+def test_control_inputs(nodes):
+    erase, apply = ({s.id: s for s in nodes[f"Semiperm{n}"][1].inputs} for n in ("EraseConcept", "ApplyMembranes"))
+    for inputs in (erase, apply):
+        assert inputs["strength"].options == {"default": 1.0, "min": -2.0, "max": 4.0, "step": 0.05}
     for name, default in (("start", 0.0), ("end", 1.0)):
-        assert inputs[name].options == {"default": default, "min": 0.0, "max": 1.0, "step": 0.001}
-    assert inputs["gate"].options["default"] == "auto"
-    assert ("official" in inputs["gate"].options["options"]) == (node_id == "SemipermApplyMembranes")
-    assert inputs["clip"].optional == (node_id == "SemipermApplyMembranes")
+        assert apply[name].options == {"default": default, "min": 0.0, "max": 1.0, "step": 0.001}
+    assert apply["gate"].options["default"] == "auto" and "official" in apply["gate"].options["options"]
+    assert apply["clip"].optional and not erase["clip"].optional
+
+
+def test_solving_has_the_defaults_of_its_config(nodes):
+    from semiperm.methods.membranes.closed_form import METHODS, ClosedFormConfig
+
+    inputs = {s.id: s for s in nodes["SemipermSolveMembranes"][1].inputs}
+    given = {name: inputs[name].options["default"] for name in ("method", "rank", "push", "preserve_scale")}
+    assert ClosedFormConfig(**given) == ClosedFormConfig() and inputs["method"].options["options"] == list(METHODS)
+
+
+@pytest.mark.parametrize("node_id", sorted(IDS))
+def test_every_node_is_found_by_other_words(nodes, node_id):
+    words = nodes[node_id][1].options["search_aliases"]
+    assert len(words) >= 2 and len(set(words)) == len(words)
 
 
 def test_token_merging_has_the_defaults_of_its_config(nodes):
