@@ -22,7 +22,7 @@ WRAPPER = "semiperm_watermark"
 _OUTER = comfy.patcher_extension.WrappersMP.OUTER_SAMPLE
 # Samplers whose pictures do not change with their own noise's seed: tests/nodes/check_watermark.py tries every one that
 # ComfyUI has, and says where one is missing here.
-_DETERMINISTIC = {
+DETERMINISTIC = {
     *("euler", "euler_cfg_pp", "heun", "heunpp2", "dpm_2", "lms", "dpm_fast", "dpm_adaptive", "dpmpp_2m"),
     *("dpmpp_2m_cfg_pp", "ipndm", "ipndm_v", "deis", "res_multistep", "res_multistep_cfg_pp", "unipc", "unipc_bh2"),
     *("gradient_estimation", "gradient_estimation_cfg_pp"),
@@ -49,7 +49,7 @@ def check_sampler(sampler) -> None:
     if name in _WITH_ETA:
         noisy = options.get("eta", 1.0) > 0
     else:
-        noisy = name not in _DETERMINISTIC or options.get("eta", 0.0) > 0
+        noisy = name not in DETERMINISTIC or options.get("eta", 0.0) > 0
     if noisy or options.get("s_churn", 0.0) > 0:
         raise WatermarkError(
             f"the sampler {name!r} is not known to be deterministic with its settings: noise added while sampling"

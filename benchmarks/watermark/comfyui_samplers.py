@@ -1,0 +1,60 @@
+"""Runs in ComfyUI's own Python (see run_in_comfyui.py): which of its samplers keep the mark.
+
+ARGUMENTS: a file of finished units, or "" for none; "quick" or "full". Prints the rows of `samplers.rows` as JSON.
+"""
+
+import json
+
+import comfy.sample
+import comfy.samplers
+import torch
+from einops import rearrange
+from semiperm.benchmarks.store import Store
+from semiperm.benchmarks.watermark.canvas import asked, in_bytes, noise_of
+from semiperm.benchmarks.watermark.marks import OURS
+from semiperm.benchmarks.watermark.samplers import GUIDANCES, PICTURES, STEPS, USUAL, looked, rows
+from semiperm.nodes.canvas.model import load_canvas
+from semiperm.nodes.watermark.inversion import ComfyInverter
+from semiperm.nodes.watermark.noise import DETERMINISTIC
+
+resume, size = ARGUMENTS  # noqa: F821
+quick = size == "quick"
+model, clip, vae = load_canvas()
+
+
+def conditioning(prompts):
+    """One conditioning whose rows are the texts of a batch."""
+    rows = [clip.encode_from_tokens(clip.tokenize(text), return_pooled=True) for text in prompts]
+    return [[torch.cat([states for states, _ in rows]), {"pooled_output": rows[0][1]}]]
+
+
+def unit(sampler, steps, guidance):
+    about = {"task": "sampler", "face": "comfyui", "sampler": sampler, "options": {}}
+    return about | {"steps": steps, "guidance": guidance, "count": 2 if quick else PICTURES}
+
+
+def plan():
+    names = ["euler", "euler_ancestral"] if quick else list(comfy.samplers.SAMPLER_NAMES)
+    wide = [(steps, cfg) for steps in STEPS for cfg in GUIDANCES]
+    quiet = DETERMINISTIC | {"ddim", "uni_pc", "uni_pc_bh2"}
+    return [unit(name, *one) for name in names for one in (wide if name in quiet and not quick else [USUAL])]
+
+
+def compute(unit):
+    count = unit["count"]
+    latents = comfy.sample.sample(
+        model, noise_of(OURS, 0, count), unit["steps"], unit["guidance"], unit["sampler"], "normal",
+        conditioning([text for text, _ in asked(0, count)]), conditioning([""]), torch.zeros(count, 4, 16, 16),
+        disable_pbar=True, seed=1,
+    )  # fmt: skip
+    pixels = rearrange(vae.decode(latents)[..., :3], "b h w c -> b c h w").clamp(0, 1)
+    return looked(in_bytes(pixels), ComfyInverter(model, vae, conditioning([""])))
+
+
+units = plan()
+store = Store(resume or None, "bench watermark")
+keys = [json.dumps(one, sort_keys=True) for one in units]
+for key, one in zip(keys, units, strict=True):
+    if store.get(key) is None:
+        store.put(key, compute(one))
+print(json.dumps(rows(units, [store.get(key) for key in keys])))
