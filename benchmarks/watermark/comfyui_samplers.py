@@ -12,7 +12,7 @@ from einops import rearrange
 from semiperm.benchmarks.store import Store
 from semiperm.benchmarks.watermark.canvas import asked, in_bytes, noise_of
 from semiperm.benchmarks.watermark.marks import OURS
-from semiperm.benchmarks.watermark.samplers import GUIDANCES, PICTURES, STEPS, USUAL, looked, rows
+from semiperm.benchmarks.watermark.samplers import GUIDANCES, STEPS, USUAL, looked, rows, units_of
 from semiperm.nodes.canvas.model import load_canvas
 from semiperm.nodes.watermark.inversion import ComfyInverter
 from semiperm.nodes.watermark.noise import DETERMINISTIC
@@ -28,23 +28,19 @@ def conditioning(prompts):
     return [[torch.cat([states for states, _ in rows]), {"pooled_output": rows[0][1]}]]
 
 
-def unit(sampler, steps, guidance):
-    about = {"task": "sampler", "face": "comfyui", "sampler": sampler, "options": {}}
-    return about | {"steps": steps, "guidance": guidance, "count": 2 if quick else PICTURES}
-
-
 def plan():
     names = ["euler", "euler_ancestral"] if quick else list(comfy.samplers.SAMPLER_NAMES)
     wide = [(steps, cfg) for steps in STEPS for cfg in GUIDANCES]
     quiet = DETERMINISTIC | {"ddim", "uni_pc", "uni_pc_bh2"}
-    return [unit(name, *one) for name in names for one in (wide if name in quiet and not quick else [USUAL])]
+    settings = [(n, {}, *one) for n in names for one in (wide if n in quiet and not quick else [USUAL])]
+    return units_of("comfyui", settings, quick)
 
 
 def compute(unit):
-    count = unit["count"]
+    start, count = unit["start"], unit["count"]
     latents = comfy.sample.sample(
-        model, noise_of(OURS, 0, count), unit["steps"], unit["guidance"], unit["sampler"], "normal",
-        conditioning([text for text, _ in asked(0, count)]), conditioning([""]), torch.zeros(count, 4, 16, 16),
+        model, noise_of(OURS, start, count), unit["steps"], unit["guidance"], unit["sampler"], "normal",
+        conditioning([text for text, _ in asked(start, count)]), conditioning([""]), torch.zeros(count, 4, 16, 16),
         disable_pbar=True, seed=1,
     )  # fmt: skip
     pixels = rearrange(vae.decode(latents)[..., :3], "b h w c -> b c h w").clamp(0, 1)

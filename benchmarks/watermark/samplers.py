@@ -6,6 +6,8 @@ A unit is one setting of one sampler; its pictures are detected as by default, a
 
 from __future__ import annotations
 
+import json
+import math
 import statistics
 from collections.abc import Sequence
 
@@ -17,7 +19,7 @@ from .marks import OURS, key_of
 
 STEPS, GUIDANCES = (8, 25), (1.0, 4.0, 7.5)
 USUAL = (25, 4.0)  # at which samplers with noise of their own are measured, which no number of steps helps
-PICTURES = 8
+PICTURES, UNIT = 8, 4
 ALPHA = 1e-6  # `DetectionConfig`'s own rate
 DETERMINISTIC = (
     ("DDIMScheduler", {}),
@@ -47,19 +49,24 @@ STOCHASTIC = (
 
 def plan(quick: bool = False) -> list[dict]:
     """All units of diffusers' face."""
-    found = []
-    for name, options in DETERMINISTIC[:1] if quick else DETERMINISTIC:
-        settings = [USUAL] if quick else [(steps, cfg) for steps in STEPS for cfg in GUIDANCES]
-        found += [_unit(name, options, *one, 2 if quick else PICTURES) for one in settings]
-    found += [
-        _unit(name, options, *USUAL, 2 if quick else PICTURES) for name, options in STOCHASTIC[-1 if quick else 0 :]
+    if quick:
+        chosen = [(DETERMINISTIC[0], USUAL), (STOCHASTIC[-1], USUAL)]
+    else:
+        chosen = [(one, (steps, cfg)) for one in DETERMINISTIC for steps in STEPS for cfg in GUIDANCES]
+        chosen += [(one, USUAL) for one in STOCHASTIC]
+    return units_of("diffusers", [(*one, *setting) for one, setting in chosen], quick)
+
+
+def units_of(face: str, settings: Sequence[tuple[str, dict, int, float]], quick: bool) -> list[dict]:
+    """Units of these (sampler, options, steps, guidance): a few pictures of all of them before more of any."""
+    parts = [(0, 2)] if quick else [(start, UNIT) for start in range(0, PICTURES, UNIT)]
+    names = ("sampler", "options", "steps", "guidance")
+    about = {"task": "sampler", "face": face}
+    return [
+        about | dict(zip(names, setting, strict=True)) | {"start": start, "count": count}
+        for start, count in parts
+        for setting in settings
     ]
-    return found
-
-
-def _unit(sampler: str, options: dict, steps: int, guidance: float, count: int) -> dict:
-    about = {"task": "sampler", "face": "diffusers", "sampler": sampler, "options": options}
-    return about | {"steps": steps, "guidance": guidance, "count": count}
 
 
 def compute(unit: dict) -> dict:
@@ -69,7 +76,8 @@ def compute(unit: dict) -> dict:
     pipe, inverter, _ = world()
     before, options = pipe.scheduler, dict(unit["options"])
     call = {"eta": options.pop("eta")} if "eta" in options else {}
-    prompts, noise = [text for text, _ in asked(0, unit["count"])], noise_of(OURS, 0, unit["count"])
+    part = unit["start"], unit["count"]
+    prompts, noise = [text for text, _ in asked(*part)], noise_of(OURS, *part)
     try:
         pipe.scheduler = getattr(diffusers, unit["sampler"]).from_config(before.config, **options)
         with torch.no_grad():
@@ -91,12 +99,14 @@ def looked(pixels: torch.Tensor, inverter) -> dict:
 
 def rows(units: Sequence[dict], results: Sequence[dict]) -> list[dict]:
     """{"table": "sampler", "face", "sampler", "options", "steps", "guidance", "n", "found": with p < 1e-6, "log10_p":
-    the median picture's, "worst": the worst one's} of each unit."""
-    found = []
+    the median picture's, "worst": the worst one's, "shape"} of each setting."""
+    settings: dict[str, list] = {}
     for unit, result in zip(units, results, strict=True):
-        values = result["log10_p"]
         kept = {name: unit[name] for name in ("face", "sampler", "options", "steps", "guidance")}
-        seen = {"n": len(values), "found": sum(value < -6 for value in values)}  # log10 of ALPHA
-        seen |= {"log10_p": round(statistics.median(values), 1), "worst": round(max(values), 1), "shape": list(SHAPE)}
-        found.append({"table": "sampler", **kept, **seen})
-    return found
+        settings.setdefault(json.dumps(kept), []).extend(result["log10_p"])
+    return [
+        {"table": "sampler", **json.loads(setting), "shape": list(SHAPE), "n": len(values)}
+        | {"found": sum(value < math.log10(ALPHA) for value in values)}
+        | {"log10_p": round(statistics.median(values), 1), "worst": round(max(values), 1)}
+        for setting, values in settings.items()
+    ]

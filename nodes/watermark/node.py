@@ -8,6 +8,8 @@ import time
 from comfy_api.latest import io, ui
 
 from ..sockets import DetectionIO, KeyringIO, aliases
+from .graph import LATER_PASSES, check_graph
+from .graph import fingerprint as fingerprint_of_graph
 from .keyring import DEFAULT, fingerprint, keyring_names, keyring_path, keys_text, open_keys
 
 CATEGORY = "semiperm/watermark"
@@ -21,6 +23,17 @@ def _stamp() -> io.Input:
         default=False,
         tooltip="Write the time of queueing into the payload, where the picture is large enough for it (4,096 latent"
         " values or more). The same seed then gives another noise every time.",
+    )
+
+
+def _later_passes() -> io.Input:
+    return io.Combo.Input(
+        "later_passes",
+        options=list(LATER_PASSES),
+        default=LATER_PASSES[0],
+        optional=True,
+        tooltip="What to do about a second sampler (hires fix, inpainting, a detailer) that adds noise to the signed"
+        " picture and does not sign it, so that the mark is drawn over: refuse to run, or allow it.",
     )
 
 
@@ -110,27 +123,28 @@ class SemipermWatermarkNoise(io.ComfyNode):
                 _stamp(),
                 io.Sampler.Input(
                     "sampler",
-                    optional=True,
-                    tooltip="The sampler that you use, to have it checked: one that adds noise of its own drowns the"
-                    " mark and is refused. Without it nothing can be checked here.",
+                    tooltip="The sampler that you use, the same that goes into SamplerCustomAdvanced: one that would"
+                    " lose the mark is refused.",
                 ),
+                _later_passes(),
             ],
             outputs=[
                 io.Noise.Output("noise", display_name="NOISE", tooltip="Signed noise, in place of RandomNoise's.")
             ],
+            hidden=[io.Hidden.prompt, io.Hidden.unique_id],
             **aliases("invisible watermark", "signed noise", "gaussian shading", "RandomNoise watermark", "provenance"),
         )
 
     @classmethod
     def fingerprint_inputs(cls, stamp_time=False, **inputs):
-        return time.time() if stamp_time else ""
+        return time.time() if stamp_time else fingerprint_of_graph()
 
     @classmethod
-    def execute(cls, keyring, noise_seed, stamp_time, sampler=None):
+    def execute(cls, keyring, noise_seed, stamp_time, sampler, later_passes="refuse"):
         from .noise import SignedNoise, check_sampler
 
-        if sampler is not None:
-            check_sampler(sampler)
+        check_graph(cls.hidden)
+        check_sampler(sampler)
         return io.NodeOutput(SignedNoise(noise_seed, keyring.key, _now(stamp_time)))
 
 
@@ -144,7 +158,7 @@ class SemipermWatermarkModel(io.ComfyNode):
             description="Signs the noise of every sampling run of this model, also in a plain KSampler: magnitudes"
             " stay as the seed gave them, signs carry the mark. Samplers that add noise of their own are refused.",
             inputs=[
-                io.Model.Input("model", tooltip="The model. Put this node last, just before the sampler."),
+                io.Model.Input("model", tooltip="The model. Wire what comes out into every sampler of the graph."),
                 KeyringIO.Input("keyring", tooltip=_KEYRING),
                 _stamp(),
                 io.Vae.Input(
@@ -153,6 +167,7 @@ class SemipermWatermarkModel(io.ComfyNode):
                     tooltip="The model's VAE. Connect it to bind the content: the mark then says what the picture"
                     " shows, and cannot be moved to another one unnoticed. Each picture is drawn two to five times.",
                 ),
+                _later_passes(),
             ],
             outputs=[
                 io.Model.Output(
@@ -162,17 +177,19 @@ class SemipermWatermarkModel(io.ComfyNode):
                     " these nodes the last one counts.",
                 )
             ],
+            hidden=[io.Hidden.prompt, io.Hidden.unique_id],
             **aliases("invisible watermark", "sign images", "gaussian shading", "tree ring", "provenance"),
         )
 
     @classmethod
     def fingerprint_inputs(cls, stamp_time=False, **inputs):
-        return time.time() if stamp_time else ""
+        return time.time() if stamp_time else fingerprint_of_graph()
 
     @classmethod
-    def execute(cls, model, keyring, stamp_time, vae=None):
+    def execute(cls, model, keyring, stamp_time, vae=None, later_passes="refuse"):
         from .noise import sign_model
 
+        check_graph(cls.hidden)
         return io.NodeOutput(sign_model(model, keyring.key, _now(stamp_time), vae))
 
 

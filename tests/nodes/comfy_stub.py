@@ -69,6 +69,7 @@ IO = SimpleNamespace(
     NodeOutput=NodeOutput,
     Custom=custom,
     Input=Socket,
+    Hidden=SimpleNamespace(prompt="PROMPT", unique_id="UNIQUE_ID"),
     **{name: custom(name.upper()) for name in TYPES},
 )
 UI = SimpleNamespace(PreviewText=PreviewText, PreviewImage=PreviewImage, SavedImages=SavedImages)

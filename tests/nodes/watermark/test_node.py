@@ -128,11 +128,14 @@ def test_the_time_is_stamped_only_when_told(nodes, monkeypatch):
     )
     monkeypatch.setitem(sys.modules, "semiperm.nodes.watermark.noise", surgery)
     monkeypatch.setattr(nodes.time, "time", lambda: 1234.5)
+    monkeypatch.setattr(nodes, "fingerprint_of_graph", lambda: "")
     keys = SimpleNamespace(key="K")
-    nodes.SemipermWatermarkNoise.execute(keys, 7, False)
-    nodes.SemipermWatermarkNoise.execute(keys, 7, True, sampler="S")
+    for node in (nodes.SemipermWatermarkNoise, nodes.SemipermWatermarkModel):
+        node.hidden = SimpleNamespace(prompt={}, unique_id="1")
+    nodes.SemipermWatermarkNoise.execute(keys, 7, False, "S")
+    nodes.SemipermWatermarkNoise.execute(keys, 7, True, "S")
     nodes.SemipermWatermarkModel.execute("M", keys, True)
-    assert calls == [(7, "K", 0), "S", (7, "K", 1234), ("M", "K", 1234, None)]
+    assert calls == ["S", (7, "K", 0), "S", (7, "K", 1234), ("M", "K", 1234, None)]
     for node in (nodes.SemipermWatermarkNoise, nodes.SemipermWatermarkModel):
         assert node.fingerprint_inputs(stamp_time=False) == "" and node.fingerprint_inputs(stamp_time=True) == 1234.5
 
