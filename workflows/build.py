@@ -3,7 +3,8 @@
     python workflows/build.py http://127.0.0.1:8188
 
 The address is that of a running ComfyUI with semiperm in it: it tells which inputs are widgets, and it renders the
-thumbnails by running the workflows. `--no-pictures` writes the graphs only.
+thumbnails by running the workflows; those for checkpoints that are not here get a drawing of their graph.
+`--no-pictures` writes the graphs only. Names that follow choose among the workflows.
 """
 
 import io
@@ -22,7 +23,7 @@ TITLE_BAR = 30
 
 # Stage -> its node classes, or titles of single nodes; the stages stand from left to right, each in a group of its own.
 STAGES = {
-    "Model and prompts": ("SemipermLoadCanvas", "CLIPTextEncode", "EmptyLatentImage"),
+    "Model and prompts": ("SemipermLoadCanvas", "CheckpointLoaderSimple", "CLIPTextEncode", "EmptyLatentImage"),
     "Membranes": (
         "SemipermEraseConcept",
         "SemipermSolveMembranes",
@@ -39,7 +40,16 @@ STAGES = {
         "KSamplerSelect",
         "RandomNoise",
     ),
-    "Sampling": ("KSampler", "CFGGuider", "BasicScheduler", "SamplerCustomAdvanced", "VAEDecode"),
+    "Mask": ("SolidMask", "MaskComposite"),
+    "Sampling": (
+        "KSampler",
+        "CFGGuider",
+        "BasicScheduler",
+        "LatentUpscale",
+        "SamplerCustomAdvanced",
+        "SetLatentNoiseMask",
+        "VAEDecode",
+    ),
     "Detection": ("SemipermAttackSuite", "ImageBatch", "PrimitiveStringMultiline", "SemipermDetectWatermark"),
     "Pictures": (
         "ImageStitch",
@@ -50,7 +60,7 @@ STAGES = {
         "SemipermTokenMergingReport",
     ),
 }
-COLORS = ("#3f789e", "#8a5ea8", "#7a7f3a", "#9b4f6b", "#3a7f7a", "#4f8a5b", "#6b5ea8", "#a1763f")
+COLORS = ("#3f789e", "#8a5ea8", "#7a7f3a", "#9b4f6b", "#3a7f7a", "#857a52", "#4f8a5b", "#6b5ea8", "#a1763f")
 SIZES = {  # of nodes that show a text field or a picture
     "CLIPTextEncode": (340, 120),
     "PrimitiveStringMultiline": (300, 120),
@@ -62,7 +72,7 @@ SIZES = {  # of nodes that show a text field or a picture
     "SemipermMembraneReport": (380, 520),
     "SemipermSaveMembrane": (340, 160),
     "SemipermSaveWithProvenance": (560, 520),
-    "SemipermSolveMembranes": (360, 420),
+    "SemipermSolveMembranes": (360, 520),
     "SemipermTokenMergingReport": (400, 300),
 }
 
@@ -74,7 +84,18 @@ KEYS = (
     "\n\nThe keyring `my_keys.json` is made in `user/__semiperm/keyrings` when there is none. It is the secret: keep a "
     "copy, give it to nobody. The workflow holds its name alone."
 ) + SWITCH.replace(" and concept", "")
+CHECKPOINT = (
+    "\n\nChoose your file in *Load Checkpoint* (`CheckpointLoaderSimple`); any fine-tune of {family} will do. Prompts "
+    "that do not name the concept keep every bit. If other words bring it back, add them behind a bar, or take the "
+    "preset *strict*. Everything else that can be set is in *Solve Membranes* and *Apply Membranes*."
+)
 NOTES = {
+    "erase_sd15": "## Erase a style, Stable Diffusion 1.5\nThe same prompt and seed twice, at 512x512: by the "
+    "checkpoint as it is (left), and without the painter (right). Solving takes seconds, and another strength is not "
+    "solved again." + CHECKPOINT.format(family="SD 1.x"),
+    "erase_sdxl": "## Erase a style, SDXL\nThe same prompt and seed twice, at 1024x1024 (512x512 draws badly here): by "
+    "the checkpoint as it is (left), and without the painter (right). Solving takes seconds to a minute, and another "
+    "strength is not solved again." + CHECKPOINT.format(family="SDXL"),
     "erase_by_text": "## Erase by text\nThe same prompt and seed twice: by the model as it is (left), and by a clone "
     "from which *Erase Concept* took the robot (right). No file and no training: the membrane is computed from the "
     "model's own weights; another strength is not solved again. *Membrane Report* tells what fired; a prompt without a "
@@ -105,6 +126,13 @@ NOTES = {
     "watermark_sign": "## Sign\nThe same prompt and seed twice: by the model as it is (left), and with the signs of "
     "its noise set by your key (middle): another picture of the same quality. *Detect Watermark* finds the mark again "
     "and shows where (right); *Save With Provenance* writes down what was found, beside the workflow." + KEYS,
+    "watermark_hires": "## Sign, with hires fix\nBoth passes have the MODEL of *Watermark Model*: the second one adds "
+    "noise to the enlarged picture, and signs it. The last pass's mark is what *Detect Watermark* finds (middle: the "
+    "first pass; right: where the mark is). If a later pass had the unsigned model, *Watermark Model* would refuse to "
+    "run." + KEYS,
+    "watermark_inpaint": "## Sign an inpainting\nA picture without a mark (left) gets a new right side (middle), whose "
+    "noise is signed. *Detect Watermark* is given the same mask, and counts nothing else (right). For a photo of your "
+    "own put *Load Image* and *VAE Encode* before *Set Latent Noise Mask*." + KEYS,
     "watermark_detect": "## Detect\n*SamplerCustomAdvanced* draws one picture from *Watermark Noise* and one from "
     "*RandomNoise*; *Detect Watermark* tells them apart. p is the chance that a picture without a mark looks so "
     "marked. For pictures of your own put *Load Image* before *Detect Watermark*." + KEYS,
@@ -249,17 +277,57 @@ def render(server: str, api: dict, path: Path) -> None:
     image.resize(size, Image.Resampling.LANCZOS).save(path, quality=90)
 
 
-def main(server: str, pictures: bool) -> None:
+def draw(graph: dict, path: Path) -> None:
+    """A drawing of the graph as the thumbnail, for a workflow that cannot run here."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    boxes = [group["bounding"] for group in graph["groups"]]
+    left, top = (min(box[i] for box in boxes) for i in (0, 1))
+    right, bottom = (max(box[i] + box[i + 2] for box in boxes) for i in (0, 1))
+    scale, margin = 2 * THUMBNAIL_WIDTH / (right - left), 8  # drawn at twice the size
+    image = Image.new("RGB", (2 * THUMBNAIL_WIDTH, round((bottom - top) * scale) + 2 * margin), "#202020")
+    pen, font = ImageDraw.Draw(image), ImageFont.load_default(14)
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        return (x - left) * scale, (y - top) * scale + margin
+
+    for group in graph["groups"]:
+        x, y, w, h = group["bounding"]
+        pen.rectangle((*at(x, y), *at(x + w, y + h)), outline=group["color"], width=3)
+        pen.text(at(x + 12, y + 8), group["title"], fill=group["color"], font=font)
+    nodes = {node["id"]: node for node in graph["nodes"]}
+    for _, source, out, target, into, _ in graph["links"]:
+        a, b = nodes[source], nodes[target]
+        start, end = (
+            (a["pos"][0] + a["size"][0], a["pos"][1] + 20 * out + 14),
+            (b["pos"][0], b["pos"][1] + 20 * into + 14),
+        )
+        pen.line((*at(*start), *at(*end)), fill="#8a8a8a", width=2)
+    for node in nodes.values():
+        (x, y), (w, h) = node["pos"], node["size"]
+        if node["type"] != "MarkdownNote":
+            ours = node["type"].startswith("Semiperm")
+            pen.rectangle((*at(x, y - TITLE_BAR), *at(x + w, y + h)), fill="#4a3a55" if ours else "#353535")
+            pen.text(at(x + 10, y - TITLE_BAR + 4), node["title"], fill="white", font=font)
+    image.resize((THUMBNAIL_WIDTH, image.height // 2), Image.Resampling.LANCZOS).save(path, quality=90)
+
+
+def main(server: str, pictures: bool, names: list[str]) -> None:
     object_info = json.loads(get(f"{server}/object_info"))
     for source in sorted((HERE / "api").glob("*.json")):
+        if names and source.stem not in names:
+            continue
         api = json.loads(source.read_text(encoding="utf-8"))
         graph = build(source.stem, api, object_info)
         (HERE / source.name).write_text(json.dumps(graph, indent=1) + "\n", encoding="utf-8")
-        if pictures:
+        if any(node["class_type"] == "CheckpointLoaderSimple" for node in api.values()):
+            draw(graph, HERE / f"{source.stem}.jpg")
+        elif pictures:
             render(server, api, HERE / f"{source.stem}.jpg")
 
 
 if __name__ == "__main__":
     if len(sys.argv) < 2:
         raise SystemExit(__doc__)
-    main(sys.argv[1].rstrip("/"), "--no-pictures" not in sys.argv)
+    chosen = [name for name in sys.argv[2:] if not name.startswith("--")]
+    main(sys.argv[1].rstrip("/"), "--no-pictures" not in sys.argv, chosen)
