@@ -1,4 +1,5 @@
-"""Write the UI graph and the thumbnail of every workflow from api/<name>.json, the one description of it.
+"""Write the UI graph and the thumbnail of every workflow from api/<name>.json, the one description of it; also the texts
+of all nodes in English (locales/en/nodeDefs.json) and the subgraph blueprints (subgraphs/).
 
     python workflows/build.py http://127.0.0.1:8188
 
@@ -14,6 +15,8 @@ import time
 import urllib.parse
 import urllib.request
 from pathlib import Path
+
+from blueprints import BLUEPRINTS, blueprint
 
 HERE = Path(__file__).resolve().parent
 WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
@@ -312,14 +315,41 @@ def draw(graph: dict, path: Path) -> None:
     image.resize((THUMBNAIL_WIDTH, image.height // 2), Image.Resampling.LANCZOS).save(path, quality=90)
 
 
+def english(object_info: dict) -> dict:
+    """nodeDefs.json of our nodes: what the page shows of them, for translators to begin with."""
+    found = {}
+    for name, info in object_info.items():
+        if not name.startswith("Semiperm"):
+            continue
+        inputs = {
+            key: {"name": spec[1].get("display_name") or key, "tooltip": spec[1]["tooltip"]}
+            for kind in ("required", "optional")
+            for key, spec in info["input"].get(kind, {}).items()
+        }
+        named = zip(info["output_name"], info["output_tooltips"], strict=True)
+        outputs = {str(i): {"name": name, "tooltip": text} for i, (name, text) in enumerate(named)}
+        about = {"display_name": info["display_name"], "description": info["description"]}
+        found[name] = about | {"inputs": inputs, "outputs": outputs}
+    return found
+
+
+def write(path: Path, content: dict) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def main(server: str, pictures: bool, names: list[str]) -> None:
     object_info = json.loads(get(f"{server}/object_info"))
+    write(HERE.parent / "locales" / "en" / "nodeDefs.json", english(object_info))
+    for name, parts in BLUEPRINTS.items():
+        nodes = {key: ui_node(key, node, object_info[node["class_type"]]) for key, node in parts.api.items()}
+        write(HERE.parent / "subgraphs" / f"{name}.json", blueprint(name, parts, nodes))
     for source in sorted((HERE / "api").glob("*.json")):
         if names and source.stem not in names:
             continue
         api = json.loads(source.read_text(encoding="utf-8"))
         graph = build(source.stem, api, object_info)
-        (HERE / source.name).write_text(json.dumps(graph, indent=1) + "\n", encoding="utf-8")
+        write(HERE / source.name, graph)
         if any(node["class_type"] == "CheckpointLoaderSimple" for node in api.values()):
             draw(graph, HERE / f"{source.stem}.jpg")
         elif pictures:

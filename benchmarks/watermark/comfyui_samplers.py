@@ -3,6 +3,7 @@
 ARGUMENTS: a file of finished units, or "" for none; "quick" or "full". Prints the rows of `samplers.rows` as JSON.
 """
 
+import itertools
 import json
 
 import comfy.sample
@@ -17,6 +18,7 @@ from semiperm.nodes.canvas.model import load_canvas
 from semiperm.nodes.watermark.inversion import ComfyInverter
 from semiperm.nodes.watermark.noise import DETERMINISTIC
 
+FIRST = [(8, 4.0), (25, 4.0), (8, 7.5), (25, 7.5), (8, 1.0), (25, 1.0)]
 resume, size = ARGUMENTS  # noqa: F821
 quick = size == "quick"
 model, clip, vae = load_canvas()
@@ -30,9 +32,10 @@ def conditioning(prompts):
 
 def plan():
     names = ["euler", "euler_ancestral"] if quick else list(comfy.samplers.SAMPLER_NAMES)
-    wide = [(steps, cfg) for steps in STEPS for cfg in GUIDANCES]
-    quiet = DETERMINISTIC | {"ddim", "uni_pc", "uni_pc_bh2"}
-    settings = [(n, {}, *one) for n in names for one in (wide if n in quiet and not quick else [USUAL])]
+    quiet = [name for name in names if name in DETERMINISTIC | {"ddim", "uni_pc", "uni_pc_bh2"}]
+    wide = [USUAL] if quick else sorted(itertools.product(STEPS, GUIDANCES), key=FIRST.index)
+    settings = [(name, {}, *one) for one in wide for name in quiet]  # of every sampler something first
+    settings += [(name, {}, *USUAL) for name in names if name not in quiet]
     return units_of("comfyui", settings, quick)
 
 

@@ -205,7 +205,11 @@ class SemipermDetectWatermark(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="The model that drew the pictures, or the nearest that you have."),
                 io.Vae.Input("vae", tooltip="The model's VAE, which encodes the pictures."),
-                io.Image.Input("images", tooltip="Pictures to look at, at the size they were drawn."),
+                io.Image.Input(
+                    "images",
+                    tooltip="Pictures to look at. Resized ones are found, too, where they were drawn at the model's own"
+                    " size.",
+                ),
                 KeyringIO.Input("keyring", tooltip="From Keyring; all of its keys are tried."),
                 io.Boolean.Input(
                     "search",
@@ -219,8 +223,8 @@ class SemipermDetectWatermark(io.ComfyNode):
                     min=0,
                     max=16384,
                     step=8,
-                    tooltip="Width that was drawn, in pixels, where the picture was resized or cropped since. 0: as it"
-                    " is.",
+                    tooltip="Width that was drawn, in pixels, where the picture was resized or cropped since. 0: its own"
+                    " and the model's are tried.",
                 ),
                 io.Int.Input("height", default=0, min=0, max=16384, step=8, tooltip="Height that was drawn; as width."),
                 io.Clip.Input(

@@ -143,6 +143,51 @@ def test_new_files_show_without_a_restart(nodes, files):
     assert "semiperm/new.safetensors" not in cls.define_schema().inputs[0].options["options"]
 
 
+# ---- other languages ------------------------------------------------------------------------------------------------
+
+
+def texts(schema) -> dict:
+    """What the page shows of a node, as a language's nodeDefs.json has it."""
+    return {
+        "display_name": schema.display_name,
+        "description": schema.description,
+        "inputs": {s.id: {"name": s.display_name or s.id, "tooltip": s.tooltip} for s in schema.inputs},
+        "outputs": {
+            str(i): {"name": s.display_name, "tooltip": s.tooltip} for i, s in enumerate(schema.outputs)
+        },
+    }  # fmt: skip
+
+
+def locale(language: str, name: str = "nodeDefs") -> dict:
+    return json.loads((ROOT / "locales" / language / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def test_english_is_complete_and_what_the_nodes_say(nodes):
+    """Written by workflows/build.py."""
+    assert locale("en") == {node_id: texts(schema) for node_id, (_, schema) in nodes.items()}
+    parts = {part for category in CATEGORIES for part in category.split("/")}
+    assert set(locale("en", "main")["nodeCategories"]) == parts
+
+
+@pytest.mark.parametrize("language", sorted(path.name for path in (ROOT / "locales").iterdir() if path.name != "en"))
+def test_another_language_has_every_text(language):
+    def keys(value, path=()):
+        if isinstance(value, dict):
+            return {key for name, item in value.items() for key in keys(item, (*path, name))}
+        assert isinstance(value, str) and value.strip(), path
+        return {path}
+
+    for name in ("nodeDefs", "main"):
+        assert keys(locale(language, name)) == keys(locale("en", name))
+    same = [key for key in locale("en") if locale(language)[key]["description"] == locale("en")[key]["description"]]
+    assert same == []
+    for node_id, node in locale("en").items():  # choices and file names stay as the node has them
+        for name, text in node["inputs"].items():
+            words = set(re.findall(r"\b[a-z]+_[a-z_]+\b|\b[a-z]+/[a-z/_]+", text["tooltip"]))
+            missing = [word for word in words if word not in locale(language)[node_id]["inputs"][name]["tooltip"]]
+            assert missing == [], (node_id, name)
+
+
 # ---- help pages and the browser part --------------------------------------------------------------------------------
 
 

@@ -1,10 +1,14 @@
 """Membranes on a running ComfyUI, queued more than once: what a run leaves behind must not change the next."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+from safetensors import safe_open
 from safetensors.numpy import load, save_file
 
 pytestmark = pytest.mark.comfy
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def graph(concept: str = "robot", strength: float = 1.0, lora: float | None = None, preset: str = "selective") -> dict:
@@ -40,14 +44,13 @@ def latents(comfy, entry: dict) -> np.ndarray:
 @pytest.fixture(scope="module")
 def lora(comfy):
     """A LoRA on every text projection of the canvas, strong enough to make another model of it."""
-    from semiperm.canvas.embedded import load_pipeline
-
     rng, tensors = np.random.default_rng(0), {}
-    for name, module in load_pipeline().unet.named_modules():
-        if name.endswith(("attn2.to_k", "attn2.to_v")):
-            key = f"lora_unet_{name.replace('.', '_')}"
-            tensors[f"{key}.lora_down.weight"] = rng.normal(size=(8, module.in_features)).astype(np.float32)
-            tensors[f"{key}.lora_up.weight"] = rng.normal(size=(module.out_features, 8)).astype(np.float32)
+    with safe_open(ROOT / "canvas" / "weights" / "unet.safetensors", "numpy") as weights:
+        for name in weights.keys():  # noqa: SIM118  no mapping
+            if name.endswith(("attn2.to_k.weight", "attn2.to_v.weight")):
+                (out, size), key = weights.get_slice(name).get_shape(), name.removesuffix(".weight").replace(".", "_")
+                tensors[f"lora_unet_{key}.lora_down.weight"] = rng.normal(size=(8, size)).astype(np.float32)
+                tensors[f"lora_unet_{key}.lora_up.weight"] = rng.normal(size=(out, 8)).astype(np.float32)
     folder = comfy.base / "models" / "loras"
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "test_lora.safetensors")
