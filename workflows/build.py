@@ -1,5 +1,5 @@
-"""Write the UI graph and the thumbnail of every workflow from api/<name>.json, the one description of it; also the texts
-of all nodes in English (locales/en/nodeDefs.json) and the subgraph blueprints (subgraphs/).
+"""Write the UI graph and the thumbnail of every workflow from api/<name>.json, the one description of it; also the
+texts of all nodes in English (locales/en/nodeDefs.json) and the subgraph blueprints (subgraphs/).
 
     python workflows/build.py http://127.0.0.1:8188
 

@@ -18,12 +18,16 @@ FOLDER = ROOT / "workflows"
 NAMES = (
     "erase_by_file",
     "erase_by_text",
+    "erase_sd15",
+    "erase_sdxl",
     "negative_token_merging_diversity",
     "negative_token_merging_reference",
     "save_and_reload",
     "stack_and_compare",
     "watermark_attack_and_detect",
     "watermark_detect",
+    "watermark_hires",
+    "watermark_inpaint",
     "watermark_sign",
 )
 NOTES = ("MarkdownNote", "Note")
