@@ -9,15 +9,21 @@ import json
 import comfy.sample
 import comfy.samplers
 import torch
+from comfyui_version import __version__ as comfyui
 from einops import rearrange
 from semiperm.benchmarks.store import Store
+from semiperm.benchmarks.timing import machine, versions
 from semiperm.benchmarks.watermark.canvas import asked, in_bytes, noise_of
 from semiperm.benchmarks.watermark.marks import OURS
 from semiperm.benchmarks.watermark.samplers import GUIDANCES, STEPS, USUAL, looked, rows, units_of
 from semiperm.nodes.canvas.model import load_canvas
 from semiperm.nodes.watermark.inversion import ComfyInverter
-from semiperm.nodes.watermark.noise import DETERMINISTIC
 
+DETERMINISTIC = {  # tests/nodes/check_watermark.py tries whether their pictures depend on their own noise's seed
+    *("euler", "euler_cfg_pp", "heun", "heunpp2", "dpm_2", "lms", "dpm_fast", "dpm_adaptive", "dpmpp_2m"),
+    *("dpmpp_2m_cfg_pp", "ipndm", "ipndm_v", "deis", "res_multistep", "res_multistep_cfg_pp", "ddim", "uni_pc"),
+    *("uni_pc_bh2", "gradient_estimation", "gradient_estimation_cfg_pp"),
+}
 FIRST = [(8, 4.0), (25, 4.0), (8, 7.5), (25, 7.5), (8, 1.0), (25, 1.0)]
 resume, size = ARGUMENTS  # noqa: F821
 quick = size == "quick"
@@ -32,7 +38,7 @@ def conditioning(prompts):
 
 def plan():
     names = ["euler", "euler_ancestral"] if quick else list(comfy.samplers.SAMPLER_NAMES)
-    quiet = [name for name in names if name in DETERMINISTIC | {"ddim", "uni_pc", "uni_pc_bh2"}]
+    quiet = [name for name in names if name in DETERMINISTIC]
     wide = [USUAL] if quick else sorted(itertools.product(STEPS, GUIDANCES), key=FIRST.index)
     settings = [(name, {}, *one) for one in wide for name in quiet]  # of every sampler something first
     settings += [(name, {}, *USUAL) for name in names if name not in quiet]
@@ -56,4 +62,6 @@ keys = [json.dumps(one, sort_keys=True) for one in units]
 for key, one in zip(keys, units, strict=True):
     if store.get(key) is None:
         store.put(key, compute(one))
-print(json.dumps(rows(units, [store.get(key) for key in keys])))
+about = {"machine": machine(torch.device("cpu"), torch.float32)}
+about["versions"] = versions("torch", "numpy", "scipy", "cryptography") | {"comfyui": comfyui}
+print(json.dumps([row | about for row in rows(units, [store.get(key) for key in keys])]))

@@ -26,7 +26,6 @@ DETERMINISTIC = (
     ("DEISMultistepScheduler", {}),
     ("DPMSolverMultistepScheduler", {}),
     ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
-    ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver"}),
     ("DPMSolverSinglestepScheduler", {}),
     ("EulerDiscreteScheduler", {}),
     ("EulerDiscreteScheduler", {"use_karras_sigmas": True}),
@@ -110,3 +109,29 @@ def rows(units: Sequence[dict], results: Sequence[dict]) -> list[dict]:
         | {"log10_p": round(statistics.median(values), 1), "worst": round(max(values), 1)}
         for setting, values in settings.items()
     ]
+
+
+FUNCTIONS = {"ddim": "euler", "uni_pc": "unipc", "uni_pc_bh2": "unipc_bh2"}  # ComfyUI's names -> what they call
+
+
+def decided(rows: Sequence[dict]) -> tuple[dict[str, dict[str, int]], float]:
+    """What `methods/watermark/samplers.py` has to say after these rows: its FEWEST and its MOST_ETA."""
+    from ...methods.watermark.samplers import SOME_LOST
+
+    fewest: dict[str, dict[str, int]] = {}
+    for face in dict.fromkeys(row["face"] for row in rows):
+        some = [row for row in rows if row["face"] == face and "eta" not in row["options"]]
+        for name in dict.fromkeys(FUNCTIONS.get(row["sampler"], row["sampler"]) for row in some):
+            own = [row for row in some if FUNCTIONS.get(row["sampler"], row["sampler"]) == name]
+            lost = {steps for row in own if row["found"] < row["n"] for steps in [row["steps"]]}
+            usual = [row for row in own if (row["steps"], row["guidance"]) == USUAL]
+            if len({row["steps"] for row in own}) < len(STEPS) or any(2 * r["found"] <= r["n"] for r in usual):
+                continue  # refused: it adds noise, or loses half of the pictures
+            fewest.setdefault(face, {})[name] = SOME_LOST if max(STEPS) in lost else max(STEPS if lost else STEPS[:1])
+    etas = {row["options"]["eta"]: row["found"] == row["n"] for row in rows if "eta" in row["options"]}
+    kept = 0.0
+    for eta in sorted(etas):  # up to the first that lost one
+        if not etas[eta]:
+            break
+        kept = eta
+    return fewest, kept

@@ -223,8 +223,8 @@ class SemipermDetectWatermark(io.ComfyNode):
                     min=0,
                     max=16384,
                     step=8,
-                    tooltip="Width that was drawn, in pixels, where the picture was resized or cropped since. 0: its own"
-                    " and the model's are tried.",
+                    tooltip="Width that was drawn, in pixels, where the picture was resized or cropped since. 0: its"
+                    " own and the model's are tried.",
                 ),
                 io.Int.Input("height", default=0, min=0, max=16384, step=8, tooltip="Height that was drawn; as width."),
                 io.Clip.Input(
