@@ -33,8 +33,8 @@ def samplers(rows: list[dict]) -> str:
         ),
         "Signed pictures of the canvas, by sampler, steps and guidance: how many were found at p < 1e-6 of those that"
         " were drawn, and the median picture's log10 p in brackets. What adds noise of its own was drawn in 25 steps at"
-        " guidance 4 alone. [methods/watermark/samplers.py](../methods/watermark/samplers.py) accepts, warns and refuses"
-        " by this table, in both faces.",
+        " guidance 4 alone. [methods/watermark/samplers.py](../methods/watermark/samplers.py) accepts, warns and"
+        " refuses by this table, in both faces.",
         *parts,
         f"Limits: {count} pictures a setting or a little more, latents of {shape}, which are the smallest that can be"
         " signed: larger ones lose less. ComfyUI's schedule is `normal`, diffusers' are the schedulers' own defaults."

@@ -115,6 +115,34 @@ def test_thumbnail(name):
     assert np.asarray(image).std() > 10
 
 
+def blueprints() -> list[Path]:
+    return sorted((FOLDER.parent / "subgraphs").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", blueprints(), ids=lambda path: path.stem)
+def test_a_blueprint_is_one_node_whose_links_agree(path):
+    graph = json.loads(path.read_text(encoding="utf-8"))
+    (instance,), (subgraph,) = graph["nodes"], graph["definitions"]["subgraphs"]
+    assert instance["type"] == subgraph["id"] and instance["title"] == subgraph["name"] == path.stem
+    nodes = {node["id"]: node for node in subgraph["nodes"]}
+    links = {link["id"]: link for link in subgraph["links"]}
+    for ends, outer in ((subgraph["inputs"], instance["inputs"]), (subgraph["outputs"], instance["outputs"])):
+        assert [(end["name"], end["type"]) for end in ends] == [(slot["name"], slot["type"]) for slot in outer]
+    for number, link in links.items():
+        source, target = link["origin_id"], link["target_id"]
+        if source == -10:
+            assert number in subgraph["inputs"][link["origin_slot"]]["linkIds"]
+        else:
+            assert number in nodes[source]["outputs"][link["origin_slot"]]["links"]
+        if target == -20:
+            assert number in subgraph["outputs"][link["target_slot"]]["linkIds"]
+        else:
+            assert nodes[target]["inputs"][link["target_slot"]]["link"] == number
+    for node, widget in instance["properties"]["proxyWidgets"]:
+        assert any(slot.get("widget", {}).get("name") == widget for slot in nodes[int(node)]["inputs"])
+    assert len(blueprints()) >= 2
+
+
 # ---- on the real ComfyUI --------------------------------------------------------------------------------------------
 
 
@@ -266,6 +294,23 @@ def test_strength_0_and_a_removed_node_give_the_untouched_latents(comfy):
     assert np.abs(latents(comfy, latent_graph(0.0)) - untouched).max() == 0.0
     assert np.abs(latents(comfy, latent_graph(1.0)) - untouched).max() > 0.1
     assert (latents(comfy, latent_graph(None)) == untouched).all()  # sampled anew: ComfyUI keeps the last graph only
+
+
+@pytest.mark.comfy
+@pytest.mark.parametrize("name", ["erase_sd15", "erase_sdxl"])
+def test_a_workflow_for_a_checkpoint_lacks_nothing_but_the_file(comfy, name):
+    prompt = renamed(api(name))
+    loader = only(prompt, "CheckpointLoaderSimple")["inputs"]
+    entry = comfy.queue(prompt)
+    assert entry["errors"][1:] and all(error.startswith("CheckpointLoaderSimple") for error in entry["errors"][1:])
+    file = comfy.base / "models" / "checkpoints" / loader["ckpt_name"]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(struct.pack("<Q", 2) + b"{}")  # a file of safetensors without a tensor
+    try:
+        (error,) = comfy.queue(prompt)["errors"]
+    finally:
+        file.unlink()
+    assert error.startswith("CheckpointLoaderSimple")  # it was run, so that all other inputs were valid
 
 
 class Bomb:

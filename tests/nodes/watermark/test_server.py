@@ -266,3 +266,52 @@ def test_a_detection_runs_again_when_the_keyring_changes(comfy):
     path.touch()
     entry = comfy.queue(prompt)
     assert entry["errors"] == [] and detector not in comfy.cached(entry)
+
+
+# ---- later passes ---------------------------------------------------------------------------------------------------
+
+
+def key_titled(prompt: dict, title: str) -> str:
+    (key,) = [key for key, node in prompt.items() if node["_meta"]["title"].startswith(title)]
+    return key
+
+
+@pytest.mark.parametrize("name", ["watermark_hires", "watermark_inpaint"])
+def test_the_last_pass_signs_and_is_found(comfy, name):
+    prompt = graph(name)
+    (row,) = table(run(comfy, prompt), prompt)
+    assert row[1] == "valid" and float(row[2]) < 1e-6
+
+
+def test_a_second_pass_that_does_not_sign_is_refused_also_after_a_good_run(comfy):
+    """The graph changes behind Watermark Model, whose own inputs stay: it is asked again all the same."""
+    prompt = graph("watermark_hires")
+    signing, second = key_of(prompt, "SemipermWatermarkModel"), key_titled(prompt, "Second pass")
+    for node in prompt.values():
+        if node["class_type"] == "KSampler":
+            node["inputs"]["steps"] = 2
+    run(comfy, prompt)
+    prompt[second]["inputs"]["model"] = [key_of(prompt, "SemipermLoadCanvas"), 0]
+    (error,) = comfy.queue(prompt)["errors"]
+    assert error.startswith("SemipermWatermarkModel: Second pass") and "later_passes" in error
+    prompt[signing]["inputs"]["later_passes"] = "allow"
+    run(comfy, prompt)
+
+
+def test_noise_for_a_sampler_that_nobody_checked_is_refused(comfy):
+    prompt = graph("watermark_detect")
+    inputs(prompt, "SemipermWatermarkNoise").pop("sampler")
+    entry = comfy.queue(prompt)
+    assert entry["status"]["status_str"] == "invalid" and "sampler" in entry["errors"][1]
+    prompt = graph("watermark_detect")
+    prompt["other"] = {"class_type": "KSamplerSelect", "inputs": {"sampler_name": "euler_ancestral"}}
+    for node in prompt.values():
+        if node["class_type"] == "SamplerCustomAdvanced":
+            node["inputs"]["sampler"] = ["other", 0]
+    (error,) = comfy.queue(prompt)["errors"]
+    assert "another sampler than the one that is wired into Watermark Noise" in error
+    inputs(prompt, "SemipermWatermarkNoise")["sampler"] = ["other", 0]
+    entry = comfy.queue(prompt)
+    assert "euler_ancestral is not known to keep the mark" in entry["errors"][0]
+    kinds = [data["exception_type"] for kind, data in entry["status"]["messages"] if kind == "execution_error"]
+    assert kinds == ["semiperm.WatermarkError"]
