@@ -72,7 +72,7 @@ SIZES = {  # of nodes that show a text field or a picture
     "SemipermDetectWatermark": (560, 760),
     "SemipermEraseConcept": (340, 300),
     "SemipermKeyring": (420, 230),
-    "SemipermMembraneReport": (380, 520),
+    "SemipermMembraneReport": (440, 520),
     "SemipermSaveMembrane": (340, 160),
     "SemipermSaveWithProvenance": (560, 520),
     "SemipermSolveMembranes": (360, 520),
