@@ -58,7 +58,8 @@ def run(
     if comfyui is not None:
         with common.console().status("ComfyUI's samplers"):
             script, size = Path("watermark", "comfyui_samplers.py"), "quick" if quick else "full"
-            rows += in_comfyui(comfyui, comfyui_python, script, resume and f"{resume.resolve()}.comfyui" or "", size)
+            finished = f"{resume.resolve()}.comfyui" if resume else ""
+            rows = [*rows, *in_comfyui(comfyui, comfyui_python, script, finished, size)]
     if json_path is not None:
         common.write_json(json_path, rows)
     console = common.console()

@@ -55,7 +55,7 @@ FEWEST: dict[str, dict[str, int]] = {
         "UniPCMultistepScheduler": 8,
     },
 }
-MOST_ETA = 0.0  # of DDIM: the largest that lost no picture at 25 steps
+MOST_ETA = 0.3  # of DDIM: the largest that lost no picture at 25 steps
 _CALLED = {"ddim": "euler", "uni_pc": "unipc"}  # ComfyUI's names of samplers -> of the functions that they call
 _RECOMMENDED = {  # in the order in which an error names them: the usual ones first
     "comfyui": ("euler", "ddim", "heun", "dpmpp_2m", "uni_pc", "deis"),
