@@ -3,7 +3,6 @@
 ARGUMENTS: a file of finished units, or "" for none; "quick" or "full". Prints the rows of `samplers.rows` as JSON.
 """
 
-import itertools
 import json
 
 import comfy.sample
@@ -15,7 +14,7 @@ from semiperm.benchmarks.store import Store
 from semiperm.benchmarks.timing import machine, versions
 from semiperm.benchmarks.watermark.canvas import asked, in_bytes, noise_of
 from semiperm.benchmarks.watermark.marks import OURS
-from semiperm.benchmarks.watermark.samplers import GUIDANCES, STEPS, USUAL, looked, rows, units_of
+from semiperm.benchmarks.watermark.samplers import SETTINGS, USUAL, looked, rows, units_of
 from semiperm.nodes.canvas.model import load_canvas
 from semiperm.nodes.watermark.inversion import ComfyInverter
 
@@ -24,7 +23,6 @@ DETERMINISTIC = {  # tests/nodes/check_watermark.py tries whether their pictures
     *("dpmpp_2m_cfg_pp", "ipndm", "ipndm_v", "deis", "res_multistep", "res_multistep_cfg_pp", "ddim", "uni_pc"),
     *("uni_pc_bh2", "gradient_estimation", "gradient_estimation_cfg_pp"),
 }
-FIRST = [(8, 4.0), (25, 4.0), (8, 7.5), (25, 7.5), (8, 1.0), (25, 1.0)]
 resume, size = ARGUMENTS  # noqa: F821
 quick = size == "quick"
 model, clip, vae = load_canvas()
@@ -39,8 +37,7 @@ def conditioning(prompts):
 def plan():
     names = ["euler", "euler_ancestral"] if quick else list(comfy.samplers.SAMPLER_NAMES)
     quiet = [name for name in names if name in DETERMINISTIC]
-    wide = [USUAL] if quick else sorted(itertools.product(STEPS, GUIDANCES), key=FIRST.index)
-    settings = [(name, {}, *one) for one in wide for name in quiet]  # of every sampler something first
+    settings = [(name, {}, *one) for one in ([USUAL] if quick else SETTINGS) for name in quiet]
     settings += [(name, {}, *USUAL) for name in names if name not in quiet]
     return units_of("comfyui", settings, quick)
 
