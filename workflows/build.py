@@ -93,53 +93,55 @@ CHECKPOINT = (
     "preset *strict*. Everything else that can be set is in *Solve Membranes* and *Apply Membranes*."
 )
 NOTES = {
-    "erase_sd15": "## Erase a style, Stable Diffusion 1.5\nThe same prompt and seed twice, at 512x512: by the "
-    "checkpoint as it is (left), and without the painter (right). Solving takes seconds, and another strength is not "
-    "solved again." + CHECKPOINT.format(family="SD 1.x"),
-    "erase_sdxl": "## Erase a style, SDXL\nThe same prompt and seed twice, at 1024x1024 (512x512 draws badly here): by "
-    "the checkpoint as it is (left), and without the painter (right). Solving takes seconds to a minute, and another "
-    "strength is not solved again." + CHECKPOINT.format(family="SDXL"),
-    "erase_by_text": "## Erase by text\nThe same prompt and seed twice: by the model as it is (left), and by a clone "
+    "Erase a style, SD 1.5": "## Erase a style, Stable Diffusion 1.5\nThe same "
+    "prompt and seed twice, at 512x512: by the checkpoint as it is (left), and "
+    "without the painter (right). Solving takes seconds, and another strength "
+    "is not solved again." + CHECKPOINT.format(family="SD 1.x"),
+    "Erase a style, SDXL": "## Erase a style, SDXL\nThe same prompt and seed "
+    "twice, at 1024x1024 (512x512 draws badly here): by the checkpoint as it is "
+    "(left), and without the painter (right). Solving takes seconds to a minute, "
+    "and another strength is not solved again." + CHECKPOINT.format(family="SDXL"),
+    "Erase by text": "## Erase by text\nThe same prompt and seed twice: by the model as it is (left), and by a clone "
     "from which *Erase Concept* took the robot (right). No file and no training: the membrane is computed from the "
     "model's own weights; another strength is not solved again. *Membrane Report* tells what fired; a prompt without a "
     "robot gives the untouched picture." + SWITCH,
-    "erase_by_file": "## Erase by file\n*Load Membrane* reads `models/semiperm` and `models/loras`; the two canvas "
+    "Erase by file": "## Erase by file\n*Load Membrane* reads `models/semiperm` and `models/loras`; the two canvas "
     "files of this workflow ship with semiperm. The right picture has the same prompt and seed as the left one, with "
     "the membrane applied." + SWITCH + " A membrane belongs to one base model: make yours with *Erase Concept* and "
     "*Save Membrane*.",
-    "stack_and_compare": "## Stack and compare\nColumns: before, the robot membrane alone, robot and sketch stacked. "
+    "Stack and compare": "## Stack and compare\nColumns: before, the robot membrane alone, robot and sketch stacked. "
     "The upper prompt asks for both concepts; the lower one for neither, and its three pictures are equal to the bit. "
     "Further files stack by the input *membranes* of *Load Membrane*." + SWITCH + " The files must be of that model.",
-    "save_and_reload": "## Save and reload\n*Solve Membranes* computes membranes with everything that can be set; "
+    "Save and reload": "## Save and reload\n*Solve Membranes* computes membranes with everything that can be set; "
     "*Apply Membranes* says how they act, and changes without solving again. *Save Membrane* writes them to "
     "`models/semiperm`, and the file, loaded again, gives the same picture to the bit. From then on you "
     "need this node no more: in any workflow press **R** (refresh the node definitions) and choose the file, whose "
     "name *Save Membrane* shows, in *Load Membrane*." + SWITCH,
-    "negative_token_merging_reference": "## Away from a picture\nLeft the reference, a mascot. Middle: a prompt that "
+    "Away from a picture": "## Away from a picture\nLeft the reference, a mascot. Middle: a prompt that "
     "means the mascot without naming it. Right: the same prompt and seed, pushed away from the reference by *Negative "
     "Token Merging*: another object, in the style and before the background that were asked for. The words at "
     "*reference* say what the reference shows. *Load Image* may take the place of the sampled reference."
     + SWITCH
     + " Begin with *Negative Token Merging*, whose settings are the paper's.",
-    "negative_token_merging_diversity": "## A batch apart\nFour pictures of one prompt: above by the model as it is, "
+    "A batch apart": "## A batch apart\nFour pictures of one prompt: above by the model as it is, "
     "below with the same seeds and *Negative Token Merging* without an image: each picture is pushed away from what it "
     "has in common with the others. No extra picture is denoised for it."
     + SWITCH
     + " Begin with *Negative Token Merging*, whose settings are the paper's.",
-    "watermark_sign": "## Sign\nThe same prompt and seed twice: by the model as it is (left), and with the signs of "
+    "Sign": "## Sign\nThe same prompt and seed twice: by the model as it is (left), and with the signs of "
     "its noise set by your key (middle): another picture of the same quality. *Detect Watermark* finds the mark again "
     "and shows where (right); *Save With Provenance* writes down what was found, beside the workflow." + KEYS,
-    "watermark_hires": "## Sign, with hires fix\nBoth passes have the MODEL of *Watermark Model*: the second one adds "
-    "noise to the enlarged picture, and signs it. The last pass's mark is what *Detect Watermark* finds (middle: the "
-    "first pass; right: where the mark is). If a later pass had the unsigned model, *Watermark Model* would refuse to "
-    "run." + KEYS,
-    "watermark_inpaint": "## Sign an inpainting\nA picture without a mark (left) gets a new right side (middle), whose "
-    "noise is signed. *Detect Watermark* is given the same mask, and counts nothing else (right). For a photo of your "
-    "own put *Load Image* and *VAE Encode* before *Set Latent Noise Mask*." + KEYS,
-    "watermark_detect": "## Detect\n*SamplerCustomAdvanced* draws one picture from *Watermark Noise* and one from "
+    "Sign with hires fix": "## Sign, with hires fix\nBoth passes have the MODEL of *Watermark Model*: the "
+    "second one adds noise to the enlarged picture, and signs it. The last pass's mark is what *Detect "
+    "Watermark* finds (middle: the first pass; right: where the mark is). If a later pass had the unsigned "
+    "model, *Watermark Model* would refuse to run." + KEYS,
+    "Sign an inpainting": "## Sign an inpainting\nA picture without a mark (left) gets a new right side "
+    "(middle), whose noise is signed. *Detect Watermark* is given the same mask, and counts nothing else "
+    "(right). For a photo of your own put *Load Image* and *VAE Encode* before *Set Latent Noise Mask*." + KEYS,
+    "Detect": "## Detect\n*SamplerCustomAdvanced* draws one picture from *Watermark Noise* and one from "
     "*RandomNoise*; *Detect Watermark* tells them apart. p is the chance that a picture without a mark looks so "
     "marked. For pictures of your own put *Load Image* before *Detect Watermark*." + KEYS,
-    "watermark_attack_and_detect": "## Attack and detect\n*Attack Suite* does to a signed picture what happens to "
+    "Attack and detect": "## Attack and detect\n*Attack Suite* does to a signed picture what happens to "
     "pictures on their way, one attack a line; *Detect Watermark* tells what of the mark is left, and where: green "
     "agrees with the mark, red does not. Turned pictures need *search*, which takes longer." + KEYS,
 }

@@ -1,8 +1,9 @@
 """Which samplers keep the noise that carries the mark, decided by measurement and not by their names.
 
 A sampler without noise of its own draws one picture from one noise; that does not mean that the way back finds it. Each
-one drew signed pictures of the canvas in 8 and in 25 steps, at guidance 4, in 8 also at 7.5, and detection looked at them
-as by default (`semiperm bench watermark --part samplers`, benchmarks/results/watermark_samplers.json; a test compares):
+one drew signed pictures of the canvas in 8 and in 25 steps at guidance 4, in 8 also at 7.5, and detection looked at
+them as by default (`semiperm bench watermark --part samplers`, benchmarks/results/watermark_samplers.json; a test
+compares):
 
     accepted     every picture was found from that number of steps on
     warned of    fewer steps than that, or some pictures lost at 25

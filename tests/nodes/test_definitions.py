@@ -219,7 +219,7 @@ def _workflows() -> list[Path]:
 
 def test_workflows_are_there():
     names = {path.stem for path in _workflows()}
-    assert {"erase_by_text", "erase_by_file", "stack_and_compare", "save_and_reload"} <= names
+    assert {"Erase by text", "Erase by file", "Stack and compare", "Save and reload"} <= names
 
 
 @pytest.mark.parametrize("path", _workflows(), ids=lambda path: path.stem)
