@@ -115,24 +115,33 @@ def rows(units: Sequence[dict], results: Sequence[dict]) -> list[dict]:
 FUNCTIONS = {"ddim": "euler", "uni_pc": "unipc", "uni_pc_bh2": "unipc_bh2"}  # ComfyUI's names -> what they call
 
 
-def decided(rows: Sequence[dict]) -> tuple[dict[str, dict[str, int]], float]:
-    """What `methods/watermark/samplers.py` has to say after these rows: its FEWEST and its MOST_ETA."""
+def decided(rows: Sequence[dict]) -> tuple[dict[str, dict[str, int]], dict[str, set[str]], float]:
+    """What `methods/watermark/samplers.py` has to say after these rows: its FEWEST, LOSES_HALF and MOST_ETA."""
     from ...methods.watermark.samplers import SOME_LOST
 
     fewest: dict[str, dict[str, int]] = {}
+    half: dict[str, set[str]] = {}
+    few, many = STEPS
     for face in dict.fromkeys(row["face"] for row in rows):
-        some = [row for row in rows if row["face"] == face and "eta" not in row["options"]]
+        some = [row for row in rows if row["face"] == face and not adds_noise(row["options"])]
+        fewest[face], half[face] = {}, set()
         for name in dict.fromkeys(FUNCTIONS.get(row["sampler"], row["sampler"]) for row in some):
             own = [row for row in some if FUNCTIONS.get(row["sampler"], row["sampler"]) == name]
-            lost = {steps for row in own if row["found"] < row["n"] for steps in [row["steps"]]}
-            usual = [row for row in own if (row["steps"], row["guidance"]) == USUAL]
-            if len({row["steps"] for row in own}) < len(STEPS) or any(2 * r["found"] <= r["n"] for r in usual):
+            lost = {row["steps"] for row in own if row["found"] < row["n"]}
+            worst = {row["steps"] for row in own if 2 * row["found"] <= row["n"]}
+            if {row["steps"] for row in own} != set(STEPS) or many in worst:
                 continue  # refused: it adds noise, or loses half of the pictures
-            fewest.setdefault(face, {})[name] = SOME_LOST if max(STEPS) in lost else max(STEPS if lost else STEPS[:1])
+            fewest[face][name] = SOME_LOST if many in lost else many if lost else few
+            half[face] |= {name} if few in worst else set()
     etas = {row["options"]["eta"]: row["found"] == row["n"] for row in rows if "eta" in row["options"]}
     kept = 0.0
     for eta in sorted(etas):  # up to the first that lost one
         if not etas[eta]:
             break
         kept = eta
-    return fewest, kept
+    return fewest, half, kept
+
+
+def adds_noise(options: dict) -> bool:
+    """Whether a sampler adds noise with these options."""
+    return "eta" in options or str(options.get("algorithm_type", "")).startswith("sde")

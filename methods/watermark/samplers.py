@@ -7,14 +7,14 @@ compares):
 
     accepted     every picture was found from that number of steps on
     warned of    fewer steps than that, or some pictures lost at 25
-    refused      half of the pictures or more lost at 25 steps; or it was never measured
+    refused      half of the pictures or more lost in this number of steps; or it was never measured
 
 The canvas's latents have 1,024 signs; larger ones lose less.
 """
 
 from __future__ import annotations
 
-__all__ = ["FEWEST", "MOST_ETA", "recommended", "refusal", "warning"]
+__all__ = ["FEWEST", "LOSES_HALF", "MOST_ETA", "recommended", "refusal", "warning"]
 
 SOME_LOST = 0  # in place of a number of steps: some pictures were lost at 25, too
 
@@ -23,7 +23,7 @@ SOME_LOST = 0  # in place of a number of steps: some pictures were lost at 25, t
 FEWEST: dict[str, dict[str, int]] = {
     "comfyui": {
         "euler": 8,
-        "euler_cfg_pp": 8,
+        "euler_cfg_pp": 25,
         "heun": 8,
         "heunpp2": 8,
         "dpm_2": 8,
@@ -31,12 +31,12 @@ FEWEST: dict[str, dict[str, int]] = {
         "dpm_fast": 25,
         "dpm_adaptive": 8,
         "dpmpp_2m": 25,
-        "dpmpp_2m_cfg_pp": 8,
+        "dpmpp_2m_cfg_pp": 25,
         "ipndm": 25,
         "ipndm_v": 25,
         "deis": 25,
         "res_multistep": 25,
-        "res_multistep_cfg_pp": 8,
+        "res_multistep_cfg_pp": 25,
         "gradient_estimation": 8,
         "gradient_estimation_cfg_pp": 8,
         "unipc": 8,
@@ -49,13 +49,18 @@ FEWEST: dict[str, dict[str, int]] = {
         "DPMSolverSinglestepScheduler": 8,
         "EulerDiscreteScheduler": 8,
         "HeunDiscreteScheduler": 8,
-        "IPNDMScheduler": 8,
+        "IPNDMScheduler": 25,
         "KDPM2DiscreteScheduler": 8,
         "LMSDiscreteScheduler": 25,
-        "PNDMScheduler": 8,
+        "PNDMScheduler": 25,
         "UniPCMultistepScheduler": 8,
     },
 }
+LOSES_HALF: dict[str, set[str]] = {  # of the pictures or more, in 8 steps
+    "comfyui": {"dpm_fast", "dpmpp_2m_cfg_pp", "ipndm", "res_multistep"},
+    "diffusers": set(),
+}
+FEW = 8  # the fewest steps that were measured
 MOST_ETA = 0.3  # of DDIM: the largest that lost no picture at 25 steps
 _CALLED = {"ddim": "euler", "uni_pc": "unipc"}  # ComfyUI's names of samplers -> of the functions that they call
 _RECOMMENDED = {  # in the order in which an error names them: the usual ones first
@@ -72,34 +77,41 @@ def recommended(face: str) -> str:
     return ", ".join(good)
 
 
-def refusal(face: str, name: str) -> str | None:
+def refusal(face: str, name: str, steps: int | None = None) -> str | None:
     """Why this sampler may not draw a signed picture; None where it may.
 
     Args:
         face: "comfyui" or "diffusers".
+        steps: that it will take from noise to picture; None where that is not known.
     """
-    if name in FEWEST[face]:
-        return None
-    return (
-        f"{name} is not known to keep the mark: noise added while sampling drowns it in the initial noise, and of some"
-        " samplers without such noise the way back does not find it; expected one that was measured to, such as"
-        f" {recommended(face)}"
-    )
+    if name not in FEWEST[face]:
+        return (
+            f"{name} is not known to keep the mark: noise added while sampling drowns it in the initial noise, and of"
+            " some samplers without such noise the way back does not find it; expected one that was measured to, such"
+            f" as {recommended(face)}"
+        )
+    if steps is not None and steps <= FEW and name in LOSES_HALF[face]:
+        return (
+            f"{name} lost the mark of half of the pictures or more in {FEW} steps, and this run has {steps}; expected"
+            f" {FEWEST[face][name]} steps or more, or one of {recommended(face)}, which lost none in {FEW}"
+        )
+    return None
 
 
 def warning(face: str, name: str, steps: int | None = None) -> str | None:
     """What to say before this sampler draws a signed picture; None where no picture was lost.
 
     Args:
-        steps: that it will take from noise to picture; None where that is not known: only what is lost at 25 steps is
-            told then.
+        steps: as for `refusal`; where they are not known, only what is lost at 25 steps is told.
     """
     fewest = FEWEST[face][name]
     if fewest == SOME_LOST:
         return f"{name} lost the mark of some pictures even in 25 steps; {recommended(face)} lost none"
+    if steps is not None and steps < FEW:
+        return f"{name} was not measured in fewer than {FEW} steps, and this run has {steps}: see whether the mark is there"
     if steps is not None and steps < fewest:
         return (
-            f"{name} lost the mark of some pictures in 8 steps and of none in {fewest}, and this run has {steps}; take"
-            f" {fewest}, or one of {recommended(face)}, which lost none in 8"
+            f"{name} lost the mark of some pictures in {FEW} steps and of none in {fewest}, and this run has {steps};"
+            f" take {fewest}, or one of {recommended(face)}, which lost none in {FEW}"
         )
     return None

@@ -53,7 +53,7 @@ def check_sampler(sampler, steps: int | None = None) -> None:
     name = name.removeprefix("sample_").removesuffix("_function")
     noisy = options.get("eta", 1.0 if name in _WITH_ETA else 0.0) > 0 or options.get("s_churn", 0.0) > 0
     quiet = _QUIET.get(name, name) if not noisy else f"{name} with these settings"  # an ancestral one without its noise
-    if said := samplers.refusal(_FACE, quiet):
+    if said := samplers.refusal(_FACE, quiet, steps):
         raise WatermarkError(f"the sampler {said} (s_churn 0, eta 0)")
     if said := samplers.warning(_FACE, quiet, steps):
         logger.warning("Watermark: the sampler %s", said)

@@ -39,7 +39,7 @@ def check_scheduler(pipe, steps: int | None = None) -> None:
         known = f"{name} with algorithm_type={algorithm!r}"
     elif getattr(config, "stochastic_sampling", False):
         known = f"{name} with stochastic_sampling=True"
-    if said := samplers.refusal(_FACE, known):
+    if said := samplers.refusal(_FACE, known, steps):
         good = "FlowMatchEulerDiscreteScheduler" if family_of(pipe).flow else "DDIMScheduler"
         raise ModelError(f"{said}: pipe.scheduler = {good}.from_config(pipe.scheduler.config)")
     if said := samplers.warning(_FACE, known, steps):
