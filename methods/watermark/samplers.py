@@ -108,7 +108,7 @@ def warning(face: str, name: str, steps: int | None = None) -> str | None:
     if fewest == SOME_LOST:
         return f"{name} lost the mark of some pictures even in 25 steps; {recommended(face)} lost none"
     if steps is not None and steps < FEW:
-        return f"{name} was not measured in fewer than {FEW} steps, and this run has {steps}: see whether the mark is there"
+        return f"{name} was not measured in fewer than {FEW} steps, this run has {steps}: see whether the mark is there"
     if steps is not None and steps < fewest:
         return (
             f"{name} lost the mark of some pictures in {FEW} steps and of none in {fewest}, and this run has {steps};"

@@ -47,7 +47,7 @@ def test_too_few_steps_are_warned_of(face):
             continue
         assert samplers.warning(face, name) is None and samplers.warning(face, name, fewest) is None
         said = samplers.warning(face, name, fewest - 1)
-        assert ("fewer than 8 steps, and this run has 7" if fewest == 8 else "this run has 24") in said
+        assert ("fewer than 8 steps, this run has 7" if fewest == 8 else "this run has 24") in said
     assert set(samplers.FEWEST[face].values()) > {8}, "some need more steps than others"
 
 
