@@ -36,9 +36,9 @@ def samplers(rows: list[dict]) -> str:
         " guidance 4 alone. [methods/watermark/samplers.py](../methods/watermark/samplers.py) accepts, warns and"
         " refuses by this table, in both faces.",
         *parts,
-        f"Limits: {count} pictures a setting, which shows samplers that lose marks, and not how many; latents of {shape},"
-        " which are the smallest that can be signed: larger ones lose less. Samplers that are not listed were not measured"
-        " and are refused. ComfyUI's schedule is `normal`, diffusers' are the schedulers' own defaults."
+        f"Limits: {count} pictures a setting, which shows samplers that lose marks, and not how many; latents of"
+        f" {shape}, which are the smallest that can be signed: larger ones lose less. Samplers that are not listed were"
+        " not measured and are refused. ComfyUI's schedule is `normal`, diffusers' are the schedulers' own defaults."
         " Flow models were not measured.",
     )
 
