@@ -312,6 +312,6 @@ def test_noise_for_a_sampler_that_nobody_checked_is_refused(comfy):
     assert "another sampler than the one that is wired into Watermark Noise" in error
     inputs(prompt, "SemipermWatermarkNoise")["sampler"] = ["other", 0]
     entry = comfy.queue(prompt)
-    assert "euler_ancestral is not known to keep the mark" in entry["errors"][0]
+    assert "euler_ancestral with these settings is not known to keep the mark" in entry["errors"][0]
     kinds = [data["exception_type"] for kind, data in entry["status"]["messages"] if kind == "execution_error"]
     assert kinds == ["semiperm.WatermarkError"]
