@@ -34,8 +34,9 @@ _LOAD = _node(
     membrane_name="semiperm/canvas_robot.safetensors", concept="", text_encoder="refuse",
 )  # fmt: skip
 _APPLY = _node(
-    "SemipermApplyMembranes", "Apply Membranes", membranes=["1", 0], strength=1.0, gate="auto", start=0.0, end=1.0
-)
+    "SemipermApplyMembranes", "Apply Membranes",
+    membranes=["1", 0], strength=1.0, gate="auto", start=0.0, end=1.0, negative_rows=False,
+)  # fmt: skip
 _ERASED = ("MODEL", "MODEL", "2", 0)
 BLUEPRINTS = {
     "Erase a concept": Blueprint(
