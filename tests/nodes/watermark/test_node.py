@@ -278,6 +278,11 @@ def test_content_is_bound_where_a_vae_is_connected(found):
 
 
 @comfy
+def test_the_models_own_size_is_known(found):
+    assert found["native"] == 128
+
+
+@comfy
 def test_search_undoes_a_flip(found):
     assert found["flipped"] == ["absent"] and found["flipped, search"][0] == "valid"
     assert found["flipped, search"][1] != "as given"
@@ -297,7 +302,7 @@ def test_the_mark_in_the_masked_part(found):
 @comfy
 def test_errors_say_what_to_do(found):
     words = {
-        "ancestral": "expected euler, ddim",
+        "ancestral": "such as euler, ddim",
         "detector's key": "can only detect",
         "small": "use a larger picture",
         "flat": "expected (B, C, H, W)",
