@@ -109,18 +109,11 @@ def comfyui(
     json_path: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures here.")] = None,
 ):
     """Time sampling in ComfyUI with 1, 10 and 100 membranes against the bare graph."""
-    from ..benchmarks.launch import ROOT, run_in_comfyui
+    from .bench_watermark import in_comfyui
 
-    path = path.expanduser()
-    common.existing_file(path / "main.py", "ComfyUI at")
-    python = (python or path.parent / "venv" / "bin" / "python").expanduser()
-    common.existing_file(python, "Python of ComfyUI at")
     console = common.console()
-    try:
-        with console.status("timing; keep the machine quiet"):
-            rows = run_in_comfyui(path, python, ROOT / "benchmarks" / "membranes" / "comfyui.py", rounds)
-    except RuntimeError as error:
-        raise common.CliError(f"ComfyUI's Python failed: {str(error).splitlines()[-1]}") from error
+    with console.status("timing; keep the machine quiet"):
+        rows = in_comfyui(path, python, Path("membranes", "comfyui.py"), rounds)
     if json_path is not None:
         common.write_json(json_path, rows)
     show(console, rows)

@@ -16,7 +16,15 @@ def run(
         bool, typer.Option("--quick", help="Few latents, pictures and rounds: minutes instead of hours.")
     ] = False,
     parts: Annotated[
-        list[str] | None, typer.Option("--part", metavar="PART", help="latents, canvas or speed. Default: all three.")
+        list[str] | None,
+        typer.Option("--part", metavar="PART", help="latents, canvas, speed or samplers. Default: the first three."),
+    ] = None,
+    comfyui: Annotated[
+        Path | None, typer.Option("--comfyui", metavar="FOLDER", help="With samplers: also those of this ComfyUI.")
+    ] = None,
+    comfyui_python: Annotated[
+        Path | None,
+        typer.Option("--comfyui-python", metavar="FILE", help="Its Python. Default: that of a venv beside it."),
     ] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes. Default: one for each core.")] = None,
     resume: Annotated[
@@ -28,12 +36,15 @@ def run(
 
     Other marks stand beside it in the same tables.
     """
-    from ..benchmarks.watermark.run import PARTS, TimingError
+    from ..benchmarks.watermark.run import ON_REQUEST, PARTS, TimingError
     from ..benchmarks.watermark.run import run as measure
 
     parts = parts or list(PARTS)
-    if unknown := set(parts) - set(PARTS):
-        raise common.CliError(f"there is no part {', '.join(sorted(unknown))}; choose among {', '.join(PARTS)}")
+    known = (*PARTS, *ON_REQUEST)
+    if unknown := set(parts) - set(known):
+        raise common.CliError(f"there is no part {', '.join(sorted(unknown))}; choose among {', '.join(known)}")
+    if comfyui is not None and "samplers" not in parts:
+        raise common.CliError("--comfyui measures ComfyUI's samplers; give --part samplers with it")
     with ExitStack() as bars:
 
         def starting(label: str, total: int):
@@ -44,6 +55,11 @@ def run(
             rows = measure(quick, parts, workers, resume, starting)
         except TimingError as error:
             raise common.CliError(f"a process failed: {str(error).splitlines()[-1]}") from error
+    if comfyui is not None:
+        with common.console().status("ComfyUI's samplers"):
+            script, size = Path("watermark", "comfyui_samplers.py"), "quick" if quick else "full"
+            finished = f"{resume.resolve()}.comfyui" if resume else ""
+            rows = [*rows, *in_comfyui(comfyui, comfyui_python, script, finished, size)]
     if json_path is not None:
         common.write_json(json_path, rows)
     console = common.console()
@@ -62,12 +78,48 @@ def tables(rows: list[dict]):
         "decoder": decoder_table,
         "quality": quality_table,
         "forgery": forgery_table,
+        "sampler": sampler_tables,
         "speed": speed_table,
     }
     for name, maker in makers.items():
         if some := [row for row in rows if row["table"] == name]:
             made = maker(some)
             yield from made if isinstance(made, list) else [made]
+
+
+def in_comfyui(path: Path, python: Path | None, script: Path, *arguments) -> list[dict]:
+    """The rows that a script of benchmarks/ prints in ComfyUI's Python."""
+    from ..benchmarks.launch import ROOT, run_in_comfyui
+
+    path = path.expanduser()
+    common.existing_file(path / "main.py", "ComfyUI at")
+    python = (python or path.parent / "venv" / "bin" / "python").expanduser()
+    common.existing_file(python, "Python of ComfyUI at")
+    try:
+        return run_in_comfyui(path, python, ROOT / "benchmarks" / script, *arguments)
+    except RuntimeError as error:
+        raise common.CliError(f"ComfyUI's Python failed: {str(error).splitlines()[-1]}") from error
+
+
+def sampler_tables(rows: list[dict]) -> list:
+    """Of each face: pictures found of those drawn, sampler by sampler, for each number of steps and guidance."""
+    made = []
+    for face in dict.fromkeys(row["face"] for row in rows):
+        some = [row for row in rows if row["face"] == face]
+        settings = sorted({(row["steps"], row["guidance"]) for row in some})
+        heads = (f"{steps}, {guidance:g}" for steps, guidance in settings)
+        table = _table(f"{face}: pictures found at 1e-6 (median log10 p), by steps, guidance", "sampler", *heads)
+        for name in dict.fromkeys(sampler_name(row) for row in some):
+            found = {(row["steps"], row["guidance"]): row for row in some if sampler_name(row) == name}
+            cells = (found.get(setting) for setting in settings)
+            table.add_row(name, *(f"{c['found']}/{c['n']} ({c['log10_p']:.0f})" if c else "" for c in cells))
+        made.append(table)
+    return made
+
+
+def sampler_name(row: dict) -> str:
+    """A sampler with its options."""
+    return " ".join([row["sampler"], *(f"{name}={value}" for name, value in row["options"].items())])
 
 
 def null_table(rows: list[dict]):

@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from . import samplers as results_samplers
 from . import watermark as results_watermark
 from .tables import count, number, paragraphs, percent, source, table
 
@@ -363,6 +364,7 @@ SECTIONS: dict[str, Callable] = {
     "negative_token_merging": token_merging,
     "sampling": sampling,
     "watermark": results_watermark.watermark,
+    "watermark_samplers": results_samplers.samplers,
     "kernels": kernels,
     "kernel_resources": kernel_resources,
     "kernel_model": kernel_model,

@@ -39,7 +39,8 @@ SPEEDS = (
     ("bank", (4, 64, 64), 2, 5, 1),
     ("bank", (16, 128, 128), 2, 5, 0),
 )
-PARTS = ("latents", "canvas", "speed")
+PARTS = ("latents", "canvas", "speed")  # by default
+ON_REQUEST = ("samplers",)
 
 
 class TimingError(RuntimeError):
@@ -57,21 +58,23 @@ def run(
 
     Args:
         quick: fewer latents, pictures, trials and rounds: about a minute on two cores instead of about 100.
-        parts: out of PARTS: latents alone, the canvas's pictures, time and memory.
+        parts: out of PARTS and ON_REQUEST: latents alone, the canvas's pictures, time and memory; which of
+            diffusers' samplers keep the mark.
         workers: processes; None is one for each core, 1 stays in this process.
         resume: file of finished units: what the same code has computed is not computed again.
         starting: called with a label and a number of pieces before they start; returns what is told of finished ones.
 
     Returns:
-        The rows of `statistics.rows`, of `canvas_rows.rows`, and {"table": "speed", "what",
+        The rows of `statistics.rows`, of `canvas_rows.rows`, of `samplers.rows`, and {"table": "speed", "what",
         "shape", "keys", "threads", "rounds", "ms": median, "best_ms", "peak_mb": of the process, "extra_mb": beyond
         what it had before}; each with "machine" and "versions".
 
     Raises:
         ValueError: an unknown part. TimingError: a timing's process failed.
     """
-    if unknown := set(parts) - set(PARTS):
-        raise ValueError(f"there is no part {', '.join(sorted(unknown))}; expected some of {', '.join(PARTS)}")
+    if unknown := set(parts) - {*PARTS, *ON_REQUEST}:
+        known = ", ".join((*PARTS, *ON_REQUEST))
+        raise ValueError(f"there is no part {', '.join(sorted(unknown))}; expected some of {known}")
     found = []
     if "latents" in parts:
         units = watermark_statistics.plan(quick)
@@ -82,6 +85,11 @@ def run(
 
         units = watermark_canvas.plan(quick)
         found += watermark_canvas_rows.rows(units, computed(units, workers, resume, starting("canvas", len(units))))
+    if "samplers" in parts:
+        from . import samplers
+
+        units = samplers.plan(quick)
+        found += samplers.rows(units, computed(units, workers, resume, starting("samplers", len(units))))
     if "speed" in parts:
         speeds = [(*case[:3], case[3 + quick]) for case in SPEEDS if case[3 + quick]]
         advance = starting("speed; keep the machine quiet", len(speeds))
@@ -97,6 +105,10 @@ def compute(unit: dict) -> dict:
     """The result of one unit of any part."""
     if unit["task"] in watermark_statistics.TASKS:
         return watermark_statistics.compute(unit)
+    if unit["task"] == "sampler":
+        from . import samplers
+
+        return samplers.compute(unit)
     from . import canvas as watermark_canvas
 
     return watermark_canvas.compute(unit)

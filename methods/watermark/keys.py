@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from ..errors import WatermarkError
+from ..packages import install_command
 
 KEY_IDS = 4096  # the 12 bits that a large payload has for it
 FORMAT = 2  # of the pictures that are signed
@@ -36,7 +37,8 @@ def _cryptography():
         from cryptography.hazmat.primitives.kdf.hkdf import HKDF, HKDFExpand
     except ImportError as error:
         raise WatermarkError(
-            "watermark keys need the package `cryptography`, which is not installed; run `pip install cryptography`"
+            "watermark keys need the package `cryptography`, which this Python lacks; run"
+            f" `{install_command('cryptography')}`"
         ) from error
     return hashes, hmac, Cipher, ChaCha20, HKDF, HKDFExpand
 

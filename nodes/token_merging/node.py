@@ -7,6 +7,7 @@ from comfy_api.latest import io, ui
 
 from ...methods.pictures import FITS
 from ...methods.token_merging.config import NegativeTokenMergingConfig as Default
+from ..sockets import aliases
 
 CATEGORY = "semiperm/negative token merging"
 
@@ -78,6 +79,7 @@ class SemipermNegativeTokenMerging(io.ComfyNode):
                 *_reference(),
             ],
             outputs=[io.Model.Output("merged_model", display_name="MODEL", tooltip=_PATCHED)],
+            **aliases("negtome", "NegToMe", "negative image", "avoid image", "diversity", "copyright"),
         )
 
     @classmethod
@@ -194,6 +196,7 @@ class SemipermNegativeTokenMergingAdvanced(io.ComfyNode):
                 *_reference(),
             ],
             outputs=[io.Model.Output("merged_model", display_name="MODEL", tooltip=_PATCHED)],
+            **aliases("negtome", "NegToMe", "negative image", "avoid image", "diversity"),
         )
 
     @classmethod
@@ -233,24 +236,25 @@ class SemipermTokenMergingReport(io.ComfyNode):
             node_id="SemipermTokenMergingReport",
             display_name="Token Merging Report",
             category=CATEGORY,
-            description="Shows what Negative Token Merging did in the last sampling run: the share of tokens that were"
-            " pushed in each image, the steps, and the extra rows that were denoised.",
+            description="Shows what Negative Token Merging did in the run that drew a latent: the share of tokens that"
+            " were pushed in each image, the steps, and the extra rows that were denoised.",
             inputs=[
                 io.Model.Input("model", tooltip="The model that the sampler used: from Negative Token Merging."),
-                io.Latent.Input("samples", tooltip="The sampler's latent, so that this node runs after it."),
+                io.Latent.Input("samples", tooltip="The sampler's own latent; the report is of the run that drew it."),
             ],
             outputs=[
                 io.Latent.Output("latent", display_name="LATENT", tooltip="The latent that came in, unchanged."),
                 io.String.Output("text", display_name="text", tooltip="The report as a table in plain text."),
             ],
             is_output_node=True,
+            **aliases("negtome report", "pushed tokens"),
         )
 
     @classmethod
     def execute(cls, model, samples):
         from .patch import report_of
 
-        text = report_text(report_of(model))
+        text = report_text(report_of(model, samples["samples"]))
         return io.NodeOutput(samples, text, ui=ui.PreviewText(text))
 
 

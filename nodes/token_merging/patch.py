@@ -24,6 +24,7 @@ from ...methods.token_merging.record import MergeRecord
 from ..extra_rows import ExtraRows, call_with_rows, rows_of
 from ..progress import Progress
 from ..root_patch import add_root
+from ..run_reports import RunReports
 from .layers import KNOWN, Layers
 from .rows import Layout, ReferenceImages, groups_of, reference_text, row_kinds
 
@@ -113,14 +114,18 @@ def apply_token_merging_to(model, config: NegativeTokenMergingConfig, vae=None, 
     return patched
 
 
-def report_of(model) -> dict:
-    """What was pushed in the last sampling run of a model from `apply_token_merging_to` (the last applied node).
+def report_of(model, samples: Tensor | None = None) -> dict:
+    """What was pushed in a sampling run of a model from `apply_token_merging_to` (of the last applied node).
+
+    Args:
+        samples: what the run returned; None: the last run, whatever it drew.
 
     Returns:
         See `MergeRecord.report`.
 
     Raises:
-        TokenMergingError: no token merging on this model, or it has not sampled since.
+        TokenMergingError: no token merging on this model, it has not sampled, or none of its last runs returned these
+            latents.
     """
     patch = model.get_attachment(ATTACHMENT)
     if patch is None:
@@ -128,9 +133,7 @@ def report_of(model) -> dict:
             "this model carries no negative token merging (or its strength is 0); connect the model that comes out of"
             " Negative Token Merging"
         )
-    if not patch.called:
-        raise TokenMergingError("no report yet: this model has not sampled; connect the sampler's latent to the report")
-    return patch.record.report(patch.config, len(patch.layers.reached))
+    return patch.report() if samples is None else patch.reports.of(samples)
 
 
 class TokenMergingPatch:
@@ -141,6 +144,7 @@ class TokenMergingPatch:
         self.record, self.called = MergeRecord(), False
         self.layers = Layers(self, unet)
         self.repeats_text = isinstance(unet, UNetModel)  # cross-attention alone reads it: to repeat it changes nothing
+        self.reports = RunReports(TokenMergingError)
         self._forget()
 
     def _forget(self) -> None:
@@ -175,7 +179,16 @@ class TokenMergingPatch:
             logger.warning("Negative Token Merging: %s", missed)
         elif nothing := self.record.nothing(self.config):
             logger.warning("Negative Token Merging: %s", nothing)
+        self.reports.keep(result, self.report())
         return result
+
+    def report(self) -> dict:
+        """Of the last run; see `report_of`."""
+        if not self.called:
+            raise TokenMergingError(
+                "no report yet: this model has not sampled; connect the sampler's latent to the report"
+            )
+        return self.record.report(self.config, len(self.layers.reached))
 
     def around(self, original: Callable) -> Callable:
         """The diffusion model's forward, inside the window with the reference rows, which its answer does not have."""

@@ -16,7 +16,7 @@ from ...methods.watermark.mark import KeyedMark, Payload
 from ..family import Pipeline, family_of
 from ..latents import latent_shape, pixels_per_latent
 from .inversion import pixels_of
-from .samplers import check_scheduler
+from .samplers import check_eta, check_scheduler
 from .sign import as_pipeline_input
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def generate_bound(
             each prompt are not split: give one value for all.
 
     Raises:
-        ModelError: an unsupported pipeline, one of videos, or a sampler that adds noise.
+        ModelError: an unsupported pipeline, one of videos, or a sampler or an `eta` that loses the mark.
         WatermarkError: no prompts, what `sign_noise` refuses, or a picture that shows something else in every
             round.
 
@@ -76,7 +76,8 @@ def generate_bound(
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     if not prompts or rounds < 1:
         raise WatermarkError(f"{len(prompts)} prompts in {rounds} rounds were asked for; expected at least 1 of each")
-    check_scheduler(pipe)
+    check_scheduler(pipe, kwargs.get("num_inference_steps"))
+    check_eta(kwargs.get("eta"))
     shape = len(prompts), *latent_shape(pipe, kwargs.get("height"), kwargs.get("width"))
     latents = KeyedMark(key, scope).sample(shape, payload, generator, bound=True)
     scale = pixels_per_latent(pipe)

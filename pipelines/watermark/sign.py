@@ -38,7 +38,8 @@ def sign_noise(
     Each picture's noise is exactly N(0, I). Give the call of the pipeline the same height and width.
 
     Args:
-        pipe: SD1.x, SD2, SDXL, SD3, Flux or Wan pipeline with a deterministic sampler; nothing in it changes.
+        pipe: SD1.x, SD2, SDXL, SD3, Flux or Wan pipeline with a sampler that keeps the mark, see
+            methods/watermark/samplers.py; leave `eta` of its call at 0. Nothing in it changes.
         key: signs; it needs its MAC key.
         batch: pictures, at least 1.
         height, width: of the pictures, in pixels; None is the model's own size.
@@ -51,7 +52,7 @@ def sign_noise(
         (B, C, H, W), (B, N, C) packed for Flux, (B, C, F, H, W) for Wan; on the pipeline's device, in its dtype.
 
     Raises:
-        ModelError: an unsupported pipeline, or a sampler that adds noise.
+        ModelError: an unsupported pipeline, or a sampler that loses the mark: by noise of its own, or as measured.
         WatermarkError: a size that the model cannot draw or that holds no payload, a payload too large for it, or a key
             without its MAC secret.
 

@@ -91,6 +91,21 @@ ROWS = [
         "unbound": 0,
         "draws": 2.0,
     },
+    *(
+        {
+            "table": "sampler",
+            "face": face,
+            "sampler": "ddim",
+            "options": {"eta": eta},
+            "steps": 25,
+            "guidance": 4.0,
+            "n": 8,
+            "found": found,
+            "log10_p": -41.4,
+        }
+        for face in ("diffusers", "comfyui")
+        for eta, found in ((0.1, 8), (1.0, 3))
+    ),
     {
         "table": "speed",
         "what": "bank",
@@ -138,9 +153,19 @@ def test_every_table_is_printed_and_written(asked, tmp_path):
         "0.790",
         "1.234 (1.000..2.000)",
         "881.90",
+        "8/8 (-41)",
+        "3/8 (-41)",
     ):
         assert figure in result.output, figure
-    for heading in ("4x64x64, 128 bits", "4x64x64, 192 bits", "tree-ring", "reprompt", "a coin: 0.455"):
+    for heading in (
+        "4x64x64, 128 bits",
+        "4x64x64, 192 bits",
+        "tree-ring",
+        "reprompt",
+        "a coin: 0.455",
+        "comfyui",
+        "eta=1.0",
+    ):
         assert heading in result.output, heading
 
 
@@ -151,9 +176,30 @@ def test_parts_are_chosen_and_mistakes_are_one_line(asked, monkeypatch):
     assert result.exit_code == 2 and "choose among latents, canvas, speed" in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
 
+    result = invoke("--comfyui", "somewhere")
+    assert result.exit_code == 2 and "--part samplers" in result.stderr
+
     def broken(*arguments):
         raise bench.TimingError("timing sign ended with 1:\nMemoryError")
 
     monkeypatch.setattr(bench, "run", broken)
     result = invoke()
     assert result.exit_code == 2 and result.stderr.strip().endswith("MemoryError")
+
+
+def test_comfyuis_samplers_are_measured_by_its_own_python(asked, monkeypatch, tmp_path):
+    from semiperm.benchmarks import launch
+
+    for file in (tmp_path / "ComfyUI" / "main.py", tmp_path / "venv" / "bin" / "python"):
+        file.parent.mkdir(parents=True)
+        file.touch()
+    calls = []
+    monkeypatch.setattr(launch, "run_in_comfyui", lambda *arguments: calls.append(arguments) or [ROWS[-2]])
+    out = tmp_path / "rows.json"
+    options = ("--part", "samplers", "--quick", "--json", out, "--resume", tmp_path / "units.jsonl")
+    result = invoke(*options, "--comfyui", tmp_path / "ComfyUI")
+    assert result.exit_code == 0, result.output
+    ((path, python, script, resume, size),) = calls
+    assert (path, python) == (tmp_path / "ComfyUI", tmp_path / "venv" / "bin" / "python") and script.is_file()
+    assert (resume, size) == (f"{tmp_path / 'units.jsonl'}.comfyui", "quick")
+    assert json.loads(out.read_text()) == [*ROWS, ROWS[-2]]

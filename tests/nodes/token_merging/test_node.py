@@ -41,7 +41,7 @@ def test_the_nodes_pass_everything_on(nodes, monkeypatch):
     surgery = SimpleNamespace(
         apply_token_merging_to=apply_token_merging_to,
         from_inputs=lambda **inputs: inputs.items(),
-        report_of=lambda model: made_up(),
+        report_of=lambda model, samples: made_up(),
     )
     monkeypatch.setitem(sys.modules, "semiperm.nodes.token_merging.patch", surgery)
     assert nodes.SemipermNegativeTokenMerging.execute("M", strength=1.0, end=0.4).args == ("patched M",)
