@@ -67,7 +67,8 @@ def perceptual_hash(pixels: Tensor) -> Tensor:
     ].flatten(1)
 
 
-_STREAMS = {1: ("binding", "content"), 2: ("binding 2", "content 2")}  # keystream and directions, by format
+# Keystream and directions, by format. A new layout needs no new names: its nonces are longer.
+_STREAMS = {1: ("binding", "content"), 2: ("binding 2", "content 2"), 3: ("binding 2", "content 2")}
 
 
 def content_bits(
@@ -95,14 +96,15 @@ def content_agreement(features: Tensor, others: Tensor) -> Tensor:
     return 1 - torch.arccos(cosine) / math.pi
 
 
-def _positions(key: WatermarkKey, shape: tuple[int, ...], scope: str) -> np.ndarray:
-    fields = fields_of(shape)
-    return split(fields, first_field(fields, [key], scope)[0][0])[1]
+def _positions(key: WatermarkKey, shape: tuple[int, ...], scope: str, form: int) -> np.ndarray:
+    fields = fields_of(shape, form)
+    return split(fields, first_field(fields, key, scope).positions)[1]
 
 
 def _signs(key: WatermarkKey, reading: Reading, features: Tensor, shape: tuple[int, ...], scope: str):
     """(n,) positions of the binding and (n,) uint8 sign bits there that say what the features are of."""
-    positions, form = _positions(key, shape, scope), reading.format or FORMAT
+    form = reading.format or FORMAT
+    positions = _positions(key, shape, scope, form)
     bits = key.stream(_STREAMS[form][0], shape, reading.nonce, len(positions), scope=scope)
     return positions, bits ^ content_bits(key, reading.nonce, features, len(positions), scope, form=form)
 

@@ -9,9 +9,9 @@ of the MAC secret can make a payload that verifies. The MAC binds payload, key, 
 the picture: who inverts a marked picture can carry its whole noise over to another (transplant), and content binding,
 which takes the content secret, has to catch that.
 
-Images of one key can be linked without it: the first field says 14 bits of the nonce (16 from 65,536 elements on) with
-one of as many fixed patterns, so that of some hundred images two share one, and who compares their noise sees it.
-Below 4,096 elements there is no second field: such a pair shares all signs up to the difference of its payloads.
+Images of one key can be linked without it where two share a nonce's first field, and who compares their noise sees it:
+it has 18 bits, and 28 from 16,384 elements on, so by the birthday's law two of some 600 images do, of 20,000 in large
+latents. Where there is no second field such a pair shares all signs up to the difference of its payloads.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from ..errors import WatermarkError
 from .code import Code, code_for
 from .fields import (
     Fields,
+    FirstField,
     best_patterns,
     codeword,
     fields_of,
@@ -41,11 +42,12 @@ from .fields import (
     second_signs,
     split,
 )
-from .keys import FORMAT, WatermarkKey
+from .keys import FORMAT, WatermarkKey, layout_of
 from .statistics import corrected, level_counts, log_chernoff, log_tail, quantise
 
 _SCREENED = 1 << 20  # elements of first fields, of all keys in one call: some 20 MB
 _CANDIDATES = 4  # nonces of all keys that are decoded: a union bound covers any choice; more only costs time
+_KEYS_READ = 16  # keys whose nonces are looked at, where a first field of blocks does not tell the likeliest key so well
 _JOINT = 1e-3  # share of the error that the joint statistic may spend; it is so steep that little is enough
 _HOPELESS = math.log(5)  # first fields whose Chernoff bound is above it are not read on (their p is about .5 or more)
 _FIELDS = ("bound", "version", "key_id", "time", "model", "unique_id")  # of a payload, in this order
@@ -167,7 +169,7 @@ def _bits(value: int, count: int) -> list[int]:
     return [value >> (count - 1 - i) & 1 for i in range(count)]
 
 
-_MESSAGES = {1: "payload", 2: "payload 2"}  # by format
+_MESSAGES = {1: "payload", 2: "payload 2", 3: "payload 3"}  # by format
 
 
 def _mac(fields: Fields, layout: Layout, key: WatermarkKey, scope: str, nonce: int, body: Sequence[int], form=FORMAT):
@@ -206,10 +208,11 @@ class KeyedMark:
     Args:
         key: a full key to sign; a detector's copy can only read.
         scope: a model or tenant name that separates its marks from others of the key; "" for none.
+        form: of the pictures, see keys.py; 2 signs as older releases did, for comparison.
     """
 
-    def __init__(self, key: WatermarkKey, scope: str = ""):
-        self.key, self.scope = key, scope
+    def __init__(self, key: WatermarkKey, scope: str = "", form: int = FORMAT):
+        self.key, self.scope, self.form = key, scope, form
 
     def sample(
         self,
@@ -236,13 +239,13 @@ class KeyedMark:
         """
         shape = tuple(int(size) for size in shape)
         image, batch = _image_shape(shape), shape[0]
-        fields, layout = fields_of(image), capacity(image)
+        fields, layout = fields_of(image, self.form), capacity(image)
         if not (payload is None or isinstance(payload, Payload)) and len(payload) != batch:
             raise WatermarkError(f"{len(payload)} payloads were given for {batch} images; give one, or one for each")
         source = generator.device if generator is not None else "cpu"
         magnitude = torch.randn(shape, generator=generator, device=source)
         flips = np.empty((batch, len(fields.public)), np.uint8)
-        first = first_field(fields, [self.key], self.scope)
+        first = first_field(fields, self.key, self.scope)
         for index in range(batch):
             if generator is None:
                 drawn = secrets.token_bytes(16)
@@ -255,7 +258,7 @@ class KeyedMark:
             else:
                 entry = payload if isinstance(payload, Payload) else payload[index]
             body = _body(entry, self.key, layout, bound)
-            sealed = body + _mac(fields, layout, self.key, self.scope, nonce, body)
+            sealed = body + _mac(fields, layout, self.key, self.scope, nonce, body, self.form)
             _lay(flips[index], fields, self.key, self.scope, nonce, _code(fields, layout).encode(sealed), first)
         signs = torch.from_numpy(1 - 2 * flips.astype(np.int8)).reshape(shape)
         return (magnitude.abs_() * signs.to(source)).to(device=device, dtype=dtype)
@@ -265,16 +268,23 @@ class KeyedMark:
         return read(latents, [self.key] if keys is None else keys, scope=self.scope)
 
 
-def _lay(flips, fields: Fields, key: WatermarkKey, scope: str, nonce: int, code_bits: np.ndarray, first) -> None:
+def _lay(
+    flips: np.ndarray,
+    fields: Fields,
+    key: WatermarkKey,
+    scope: str,
+    nonce: int,
+    code_bits: np.ndarray,
+    first: FirstField,
+) -> None:
     """Writes the sign bits of all fields into (n,) `flips`."""
     first_nonce, second = nonce % fields.first_nonces, nonce // fields.first_nonces
-    positions, signs = first[0][0], first[1][0]
-    flips[positions] = codeword(fields, signs[first_nonce // (2 * fields.length)], first_nonce)
-    rest, binding, payload = split(fields, positions)
+    flips[first.positions] = first.bits(first_nonce)
+    rest, binding, payload = split(fields, first.positions)
     if fields.second_cosets:
         order = second_order(fields, key, first_nonce, scope)
         coset = second_signs(fields, key, first_nonce, scope, second // (2 * fields.length))
-        flips[rest[order]] = codeword(fields, coset, second)
+        flips[rest[order]] = codeword(fields.length, coset, second)
     flips[binding] = key.stream("binding", fields.shape, nonce, len(binding), scope=scope)
     flips[payload] = code_bits ^ key.stream("payload", fields.shape, nonce, len(payload), scope=scope)
 
@@ -286,7 +296,7 @@ def read(latents: Tensor, keys: Iterable[WatermarkKey], *, scope: str = "") -> l
     are uniform because the key is random. First field: exact tail of the likeliest nonce's score times the number of
     nonces. Joint: Chernoff's bound of the whole latent's score against the decoded nonce and codeword, times the
     number of nonces and codewords. Both are union bounds, so the p-value is never too small, whatever the latent; the
-    keys searched enter by Sidak's correction.
+    keys searched enter by Sidak's correction, those that may have signed in an older format twice.
 
     Args:
         latents: (B, ...) in the shape they were signed in, any float dtype; neither centre nor scale matter much.
@@ -300,24 +310,31 @@ def read(latents: Tensor, keys: Iterable[WatermarkKey], *, scope: str = "") -> l
     if not keys:
         raise WatermarkError("no keys were given to read with; load a keyring that holds at least one")
     image = _image_shape(latents.shape)
-    fields, layout = fields_of(image), capacity(image)
-    values = quantise(latents)
-    rows, screened = torch.from_numpy(values).to(latents.device), []
-    count = _SCREENED // fields.length
-    for start in range(0, len(keys), count):
-        screened.append(screen(fields, keys[start : start + count], scope, rows))
-    peaks, energies = (np.concatenate(part, axis=1) for part in zip(*screened, strict=True))
-    roots = np.sqrt(np.maximum(energies, 1))
-    readings = []
-    for row, peak, root in zip(values, peaks, roots, strict=True):
-        some = [
-            _Candidate(score / float(root[index]), int(index), score, number)
-            for index in np.argsort(-peak / root)[:_CANDIDATES]  # no other key has one of the best patterns
-            for score, number in best_patterns(fields, keys[index], scope, row, _CANDIDATES)
-        ]
-        best = sorted(some, reverse=True)[:_CANDIDATES]
-        readings.append(_best_reading(_Latent(fields, layout, row, scope), keys, best))
-    return readings
+    values, layout = quantise(latents), capacity(image)
+    by_form = {form: [key for key in keys if form in key.layouts] for form in (FORMAT, 2)}
+    tries, readings = sum(map(len, by_form.values())), []
+    for form, some in by_form.items():
+        if some:
+            fields = fields_of(image, form)
+            chosen = _likely_keys(fields, some, scope, torch.from_numpy(values).to(latents.device))
+            given = [_Latent(fields, layout, row, scope, tries) for row in values]
+            readings.append([_best_reading(one, some, which) for one, which in zip(given, chosen, strict=True)])
+    return [min(row, key=_rank) for row in zip(*readings, strict=True)]
+
+
+def _likely_keys(fields: Fields, keys: list[WatermarkKey], scope: str, rows: Tensor) -> np.ndarray:
+    """(B, few) which keys may have signed each latent."""
+    kept = _CANDIDATES if fields.blocks == 1 else _KEYS_READ  # no other key has one of the best patterns
+    if len(keys) <= kept:
+        return np.tile(np.arange(len(keys)), (len(rows), 1))
+    count = max(1, _SCREENED // (fields.length * max(1, fields.cosets // 32)))
+    screened = [screen(fields, keys[start : start + count], scope, rows) for start in range(0, len(keys), count)]
+    return np.argsort(-np.concatenate(screened, axis=1))[:, :kept]
+
+
+def _rank(reading: Reading) -> tuple[bool, float]:
+    """A verified payload first, then the least p-value."""
+    return not reading.mac_ok, reading.log10_p
 
 
 @dataclass(frozen=True, order=True)
@@ -338,26 +355,33 @@ class _Latent:
     layout: Layout
     row: np.ndarray  # (n,) int8 of `quantise`
     scope: str
+    tries: int  # keys that are searched, each in every layout that it may have used
 
 
-def _best_reading(latent: _Latent, keys: list[WatermarkKey], candidates: list[_Candidate]) -> Reading:
-    """The candidate with a verified payload, else the one of least p-value."""
+def _best_reading(latent: _Latent, keys: list[WatermarkKey], which: np.ndarray) -> Reading:
+    """The best nonces of these keys: the one with a verified payload, else the one of least p-value."""
+    candidates = []
+    for index in which:
+        laid = first_field(latent.fields, keys[index], latent.scope)
+        energy = np.square(latent.row[laid.positions].astype(np.int64)).sum()
+        for score, number in best_patterns(latent.fields, keys[index], latent.scope, latent.row, _CANDIDATES):
+            candidates.append(_Candidate(score / math.sqrt(max(energy, 1)), int(index), score, number))
     readings: list[Reading] = []
-    for candidate in candidates:
-        reading = _reading(latent, keys[candidate.index], candidate, len(keys), needed=not readings)
+    for candidate in sorted(candidates, reverse=True)[:_CANDIDATES]:
+        reading = _reading(latent, keys[candidate.index], candidate, needed=not readings)
         if reading is None:
             continue
         readings.append(reading)
         if reading.payload is not None and reading.mac_ok is not False:
             break
-    return min(readings, key=lambda reading: (not reading.mac_ok, reading.log10_p))
+    return min(readings, key=_rank)
 
 
-def _reading(latent: _Latent, key: WatermarkKey, candidate: _Candidate, tries: int, *, needed: bool) -> Reading | None:
+def _reading(latent: _Latent, key: WatermarkKey, candidate: _Candidate, *, needed: bool) -> Reading | None:
     """What one candidate says; None for a hopeless one, unless nothing else was said so far (`needed`)."""
-    fields, layout, row, scope = latent.fields, latent.layout, latent.row, latent.scope
-    laid = first_field(fields, [key], scope)
-    positions = laid[0][0]
+    fields, layout, row, scope, tries = latent.fields, latent.layout, latent.row, latent.scope, latent.tries
+    laid = first_field(fields, key, scope)
+    positions = laid.positions
     counts, nonces = level_counts(row[positions]), math.log(fields.first_nonces)
     hopeless = nonces + log_chernoff(counts, candidate.score) > _HOPELESS
     if hopeless and not needed:
@@ -388,7 +412,7 @@ def _reading(latent: _Latent, key: WatermarkKey, candidate: _Candidate, tries: i
     body, payload, mac_ok, form = decoded[: layout.payload], None, None, None
     if key.mac_key is not None:
         seal, about = decoded[layout.payload :].tolist(), (fields, layout, key, scope, nonce, body.tolist())
-        form = next((n for n in key.formats if _mac(*about, n) == seal), None)
+        form = next((n for n in key.formats if layout_of(n) == fields.form and _mac(*about, n) == seal), None)
         mac_ok = form is not None
     # A weak mark is decoded to a neighbour of its codeword, which is just as far beyond chance.
     soft = row[places].astype(np.float64)
