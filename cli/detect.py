@@ -87,7 +87,7 @@ def run(
                     if opened.count > 1:
                         inside = {}
                         found[file] = look_into(pipe, ring, opened, options, inside)
-                        seen |= {file: one for one in inside.values()}
+                        seen |= dict.fromkeys([file], *inside.values()) if inside else {}
                 for file in map_of.keys() & seen.keys():
                     write_map(map_of[file], *seen[file])
             for file in part:

@@ -6,8 +6,8 @@ authentication code inside a payload, and only a holder of `content_key` can wri
 
 Formats of pictures: in format 1 what a picture shows was written with `stream_key`, and the code did not say which
 format it was; in format 2 it is written with `content_key`, and the code is of a message that names the format; in
-format 3 the nonce lies otherwise and is longer (fields.py). A key knows the format it was made in, and reads pictures of
-that and all later ones; it writes the newest. Keys made before format 2 had two secrets; their content secret is
+format 3 the nonce lies otherwise and is longer (fields.py). A key knows the format it was made in, and reads pictures
+of that and all later ones; it writes the newest. Keys made before format 2 had two secrets; their content secret is
 derived from the MAC secret.
 """
 

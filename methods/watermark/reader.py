@@ -73,8 +73,8 @@ class Reader(nn.Module):
         shapes = {tuple(one.shape[1:2]) for one in estimates}
         if len(estimates) != len(STEPS) or shapes != {(self.channels,)}:
             raise WatermarkError(
-                f"the reader was given {len(estimates)} estimates with {sorted(c for c, in shapes)} channels; expected"
-                f" {len(STEPS)} with {self.channels}: it belongs to another model"
+                f"the reader was given {len(estimates)} estimates with {sorted(c for (c,) in shapes)} channels;"
+                f" expected {len(STEPS)} with {self.channels}: it belongs to another model"
             )
         given = torch.cat(list(estimates), 1).to(self.gain)
         return self.last(self.blocks(self.first(given))) + self.gain * estimates[-1].to(self.gain)

@@ -32,7 +32,7 @@ EDITS = 2  # of each picture:
 # one out of each row, at a strength between the two. Regeneration is what marks survive worst. Turns, shifts and crops
 # are not among them: the search undoes those.
 _KINDS = (
-    (("regenerate", 0.04, 0.36),),
+    (("regenerate", 0.09, 0.36),),
     (
         ("none", None, None),
         ("vae-reencode", None, None),

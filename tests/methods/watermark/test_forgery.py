@@ -17,7 +17,8 @@ from semiperm.methods.watermark.detection import DetectionConfig, detect_in
 from semiperm.methods.watermark.fields import fields_of, first_field, split
 from semiperm.methods.watermark.keyring import Keyring, load_keyring, update_keyring
 from semiperm.methods.watermark.keys import WatermarkKey
-from semiperm.methods.watermark.mark import KeyedMark, Payload, _code, _lay, capacity, read
+from semiperm.methods.watermark.mark import KeyedMark, Payload, capacity, read
+from semiperm.methods.watermark.payload import code_of, lay
 from torch import Tensor
 
 SHAPE = (3, 40, 40)
@@ -120,7 +121,7 @@ def lays(detector, nonce: int, code_bits: np.ndarray, seed: int, form: int = 3) 
     """Noise with these bits in it, as a holder of the stream secret can make it: the binding says nothing yet."""
     fields = fields_of(SHAPE, form)
     flips = np.empty(len(fields.public), np.uint8)
-    _lay(flips, fields, detector, "", nonce, code_bits, first_field(fields, detector, ""))
+    lay(flips, fields, detector, "", nonce, code_bits, first_field(fields, detector, ""))
     magnitude = torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed)).abs()
     return magnitude * torch.from_numpy(1 - 2 * flips.astype(np.int8)).reshape(SHAPE)
 
@@ -128,7 +129,7 @@ def lays(detector, nonce: int, code_bits: np.ndarray, seed: int, form: int = 3) 
 def invents_payloads(detector) -> list[Tensor]:
     """A payload of the forger's own, with a seal that is guessed."""
     layout, generator = capacity(SHAPE), np.random.default_rng(6)
-    code, made = _code(fields_of(SHAPE), layout), []
+    code, made = code_of(fields_of(SHAPE), layout), []
     for i in range(TRIES):
         bits = [0, *generator.integers(0, 2, layout.total - 1)]
         made.append(lays(detector, int(generator.integers(1 << 30)), code.encode(bits), i))
@@ -142,7 +143,7 @@ def lifted(detector, row: Tensor, form: int) -> tuple[int, np.ndarray]:
     _, _, places = split(fields, first_field(fields, detector, "").positions)
     stream = detector.stream("payload", SHAPE, reading.nonce, len(places))
     values = row.flatten().numpy()[places] * (1 - 2 * stream.astype(np.float32))
-    code = _code(fields, layout)
+    code = code_of(fields, layout)
     return reading.nonce, code.encode(code.decode(values)[0])
 
 
@@ -303,7 +304,7 @@ def signed_in_format_1(shown: Tensor) -> Tensor:
         message = json.dumps(["payload", "", *SHAPE, OLD.key_id, nonce, "".join(map(str, body))]).encode()
         seal = OLD.mac(message, layout.mac)
         bits = body + [seal >> (layout.mac - 1 - bit) & 1 for bit in range(layout.mac)]
-        noise = lays(OLD, nonce, _code(fields, layout).encode(bits), i, 1)
+        noise = lays(OLD, nonce, code_of(fields, layout).encode(bits), i, 1)
         positions = split(fields, first_field(fields, OLD, "").positions)[1]
         features = (own - 0.5).flatten().numpy()
         directions = OLD.stream("content", features.shape, nonce, len(positions) * len(features))
