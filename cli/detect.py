@@ -44,6 +44,13 @@ def run(
         Path | None,
         typer.Option(metavar="DIR", help="Also write NAME-heatmap.png there: where in each picture the mark agrees."),
     ] = None,
+    reader: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="A reader trained with MODEL (`canvas reader`). Default: the canvas's own."),
+    ] = None,
+    issued: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Marks that were signed, as `generate --issued` lists them.")
+    ] = None,
     device: common.Device = "auto",
     dtype: common.DType = "auto",
 ):
@@ -60,10 +67,13 @@ def run(
     options = {"search": search, "size": parse_size(size)}
 
     from ..benchmarks.store import Store, digest
+    from ..methods.watermark.issued import load_issued
     from ..methods.watermark.keyring import load_keyring
 
     ring = load_keyring(keyring)
-    finished = Store(resume, "detect", [digest(keyring), model, options])
+    beside = [None if path is None else digest(path) for path in (reader, issued)]
+    finished = Store(resume, "detect", [digest(keyring), model, options, beside])
+    known = {} if issued is None else {"issued": load_issued(issued)}
     rows, failed, pipe = {}, 0, None
     maps = [] if heatmap is None else common.output_paths(heatmap, files, ["heatmap"])
     map_of = {file: path for file, (path,) in zip(files, maps, strict=False)}
@@ -79,7 +89,9 @@ def run(
                 except (common.CliError, OSError) as error:
                     found[file] = error
             if pictures:
-                pipe = common.load_model(model, device, dtype) if pipe is None else pipe
+                if pipe is None:
+                    pipe = common.load_model(model, device, dtype)
+                    options |= known | reader_of(pipe, model, reader)
                 single = {file: opened.first for file, opened in pictures.items() if opened.count == 1}
                 seen = {}
                 found |= look(pipe, ring, single, options, seen) if single else {}
@@ -219,6 +231,25 @@ def _reading():
         raise common.CliError(f"too large: {common.one_line(error)}") from error
     except Exception as error:  # decoders fail on damaged files in every way there is
         raise common.CliError(f"damaged: {common.one_line(error)}") from error
+
+
+def reader_of(pipe, model: str, path: Path | None) -> dict:
+    """The option that names the reader of a model's marks, where there is one.
+
+    Raises:
+        CliError: a reader of another model.
+    """
+    from ..canvas.pipeline import READER, WEIGHTS
+    from ..pipelines.watermark.reader import reader_for
+
+    if path is None:
+        found = reader_for(pipe, WEIGHTS / READER) if model == "canvas" else None
+        return {} if found is None else {"reader": found}
+    if not path.is_file():
+        raise common.CliError(f"--reader {path}: there is no such file; `semiperm canvas reader` trains one")
+    if (found := reader_for(pipe, path)) is None:
+        raise common.CliError(f"--reader {path} was trained with another model than {model}; train one for it")
+    return {"reader": found}
 
 
 def look_into(pipe, ring, opened: Opened, options: dict, seen: dict) -> dict | Exception:

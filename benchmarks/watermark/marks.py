@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...methods.watermark import mark as watermark
 from ...methods.watermark import reading
-from ...methods.watermark.keys import KEY_IDS, WatermarkKey
+from ...methods.watermark.keys import FORMAT, KEY_IDS, WatermarkKey
 from ...methods.watermark.peers.gaussian_shading import GaussianShading
 from ...methods.watermark.peers.pseudorandom_code import PseudorandomCode
 from ...methods.watermark.peers.ring_id import RingID
@@ -30,10 +30,10 @@ def seeded(*about) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
-def key_of(*about) -> WatermarkKey:
+def key_of(*about, since: int = FORMAT) -> WatermarkKey:
     """A key of the same kind: no secret, but a benchmark has to be repeatable."""
     stream, mac = (hashlib.sha256(repr((part, *about)).encode()).digest() for part in ("stream", "mac"))
-    return WatermarkKey(f"benchmark {about}", stream[0] % KEY_IDS, "", stream, mac)
+    return WatermarkKey(f"benchmark {about}", stream[0] % KEY_IDS, "", stream, mac, since=since)
 
 
 @dataclass(frozen=True)

@@ -54,11 +54,11 @@ class Reader(nn.Module):
 
     Args:
         channels: of the model's latents.
-        width, blocks: of the network; 96 and 6 make some 150,000 weights.
+        width, blocks: of the network; 48 and 3 make some 40,000 weights.
         model: fingerprint of the model that it was trained with, 16 hex digits.
     """
 
-    def __init__(self, channels: int, width: int = 96, blocks: int = 6, model: str = ""):
+    def __init__(self, channels: int, width: int = 48, blocks: int = 3, model: str = ""):
         super().__init__()
         self.channels, self.width, self.model = channels, width, model
         self.first = nn.Conv2d(len(STEPS) * channels, width, 3, padding=1)
