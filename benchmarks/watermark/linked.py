@@ -20,7 +20,7 @@ SHAPES = ((4, 16, 16), (4, 32, 32), (4, 64, 64))
 NEAREST = 4096  # elements up to which a nearest neighbour among known latents is asked: more take minutes
 FORMS = (2, FORMAT)  # the baseline is what older releases signed
 LATENTS, QUICK_LATENTS = 2_000, 200
-KNOWN, QUICK_KNOWN = 5_000, 500  # latents of the key that the stranger knows; as many others are asked, and plain ones
+KNOWN, QUICK_KNOWN = 5_000, 500  # latents of the key that a stranger knows; as many others are asked, and plain ones
 STANDS_OUT = 6.0  # standard deviations: chance reaches 5.2 in as many pairs, and 6 once in 250 times
 ROUNDS = 20
 
@@ -60,10 +60,14 @@ def compute(unit: dict) -> dict:
 
 
 def rows(units: Sequence[dict], results: Sequence[dict]) -> list[dict]:
-    """{"table": "linked", "shape", "format", "n", "nonce_bits": of the first field, "largest": standard deviations, of
-    the agreement of any two latents, "pairs": that stand out by 6 or more, "decades": of the first field's p-value that
-    its nonces cost, "ms": of one core, to read one latent without a mark under one key; of small latents "known", "nearest", "asked": how
-    often the largest agreement with a known latent says rightly whether another is of the key}."""
+    """Rows of the finished units.
+
+    Returns:
+        {"table": "linked", "shape", "format", "n", "nonce_bits": of the first field, "largest": agreement of any two
+        latents in standard deviations, "pairs": that stand out by 6 or more, "decades": of the first field's p-value
+        that its nonces cost, "ms": of one core, to read one latent without a mark under one key}; of small latents
+        "known", "nearest", "asked": how often the largest agreement with a known one tells whose another is.
+    """
     found = []
     for unit, result in zip(units, results, strict=True):
         bits = math.log2(fields_of(tuple(unit["shape"]), unit["form"]).first_nonces)
