@@ -33,7 +33,7 @@ from .keys import FORMAT, WatermarkKey
 
 MINIMUM = 1024  # elements: 256 for the nonce, 128 for the binding, and 8 for each of the 61 bits of the smallest code
 _SECOND_COSETS = 1024  # streams of the second field: with its Walsh functions 20 to 24 bits more of nonce
-_ONE_BLOCK = 1 << 18  # nonces of a first field of one block: what a second in 10^4 keys' search affords
+_ONE_BLOCK = 1 << 18  # nonces of a first field of one block: 4 ms a key, which searching many keys affords
 _LARGE = 16384  # elements from which the first field is a code of
 _BLOCKS = 16  # blocks: 2 standard deviations of a pair's agreement each, which no pair is told by, and
 _SYMBOL_BITS = 14  # bits of symbol each
