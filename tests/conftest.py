@@ -15,6 +15,9 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton: kernels run on the CPU
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # for what the tests start; workers take a core each,
+    torch.set_num_threads(1)  # and threads of several torch processes slow one another tenfold
 
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent

@@ -214,7 +214,7 @@ def test_two_commands_for_a_fresh_machine():
     assert len(lines) == 2
     install = "python3 -m venv .venv && . .venv/bin/activate && pip install -c constraints.txt torch==2.13.0"
     assert all(command.startswith(install) for command in lines)
-    assert lines[0].endswith("&& semiperm demo") and lines[1].endswith("&& pytest")
+    assert lines[0].endswith("&& semiperm demo") and lines[1].endswith("&& pytest -n auto")
     assert "torch==2.13.0" in (ROOT / "constraints.txt").read_text().splitlines()
 
 
@@ -223,5 +223,5 @@ def test_ci_runs_the_command_of_the_first_page():
     extract = re.search(r"command=\$\((.+)\)\n", script)[1]
     result = subprocess.run(["bash", "-c", extract], cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == set_up()[1]
-    assert 'eval "${command% && pytest}"' in script
-    assert script.rstrip().splitlines()[-1] == "pytest"
+    assert 'eval "${command% && pytest -n auto}"' in script
+    assert script.rstrip().splitlines()[-1] == "pytest -n auto"

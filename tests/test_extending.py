@@ -14,7 +14,11 @@ PAGE = ROOT / "docs" / "extending.md"
 BLOCK = re.compile(r"^```\w+ path=(?P<path>\S+)(?: after=(?P<after>[^\n]*))?\n(?P<text>.*?)^```$", re.M | re.S)
 LEFT_OUT = (".git", "__pycache__", "*.egg-info", "*.pyc", "*.jpg", "*.png", ".*_cache", "build", "venv", ".venv")
 # What docs/extending.md asks to be run, as far as it has to do with the new method.
-CHOSEN = "contrast or test_layout or test_ids or thin or without_a_node or method_table or its_place or an_entry"
+CHOSEN = (
+    "(contrast and not sd2 and not sdxl and not sd3 and not wan) or test_no_circles or test_the_root or test_a_family"
+    " or test_packages or test_the_comfyui_registry or test_constraints or test_ids or is_thin or without_a_node"
+    " or method_table or its_place or an_entry"
+)
 
 
 def follow(page: str, root: Path) -> list[str]:
@@ -63,7 +67,7 @@ def test_the_toy_passes_what_every_method_passes(copy):
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     passed = int(re.search(r"(\d+) passed", done.stdout)[1])
-    assert passed > 400 and "error" not in done.stdout.splitlines()[-1]
+    assert passed > 70 and "error" not in done.stdout.splitlines()[-1]
 
 
 def test_the_toy_is_in_the_house_style(copy):

@@ -28,6 +28,7 @@ from ..timing import machine, ratio_row, versions
 BATCH = 4
 WIDE = 0.6  # of the schedule: the window that the canvas needs, see benchmarks/token_merging/judged.py
 _PROMPT = "a robot in flat style on a sky background"
+_TIE = 1e-5  # of a cosine: ten times what float32 products of a thousand channels are off
 _AGREE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}  # relative
 
 
@@ -160,7 +161,11 @@ def _check_agreement(pipe) -> None:
     config = NegativeTokenMergingConfig(threshold=0.7, diversity="first")
     merged, _ = merge_tokens(x, x, diversity_rows([0] * BATCH, "first", x.device), config)
     expected = naive_merge(x.float())
-    error = float((merged.float() - expected)[1:].norm() / expected[1:].norm())
+    unit = F.normalize(x.double(), dim=-1)
+    best, second = (unit @ unit[:1].mT).topk(2).values.unbind(-1)
+    clear = (best - second > _TIE) & ((best - config.threshold).abs() > _TIE)  # either match is right where two tie
+    clear[0] = False
+    error = float((merged.float() - expected)[clear].norm() / expected[clear].norm())
     if not error < _AGREE[x.dtype] or not torch.equal(merged[0], x[0]):
         raise TokenMergingError(f"{path}: merged tokens are off the naive formula by {error:.2e}; nothing is reported")
 

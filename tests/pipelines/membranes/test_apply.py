@@ -195,7 +195,10 @@ def test_in_place_change_of_the_embeddings_is_seen(pipe):
     assert handle.plan is not first
 
 
-@pytest.mark.parametrize(("family", "gate"), [("sd15", "probe"), ("sd15", "paper"), ("flux", "always")])
+@pytest.mark.parametrize(
+    ("family", "gate"),
+    [("sd15", "probe"), pytest.param("sd15", "paper", marks=pytest.mark.slow), ("flux", "always")],
+)
 def test_compiled_in_place_in_one_graph(family, gate):
     torch._dynamo.reset()
     pipe = build(family)
@@ -218,7 +221,7 @@ def test_compiled_in_place_in_one_graph(family, gate):
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("family", ["sd15", "flux"])
+@pytest.mark.parametrize("family", [pytest.param("sd15", marks=pytest.mark.slow), "flux"])
 def test_blocks_compiled_one_by_one(family, caplog):
     torch._dynamo.reset()
     pipe = build(family)
