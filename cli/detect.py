@@ -67,11 +67,13 @@ def run(
     options = {"search": search, "size": parse_size(size)}
 
     from ..benchmarks.store import Store, digest
+    from ..canvas.pipeline import READER, WEIGHTS
     from ..methods.watermark.issued import load_issued
     from ..methods.watermark.keyring import load_keyring
 
     ring = load_keyring(keyring)
-    beside = [None if path is None else digest(path) for path in (reader, issued)]
+    shipped = WEIGHTS / READER if model == "canvas" else None
+    beside = [digest(path) if path and path.is_file() else None for path in (reader or shipped, issued)]
     finished = Store(resume, "detect", [digest(keyring), model, options, beside])
     known = {} if issued is None else {"issued": load_issued(issued)}
     rows, failed, pipe = {}, 0, None
