@@ -66,6 +66,14 @@ def complain(error: Exception, about: str | Path = "") -> None:
     typer.echo(f"error: {printable(about)}: {one_line(error)}" if about else f"error: {one_line(error)}", err=True)
 
 
+Gate = Annotated[str, typer.Option(help="auto, probe, paper, official or always (see docs/python.md).")]
+NegativeRows = Annotated[
+    bool,
+    typer.Option(
+        "--negative-rows",
+        help="Let gates open for the negative prompt, too. Without, it is left alone, so that it can name the concept.",
+    ),
+]
 Concept = Annotated[
     list[str] | None,
     typer.Option(metavar="NAME", help="What the files erase that do not say it, in their order; repeatable."),
@@ -246,3 +254,31 @@ def output_paths(output: Path, files: list[Path], labels: list[str], grid: Path 
         if path.resolve() in originals:
             raise CliError(f"{path} is one of the pictures to attack and would be replaced; give another name")
     return paths
+
+
+def show_gates(console, membranes) -> None:
+    """Print what is known of each membrane's detector, and which gate `auto` is for it."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(caption="detectors, on prompts kept out of their fit; auto is a detector or the words themselves")
+    for heading in ("concept", "separation", "false closed", "false open", "gate auto is"):
+        table.add_column(heading, overflow="fold")
+    for membrane in membranes:
+        table.add_row(*map(Text, (membrane.concept, *gate_figures(membrane).values())))
+    console.print(table)
+
+
+def gate_figures(membrane) -> dict[str, str]:
+    """separation, false_closed, false_open and gate of one membrane, in words; a dash where nothing is known."""
+    probe = membrane.probe
+    gate = ("paper" if membrane.named else "always") if probe is None else "auto" if probe.tells else "always"
+    if probe is None:
+        return {"separation": "-", "false_closed": "-", "false_open": "-", "gate": gate}
+    counts = probe.checked or (None, None)
+    rates = [
+        "-" if rate is None else f"{100 * rate:.1f} %" + (f" of {count}" if count else "")
+        for rate, count in zip((probe.false_closed, probe.false_open), counts, strict=True)
+    ]
+    separation = "-" if probe.separation is None else f"{probe.separation:.2f}"
+    return {"separation": separation, "false_closed": rates[0], "false_open": rates[1], "gate": gate}

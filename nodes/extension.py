@@ -5,6 +5,7 @@ from comfy_api.latest import ComfyExtension, io
 from .attacks import node as image_attacks
 from .canvas import node as canvas
 from .membranes import node as membranes
+from .membranes import wordings
 from .provenance import node as provenance
 from .token_merging import node as negative_token_merging
 from .watermark import node as watermark
@@ -12,6 +13,7 @@ from .watermark import node as watermark
 
 class SemipermExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        wordings.listen()
         modules = (
             canvas,
             membranes,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..methods.errors import ModelError, SemipermError
-from ..methods.text_space import Segment, TextFeatures
+from ..methods.text_space import Segment, TextFeatures, Wording
 from .family import denoiser_of, device_of, family_of
 
 _CHUNK = 32  # prompts per text-encoder call: it bounds memory; chosen by hand
@@ -49,6 +49,32 @@ def text_projections(pipe) -> tuple[dict[str, Any], dict[str, Any]]:
 def token_ids(pipe, prompts: Sequence[str]) -> list[list[int]]:
     """The first tokenizer's ids of each prompt, cut to its length, without special tokens."""
     return _ids(pipe.tokenizer, prompts)
+
+
+def wordings(pipe, prompts: Sequence[str], *others: Sequence[str] | None) -> list[Wording]:
+    """What the text encoders are given of each prompt.
+
+    Args:
+        prompts: B strings, the `prompt` of a call.
+        others: its `prompt_2` and `prompt_3`, B strings each; None or empty where they repeat the first.
+    """
+    given = [list(prompts), *(list(other) if other else list(prompts) for other in others)]
+    names = ("tokenizer", "tokenizer_2", "tokenizer_3")
+    tokenizers = [tokenizer for name in names if (tokenizer := getattr(pipe, name, None)) is not None]
+    read: list[list[str]] = []  # for each encoder B texts
+    for number, tokenizer in enumerate(tokenizers):
+        ids = _ids(tokenizer, given[min(number, len(given) - 1)])
+        read.append(tokenizer.batch_decode(ids, clean_up_tokenization_spaces=False))
+    different = list(dict.fromkeys(map(tuple, given)))
+    ids_of = [_ids(tokenizers[0], texts) for texts in different] if tokenizers else []
+    return [
+        Wording(
+            prompt,
+            tuple(tuple(rows[i]) for rows in ids_of),
+            tuple(dict.fromkeys(texts[i] for texts in read)),
+        )
+        for i, prompt in enumerate(prompts)
+    ]
 
 
 def _ids(tokenizer, prompts: Sequence[str]) -> list[list[int]]:

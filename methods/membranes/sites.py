@@ -40,6 +40,7 @@ class Plan:
     neutral: bool  # no gate is open: every bit of the untouched model stays
     uniform: bool  # all rows have the same gates, so that weights can be folded
     grad: bool  # whether gradients were wanted when it was made
+    negative: tuple[bool, ...] | None = None  # which rows guide away from their text; None where nobody said
     outputs: dict = field(default_factory=dict)  # site -> cached projection of the text
     fused: dict = field(default_factory=dict)  # site -> (down, up, gamma per row and rank)
     folds: bool | None = None  # whether folded weights are its own; None before it asked for them

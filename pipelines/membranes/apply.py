@@ -33,8 +33,8 @@ def apply_membranes(
 ) -> MembraneHandle:
     """Let membranes act on a loaded pipeline, in place of those it has; nothing changes if anything is wrong.
 
-    y = W x + sum_k gamma_k(row) up_k (down_k x) in every wrapped projection, with gamma per row of the batch: the
-    negative and unconditional rows have gates of their own.
+    y = W x + sum_k gamma_k(row) up_k (down_k x) in every wrapped projection, with gamma per row of the batch. The
+    negative and unconditional rows are left alone (`MembraneConfig.negative_rows`).
 
     Args:
         pipe: SD1.x, SD2, SDXL, SD3 or Flux pipeline (text-to-image, image-to-image, ...), `torch.compile`d or not.
@@ -70,7 +70,7 @@ def apply_membranes(
         sites[key] = (available[key], pair)
     if config.check_base:
         check_base_models(membranes, {key: available[key].weight for key in membranes.module_keys})
-    bank = GateBank(functools.partial(encode_text, pipe), membranes, config.gate)
+    bank = GateBank(functools.partial(encode_text, pipe), membranes, config.gate, config.negative_rows)
     remove_membranes(pipe)
     handle = MembraneHandle(pipe, membranes, config, sites, bank)
     handle.install()

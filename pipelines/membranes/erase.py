@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import torch
 
@@ -39,16 +38,16 @@ def erase_concepts(
         pipe: SD1.x, SD2, SDXL, SD3 or Flux pipeline.
         concepts: names; "robot|android|droid" names synonyms too.
         surrogate: what they turn into; "" leaves the phrase out of the caption.
-        preserve: captions that must not change; None is a general list (canvas: its own captions). Captions that
-            name an erased concept are left out.
+        preserve: captions that must not change; None is a general list. Captions that name an erased concept are left
+            out, and a warning says where fewer than 50 remain.
         synonyms: name -> further phrasings.
-        templates: captions with one "{}" each; None is a general list (canvas: its own captions).
+        templates: captions with one "{}" each; None is a general list.
         config: how to solve.
         max_sequence_length: of T5 (SD3, Flux), the one you will generate with; None is the pipeline's default.
 
     Raises:
         ModelError: an unsupported pipeline.
-        MembraneError: no concept, a template without "{}", or a surrogate equal to the concept.
+        MembraneError: no concept, a template without "{}", or a surrogate that is a concept to be erased.
 
     Source: UCE (arXiv 2308.14761), SPEED (arXiv 2503.07392), RECE (arXiv 2407.12383); see `ClosedFormConfig.method`.
 
@@ -57,11 +56,6 @@ def erase_concepts(
     """
     segments = segments_of(pipe)
     last = segments[-1]
-    world: Any = None  # the module of the canvas' captions
-    if getattr(pipe, "semiperm_canvas", False):
-        from ...canvas import captions
-
-        world = captions
     encode = functools.partial(
         encode_text,
         pipe,
@@ -70,6 +64,4 @@ def erase_concepts(
     )
     tokens, pooled = ({key: m.weight.detach() for key, m in group.items()} for group in text_projections(pipe))
     space = TextSpace(encode, segments, tokens, pooled)
-    return fit_concepts(
-        space, concepts, surrogate, preserve, synonyms=synonyms, templates=templates, config=config, world=world
-    )
+    return fit_concepts(space, concepts, surrogate, preserve, synonyms=synonyms, templates=templates, config=config)

@@ -15,11 +15,12 @@ from ...methods.membranes.record import membrane_report
 from ...methods.membranes.sites import Folds, Plan, Site, modes_of
 from ...methods.membranes.types import Membranes
 from ...methods.modules import stamp
+from ...methods.text_space import Wording
 from ..family import family_of
 from ..handle import Handle
 from ..hooks import parameters_of
 from ..scheduler import image_tokens, share_of, sigma_of
-from ..text import token_ids
+from ..text import wordings
 from .hooks import RootHook, SiteHook
 
 logger = logging.getLogger(__name__)
@@ -103,7 +104,7 @@ class MembraneHandle(Handle):
                 else "no report yet: the pipeline has not been called since apply_membranes (a compiled denoiser keeps"
                 " no record)"
             )
-        rows = [row for turn, plan in enumerate(self._run.plans) for row in self._rows(plan, turn)]
+        rows = [row for plan in self._run.plans for row in self._rows(plan)]
         kept = {
             "modules": len(self.sites),
             "idle_modules": self._idle,
@@ -111,26 +112,18 @@ class MembraneHandle(Handle):
         }
         return membrane_report(self.bank, self.config, rows, self.steps(), **kept)
 
-    def _rows(self, plan: Plan, turn: int) -> list[dict]:
-        """One entry a row; of unknown embeddings the first half is taken for negative where guidance is one call.
-
-        Args:
-            turn: of the plan in its run. Where guidance is separate calls, the conditional one comes first.
-        """
-        count, one_call = len(plan.hidden), self.family.one_call
-        guided = one_call and getattr(self.pipe, "do_classifier_free_guidance", False) and count % 2 == 0
+    def _rows(self, plan: Plan) -> list[dict]:
+        """One entry a row."""
         found = []
         for number, (hidden, gates) in enumerate(zip(plan.hidden, plan.gates.tolist(), strict=True)):
-            entry = self.bank.recorded_row(hidden)
-            if not one_call:
-                negative = turn % 2 == 1
-            else:
-                negative = entry.negative if entry else guided and number < count // 2
+            known = plan.negative[number] if plan.negative is not None else None
+            entry = self.bank.recorded.find(hidden, known)
+            negative = known if known is not None else entry is not None and entry.negative
             found.append(
                 {
                     "kind": "negative" if negative else "positive",
                     "prompt": entry.prompt if entry else None,
-                    "source": "prompt" if entry else "embeds",
+                    "source": "prompt" if entry and entry.prompt is not None else "embeds",
                     "gamma": self.bank.named(gates),
                 }
             )
@@ -155,6 +148,7 @@ class MembraneHandle(Handle):
             raise MembraneError(
                 "the denoiser was called without encoder_hidden_states: a membrane cannot see the prompt"
             )
+        pooled = inputs.get("pooled_projections")
         timestep, sample = torch.as_tensor(inputs["timestep"]), inputs[self.sample_name]
         tokens = image_tokens(self.family, self.denoiser, sample)
         self._run.began = True
@@ -162,16 +156,16 @@ class MembraneHandle(Handle):
         inside = window.whole or window.contains(share_of(self.pipe, self.family, timestep, tokens))
         if compiling:
             if self.strength != 0:
-                gamma = self.bank(hidden) * self.strength
+                gamma = self.bank(hidden, pooled, self._negative(hidden, pooled)) * self.strength
                 self.gamma = (gamma if window.whole else gamma * inside.to(gamma)).to(hidden.dtype)
             return
         self.outside = not inside
         self._run.calls.append(_Call(timestep, tokens, bool(inside)))
-        self.select(hidden, inputs.get("pooled_projections"))
+        self.select(hidden, pooled)
 
     def select(self, hidden: Tensor, pooled: Tensor | None) -> None:
         """Make the plan of this text batch the current one."""
-        plan = self._plan_of(hidden, pooled)
+        plan = self._plan_of(hidden, pooled, self._negative(hidden, pooled))
         if plan is not self.plan and plan.uniform and not plan.neutral:
             self.folds.claim(plan)
         if plan not in self._run.plans:
@@ -180,22 +174,33 @@ class MembraneHandle(Handle):
         gamma = plan.gamma.to(hidden.dtype)
         self.gamma = torch.zeros_like(gamma) if self.outside else gamma  # for blocks that are compiled one by one
 
-    def _plan_of(self, hidden: Tensor, pooled: Tensor | None) -> Plan:
+    def _negative(self, hidden: Tensor, pooled: Tensor | None) -> tuple[bool, ...] | None:
+        """Which rows of this text are negative; None where their embeddings are on record as one or the other.
+
+        Where guidance is two calls, the conditional one comes first, and the words of both were encoded alike.
+        """
+        if self.family.one_call:
+            return None
+        guided = self._run.encodes > 1 or getattr(self.pipe, "do_classifier_free_guidance", False)
+        first = torch.compiler.is_compiling() or not self._run.plans or self._run.plans[0].fits(hidden, pooled)
+        return (bool(guided and not first),) * len(hidden)
+
+    def _plan_of(self, hidden: Tensor, pooled: Tensor | None, negative: tuple[bool, ...] | None) -> Plan:
         """The remembered plan of this text batch, or a new one, in whose first call the sites are watched."""
         for plan in self._plans:
-            if plan.fits(hidden, pooled):
+            if plan.fits(hidden, pooled) and plan.negative == negative:
                 return plan
-        plan = self._new_plan(hidden, pooled)
+        plan = self._new_plan(hidden, pooled, negative)
         self._plans = [plan, *self._plans][:_PLANS]
         self._watching = True
         for site in self.sites:
             site.ran = False
         return plan
 
-    def _new_plan(self, hidden: Tensor, pooled: Tensor | None) -> Plan:
+    def _new_plan(self, hidden: Tensor, pooled: Tensor | None, negative: tuple[bool, ...] | None) -> Plan:
         grad = torch.is_grad_enabled()
         with torch.set_grad_enabled(grad and hidden.requires_grad):
-            gates = self.bank(hidden)
+            gates = self.bank(hidden, pooled, negative)
             gamma = gates * self.strength
         if not torch.isfinite(gamma).all():
             raise MembraneError(
@@ -205,7 +210,7 @@ class MembraneHandle(Handle):
         if self.config.mode == "folded" and not uniform:
             raise MembraneError(
                 f"mode='folded' needs the same gates in all rows of the batch, but they differ: {gamma.tolist()};"
-                " expected gate='always' or mode='auto'"
+                " expected gate='always' with negative_rows=True, or mode='auto'"
             )
         return Plan(
             hidden=hidden,
@@ -217,6 +222,7 @@ class MembraneHandle(Handle):
             neutral=self.strength == 0 or (not grad and not bool(gamma.any())),
             uniform=uniform,
             grad=grad,
+            negative=negative,
         )
 
     def check_sites(self) -> None:
@@ -239,19 +245,27 @@ class MembraneHandle(Handle):
         if self._run.began:  # the run that it belonged to is over
             self._run.clear()
         self._run.encodes += 1
+        if self._run.encodes == 1:
+            self.bank.recorded.begin()
         tensors = [t for t in encoded if isinstance(t, Tensor) and t.ndim == 3] if isinstance(encoded, tuple) else []
         if not tensors:
             return
         self._place(tensors[0].device, tensors[0].dtype)
-        prompts = _strings(arguments.get("prompt"))
-        if prompts and arguments.get("prompt_embeds") is None:
-            self.bank.record(tensors[0], prompts, False, self._ids)
-        negatives = _strings(arguments.get("negative_prompt")) or [""]
-        if len(tensors) > 1 and arguments.get("negative_prompt_embeds") is None:
-            self.bank.record(tensors[1], negatives * (len(prompts) if len(negatives) == 1 else 1), True, self._ids)
+        self._record(tensors[0], arguments, "", False)
+        if len(tensors) > 1:
+            self._record(tensors[1], arguments, "negative_", True)
 
-    def _ids(self, prompts):
-        return token_ids(self.pipe, prompts)
+    def _record(self, hidden: Tensor, arguments: dict, which: str, negative: bool) -> None:
+        """Remember which rows were encoded just now, and their words where they came from words."""
+        texts = [_strings(arguments.get(f"{which}prompt{n}")) for n in ("", "_2", "_3")]
+        if arguments.get(f"{which}prompt_embeds") is None and (texts[0] or which):
+            count = max(1, len(_strings(arguments.get("prompt")))) if which else len(texts[0])
+            texts[0] = texts[0] or [""]
+            texts = [many * count if len(many) == 1 else many for many in texts]
+            if all(len(many) in (0, len(texts[0])) for many in texts):
+                self.bank.recorded.add(hidden, wordings(self.pipe, *texts), negative)
+                return
+        self.bank.recorded.add(hidden, [Wording(None, (), ())] * len(hidden), negative)
 
     def _place(self, device: torch.device, dtype: torch.dtype) -> None:
         self.bank.place(device)
