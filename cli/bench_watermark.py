@@ -17,7 +17,11 @@ def run(
     ] = False,
     parts: Annotated[
         list[str] | None,
-        typer.Option("--part", metavar="PART", help="latents, canvas, speed or samplers. Default: the first three."),
+        typer.Option(
+            "--part",
+            metavar="PART",
+            help="latents, linked, canvas, repaint, everyday, speed or samplers; repeatable. Default: all but it.",
+        ),
     ] = None,
     comfyui: Annotated[
         Path | None, typer.Option("--comfyui", metavar="FOLDER", help="With samplers: also those of this ComfyUI.")
@@ -30,7 +34,10 @@ def run(
     resume: Annotated[
         Path | None, typer.Option("--resume", metavar="FILE", help="Keep finished work here, and go on from it.")
     ] = None,
-    json_path: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures here.")] = None,
+    json_path: Annotated[
+        Path | None,
+        typer.Option("--json", metavar="FILE", help="Write the figures here; with --part, those of other parts stay."),
+    ] = None,
 ):
     """Test the watermark on latents and on pictures: false positives, secrecy, noise, attacks, forgery, quality, speed.
 
@@ -61,10 +68,31 @@ def run(
             finished = f"{resume.resolve()}.comfyui" if resume else ""
             rows = [*rows, *in_comfyui(comfyui, comfyui_python, script, finished, size)]
     if json_path is not None:
-        common.write_json(json_path, rows)
+        common.write_json(json_path, [*kept(json_path, parts, rows), *rows])
     console = common.console()
     for table in tables(rows):
         console.print(table)
+
+
+def kept(path: Path, parts: list[str], rows: list[dict]) -> list[dict]:
+    """The rows of a file of figures that belong to parts which did not run.
+
+    Raises:
+        CliError: another kind of file.
+    """
+    import json
+
+    from ..benchmarks.watermark.run import PARTS, TABLES
+
+    if set(parts) == set(PARTS) or not path.exists():
+        return []
+    try:
+        before = [(row["table"], row.get("latents"), row) for row in json.loads(path.read_text(encoding="utf-8"))]
+    except (ValueError, TypeError, KeyError) as error:
+        raise common.CliError(f"--json {path} is there, and no file of this command's figures") from error
+    fresh = {(row["table"], row.get("latents")) for row in rows}
+    mine = {name for part in parts for name in TABLES[part]} - {"null"}
+    return [row for table, latents, row in before if table not in mine and (table, latents) not in fresh]
 
 
 def tables(rows: list[dict]):
@@ -79,6 +107,9 @@ def tables(rows: list[dict]):
         "quality": quality_table,
         "forgery": forgery_table,
         "sampler": sampler_tables,
+        "linked": linked_table,
+        "repaint": repaint_table,
+        "everyday": everyday_table,
         "speed": speed_table,
     }
     for name, maker in makers.items():
@@ -261,6 +292,36 @@ def speed_table(rows: list[dict]):
         times = f"{row['ms']:.2f}", f"{row['best_ms']:.2f}"
         about = what[row["what"]], shape(row), str(row["keys"]), str(row["threads"])
         table.add_row(*about, *times, str(row["peak_mb"]), str(row["extra_mb"]))
+    return table
+
+
+def linked_table(rows: list[dict]):
+    """Pairs of one key's latents, in both formats."""
+    headings = ("shape", "format", "nonce bits", "latents", "largest agreement, sigma", "pairs above 6")
+    table = _table("can pictures of one key be linked", *headings, "nearest neighbour right", "decades of p", "ms")
+    for row in rows:
+        nearest = f"{row['nearest']:.1%}" if "nearest" in row else ""
+        cells = (row[name] for name in ("format", "nonce_bits", "n", "largest", "pairs"))
+        table.add_row(shape(row), *map(str, cells), nearest, str(row["decades"]), str(row["ms"]))
+    return table
+
+
+def repaint_table(rows: list[dict]):
+    """Attack by attack what each way to read finds."""
+    table = _table("repainted and grey pictures: found at p < 1e-3 / 1e-6", "attack", "way", "n", "1e-3", "1e-6")
+    for row in rows:
+        cells = percent(row["tpr"]), percent(row["detected"])
+        table.add_row(row["attack"], row["way"], str(row["n"]), *cells)
+    return table
+
+
+def everyday_table(rows: list[dict]):
+    """Conversion by conversion."""
+    headings = ("conversion", "n", "found at 1e-6", "valid, payload right", "seconds")
+    table = _table("everyday conversions, found without options", *headings)
+    for row in rows:
+        cells = str(row["n"]), percent(row["detected"]), percent(row["exact"]), f"{row['seconds']:.2f}"
+        table.add_row(row["conversion"], *cells)
     return table
 
 

@@ -61,7 +61,7 @@ def units_of(face: str, settings: Sequence[tuple[str, dict, int, float]], quick:
     """Units of these (sampler, options, steps, guidance): a few pictures of all of them before more of any."""
     parts = [(0, 2)] if quick else [(start, UNIT) for start in range(0, PICTURES, UNIT)]
     names = ("sampler", "options", "steps", "guidance")
-    about = {"task": "sampler", "face": face}
+    about = {"task": "samplers", "face": face}
     return [
         about | dict(zip(names, setting, strict=True)) | {"start": start, "count": count}
         for start, count in parts

@@ -22,8 +22,9 @@ from einops import rearrange
 from torch import Tensor
 
 from ...methods.errors import WatermarkError
-from ...methods.watermark.detection import FIRST, DetectionConfig, detect_in, inversion_times
+from ...methods.watermark.detection import DetectionConfig, detect_in
 from ...methods.watermark.keyring import Keyring
+from ...methods.watermark.ladder import FIRST, inversion_times
 from ..sockets import Detection, digest
 from .noise import unsigned
 
