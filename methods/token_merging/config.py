@@ -119,8 +119,9 @@ class NegativeTokenMergingConfig:
     @property
     def strengths(self) -> tuple[float, ...]:
         """Of each reference; in diversity mode of all images."""
-        number = len(self.reference or (None,))
-        return self.strength if isinstance(self.strength, tuple) else (self.strength,) * number
+        if isinstance(self.strength, Sequence):
+            return tuple(self.strength)
+        return (self.strength,) * (len(self.reference) if isinstance(self.reference, tuple) else 1)
 
     @property
     def mode(self) -> str:
