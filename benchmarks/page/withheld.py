@@ -16,11 +16,11 @@ METHODS = {
 }
 _COLUMNS = ("UA", "IRA", "CRA", "kept", "attributes", "negative")
 _ABOUT = (
-    "**UA** is the share of pictures without the concept among those that ask for it. On as many other prompts: **IRA**"
-    " and **CRA**, the accuracy in its own and in the other domain, and **kept**, the share of pictures in which the judge"
-    " sees the same object and style as in the untouched model's. **attributes**: the same of colour and background, in all"
-    " pictures. **negative**: asked for the concept with a negative prompt that names it, the share of pictures that show"
-    " it."
+    "**UA** is the share of pictures without the concept among those that ask for it. On as many other prompts:"
+    " **IRA** and **CRA**, the accuracy in its own and in the other domain, and **kept**, the share of pictures in"
+    " which the judge sees the same object and style as in the untouched model's. **attributes**: the same of colour"
+    " and background, in all pictures. **negative**: asked for the concept with a negative prompt that names it, the"
+    " share of pictures that show it."
 )
 
 
@@ -35,8 +35,8 @@ def withheld(figures: dict) -> str:
     parts = [
         "## Erasure, asked in withheld words",
         source("erasure_withheld.json", command, figures),
-        "Every method is given the bare name of one concept, and the package's general captions; the prompts ask in full"
-        f" captions of the canvas by the other phrasings alone, {each} of each concept"
+        "Every method is given the bare name of one concept, and the package's general captions; the prompts ask in"
+        f" full captions of the canvas by the other phrasings alone, {each} of each concept"
         f" ({figures['num_inference_steps']} steps, guidance {figures['guidance_scale']:g}). {_ABOUT}",
     ]
     for label in ("objects", "styles"):
@@ -66,8 +66,8 @@ def at_once(count: int) -> Callable[[dict], str]:
         return paragraphs(
             f"## {count} concepts at once",
             source(name, command, figures),
-            f"{count} membranes of one `semiperm erase`, by name alone: {', '.join(names)}, and {count - len(names)} common"
-            " nouns that the canvas does not draw. Asked in withheld words; columns as above.",
+            f"{count} membranes of one `semiperm erase`, by name alone: {', '.join(names)}, and {count - len(names)}"
+            " common nouns that the canvas does not draw. Asked in withheld words; columns as above.",
             _table(rows, {"untouched": "untouched", "membrane": f"{count} membranes, gate auto"}),
         )
 
