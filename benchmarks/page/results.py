@@ -12,6 +12,7 @@ from pathlib import Path
 
 from . import samplers as results_samplers
 from . import watermark as results_watermark
+from . import withheld
 from .tables import count, number, paragraphs, percent, source, table
 
 HEAD = """# Measured
@@ -87,9 +88,8 @@ def erasure(figures: dict) -> str:
         _each(rows),
         _losses(rows),
         "Limits, and they are large:",
-        "- **Every phrasing that is asked for was in the fit of the membranes.** On the canvas the eraser is handed the"
-        " world's own captions and synonyms. What happens with words kept from it is not measured here; figures with"
-        " withheld words come with the next edition of this world.\n"
+        "- **Every phrasing that is asked for was in the fit of the membranes**, which was then handed the world's own"
+        " captions and synonyms. The next section asks in words that no method was given.\n"
         "- **The rivals got less**: UCE and the negative prompt are given the bare name, as their authors do, and no"
         " synonyms.\n"
         f"- {_asked(rows, 'objects')} pictures ask for an erased object, {_asked(rows, 'styles')} for an erased style;"
@@ -359,6 +359,10 @@ def kernel_model(rows: list[dict]) -> str:
 SECTIONS: dict[str, Callable] = {
     "canvas": canvas,
     "erasure": erasure,
+    "erasure_withheld": withheld.withheld,
+    "erasure_10": withheld.at_once(10),
+    "erasure_30": withheld.at_once(30),
+    "erasure_100": withheld.at_once(100),
     "membranes": membranes,
     "comfyui": comfyui,
     "negative_token_merging": token_merging,
