@@ -116,7 +116,7 @@ class ComfyServer:
         return self.log_file.read_text(encoding="utf-8", errors="replace")
 
     def get(self, path: str) -> bytes:
-        with urllib.request.urlopen(self.url + path, timeout=60) as answer:
+        with urllib.request.urlopen(self.url + urllib.parse.quote(path, safe="/?&=%"), timeout=60) as answer:
             return answer.read()
 
     def post(self, path: str, body: bytes, content_type: str = "application/json") -> bytes:
