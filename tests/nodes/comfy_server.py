@@ -50,8 +50,11 @@ def why_no_comfyui() -> str | None:
     return None
 
 
-def in_comfyui(check: str, *arguments, timeout: float = 300) -> dict:
-    """Run a check of this folder with ComfyUI's Python; return the JSON it prints last."""
+def in_comfyui(check: str, *arguments, timeout: float = 1200) -> dict:
+    """Run a check of this folder with ComfyUI's Python; return the JSON it prints last.
+
+    The timeout is for one that hangs, not for a busy machine.
+    """
     return run_in_comfyui(comfyui_path(), comfyui_python(), HERE / check, *arguments, timeout=timeout)
 
 
