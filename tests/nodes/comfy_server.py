@@ -50,8 +50,11 @@ def why_no_comfyui() -> str | None:
     return None
 
 
-def in_comfyui(check: str, *arguments, timeout: float = 300) -> dict:
-    """Run a check of this folder with ComfyUI's Python; return the JSON it prints last."""
+def in_comfyui(check: str, *arguments, timeout: float = 1200) -> dict:
+    """Run a check of this folder with ComfyUI's Python; return the JSON it prints last.
+
+    The timeout is for one that hangs, not for a busy machine.
+    """
     return run_in_comfyui(comfyui_path(), comfyui_python(), HERE / check, *arguments, timeout=timeout)
 
 
@@ -116,7 +119,7 @@ class ComfyServer:
         return self.log_file.read_text(encoding="utf-8", errors="replace")
 
     def get(self, path: str) -> bytes:
-        with urllib.request.urlopen(self.url + path, timeout=60) as answer:
+        with urllib.request.urlopen(self.url + urllib.parse.quote(path, safe="/?&=%"), timeout=60) as answer:
             return answer.read()
 
     def post(self, path: str, body: bytes, content_type: str = "application/json") -> bytes:

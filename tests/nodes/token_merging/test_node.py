@@ -185,7 +185,9 @@ def test_rows_do_not_depend_on_each_other(found):
 
 @comfy
 def test_conditionings_that_run_one_after_the_other(found):
-    assert found["split"] < 3e-2 and sorted(found["split, batches"]) == [2, 3]  # a tie may fall the other way
+    # one token's two best matches are 6e-7 apart in cosine, and rounding decides: .016 in the end
+    assert found["split"] < 3e-2 and sorted(found["split, batches"]) == [2, 3]
+    assert found["gentle split"] < 1e-3 < 0.1 < found["gentle effect"]  # 4e-5, as without the node, and .75
     assert {row["kind"] for row in found["split, report"]["rows"]} == {"positive"}
     assert found["areas"] > 1
 
