@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -119,8 +120,10 @@ class NegativeTokenMergingConfig:
     @property
     def strengths(self) -> tuple[float, ...]:
         """Of each reference; in diversity mode of all images."""
-        number = len(self.reference or (None,))
-        return self.strength if isinstance(self.strength, tuple) else (self.strength,) * number
+        number = len(cast("tuple | None", self.reference) or (None,))  # a tuple since __post_init__
+        return cast(
+            "tuple[float, ...]", self.strength if isinstance(self.strength, tuple) else (self.strength,) * number
+        )
 
     @property
     def mode(self) -> str:

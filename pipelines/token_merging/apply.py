@@ -135,9 +135,11 @@ class TokenMergingHandle(Handle):
 
     def ended(self, pipe: Pipeline) -> None:
         run = self.here
-        going = run is not None and not run.over
+        going = run if run is not None and not run.over else None
         super().ended(pipe)
-        if going and run.over and not self.compiled and (nothing := run.record.record.nothing(self.config)):
+        if going is None or not going.over or self.compiled:
+            return
+        if nothing := going.record.record.nothing(self.config):
             logger.warning("%s: %s", self.NAME.strip("_"), nothing)
 
     def report(self) -> dict:
