@@ -9,10 +9,6 @@ only the ratios of the soft values count. Blocks this short and rates this low a
 from __future__ import annotations
 
 import hashlib
-import heapq
-import itertools
-import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -45,8 +41,8 @@ def _generators() -> np.ndarray:
 
 @lru_cache(maxsize=1)
 def _signs() -> np.ndarray:
-    """(GENERATORS, 2^CONSTRAINT) float32: +1 where the parity of a register content is 0, -1 where it is 1."""
-    registers = np.arange(1 << CONSTRAINT, dtype=np.int32)
+    """(GENERATORS, 2^(MEMORY - 1)) float32: +1 where a register with neither end set has parity 0, -1 where 1."""
+    registers = np.arange(0, 1 << MEMORY, 2, dtype=np.int32)
     return 1 - 2 * parity(registers[None] & _generators()[:, None]).astype(np.float32)
 
 
@@ -89,57 +85,50 @@ class Code:
         Raises:
             WatermarkError: another number of soft values.
         """
-        gains = self._gains(llr)
-        states = 1 << MEMORY
-        metric = np.full(states, -np.inf, np.float32)
-        metric[0] = 0
-        taken = np.empty((self.steps, states), bool)
-        for step in range(self.steps):
-            # Register u = 2 * next_state + e was reached from state u mod 2^MEMORY.
-            paths = (np.concatenate([metric, metric]) + gains[step]).reshape(states, 2)
-            taken[step] = paths[:, 1] > paths[:, 0]
-            metric = np.maximum(paths[:, 0], paths[:, 1])
-        bits, state = np.zeros(self.steps, np.uint8), 0
-        for step in reversed(range(self.steps)):
-            bits[step] = state >> (MEMORY - 1)
-            state = (2 * state + int(taken[step, state])) & (states - 1)
-        weight = float(np.abs(np.asarray(llr, np.float32)).sum(dtype=np.float64))
-        return bits[: self.payload_bits], 0.5 + 0.5 * float(metric[0]) / weight if weight else 0.5
+        words, confidence = self.likeliest(llr, 1)
+        return words[0], confidence
 
-    def candidates(self, llr: np.ndarray) -> Iterator[np.ndarray]:
-        """All payloads as of `decode`, the likeliest first, as many as are asked for.
+    def likeliest(self, llr: np.ndarray, count: int) -> tuple[np.ndarray, float]:
+        """The `count` likeliest payloads, and the confidence of the first as of `decode`.
 
-        A search back from the closed end, best first: the forward metrics say exactly how good the best way on is
-        (tree-trellis list decoding, Soong and Huang 1991).
+        A search back from the closed end in step: the forward metrics say exactly how good the best way on is
+        (tree-trellis list decoding, Soong and Huang 1991), so of each step's ways only the best `count` are needed.
+
+        Returns:
+            (count, payload_bits) uint8, the likeliest first, fewer where the code has fewer; see `decode`.
+
+        Raises:
+            WatermarkError: another number of soft values.
         """
         gains, states = self._gains(llr), 1 << MEMORY
+        half = states >> 1
         metrics = np.full((self.steps + 1, states), -np.inf, np.float32)
         metrics[0, 0] = 0
-        for step in range(self.steps):
-            paths = (np.concatenate([metrics[step], metrics[step]]) + gains[step]).reshape(states, 2)
-            metrics[step + 1] = paths.max(1)
-        ways = itertools.count()  # of equal ones the first: ways themselves have no order
-        heap = [(-float(metrics[-1, 0]), next(ways), self.steps, 0, 0.0, None)]
-        while heap:
-            _, _, step, state, behind, later = heapq.heappop(heap)
-            while step:
-                later = (state >> (MEMORY - 1), later)
-                step -= 1
-                both = []
-                for register in (2 * state, 2 * state + 1):
-                    before, after = register & (states - 1), behind + float(gains[step, register])
-                    both.append((float(metrics[step, before]) + after, before, after))
-                (_, state, behind), other = sorted(both, reverse=True)
-                if other[0] > -math.inf:
-                    heapq.heappush(heap, (-other[0], next(ways), step, other[1], other[2], later))
-            bits = []
-            while later is not None:
-                bit, later = later
-                bits.append(bit)
-            yield np.array(bits[: self.payload_bits], np.uint8)
+        for step, gain in enumerate(gains):
+            # Register u = 2 * next_state + e was reached from state u mod 2^MEMORY; for its gain see `_gains`.
+            even, odd = metrics[step].reshape(half, 2).T
+            np.maximum(even + gain, odd - gain, out=metrics[step + 1, :half])
+            np.maximum(even - gain, odd + gain, out=metrics[step + 1, half:])
+        state, behind = np.zeros(1, np.int64), np.zeros(1)  # of each way the state and the metric from there on
+        bits = np.zeros((1, self.steps), np.uint8)
+        for step in reversed(range(self.steps)):
+            newest = state >> (MEMORY - 1)
+            bits[:, step] = newest
+            gain = np.where(newest, -1, 1) * gains[step, state & (half - 1)].astype(np.float64)
+            before = np.concatenate([2 * state, 2 * state + 1]) & (states - 1)
+            behind = np.concatenate([behind + gain, behind - gain])
+            total = metrics[step, before] + behind
+            best = np.argsort(-total, kind="stable")[:count]
+            best = best[total[best] > -np.inf]
+            state, behind, bits = before[best], behind[best], bits[best % len(bits)]
+        weight = float(np.abs(np.asarray(llr, np.float32)).sum(dtype=np.float64))
+        return bits[:, : self.payload_bits], 0.5 + 0.5 * float(metrics[-1, 0]) / weight if weight else 0.5
 
     def _gains(self, llr: np.ndarray) -> np.ndarray:
-        """(steps, 2^CONSTRAINT) what every register content at every step agrees with."""
+        """(steps, 2^(MEMORY - 1)) what every register content with neither end set agrees with at every step.
+
+        Every generator taps both ends: a register with one end set agrees with the opposite, with both the same.
+        """
         llr = np.asarray(llr, np.float32)
         if llr.shape != (self.channel_bits,):
             raise WatermarkError(f"soft values of shape {llr.shape} were given; expected ({self.channel_bits},)")

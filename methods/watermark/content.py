@@ -179,10 +179,10 @@ def draw_bound(
         rounds: redraws at most, at least 1.
         embedding: pictures (B, 3, H, W) in 0..1 -> (B, D); detection needs the same one.
         holds: f(pictures (b, 3, H, W)) -> whether a detector finds each valid; where it does not, it is drawn again.
-            None asks nobody.
+            None asks nobody. Pictures whose content did not stay are not shown to it.
 
     Raises:
-        WatermarkError: a picture that shows something else in every round.
+        WatermarkError: a picture that shows something else in every round, or that the detector never finds valid.
     """
     noise, pending = noise.clone(), list(range(len(noise)))
     best: list[BoundPicture | None] = [None] * len(noise)
@@ -190,9 +190,15 @@ def draw_bound(
     held = [False] * len(noise)
     for redrawn in range(rounds + 1):
         pictures, pixels = draw(noise, pending)
-        found = holds(pixels) if redrawn and holds is not None else [bool(redrawn)] * len(pending)
-        for i, picture, shown, fine in zip(pending, pictures, embedding(pixels), found, strict=True):
-            stayed = float(content_agreement(bound[i], shown)) if redrawn else 0.0
+        said = embedding(pixels)
+        stays = [
+            float(content_agreement(bound[i], shown)) if redrawn else 0.0
+            for i, shown in zip(pending, said, strict=True)
+        ]
+        fit = [row for row, stayed in enumerate(stays) if redrawn and stayed >= LEAST]
+        found = dict(zip(fit, [True] * len(fit) if holds is None or not fit else holds(pixels[fit]), strict=True))
+        for row, (i, picture, shown, stayed) in enumerate(zip(pending, pictures, said, stays, strict=True)):
+            fine = found.get(row, False)
             if best[i] is None or (fine, stayed) > (held[i], best[i].content_agreement):
                 best[i], held[i] = BoundPicture(picture, noise[i].clone(), stayed, redrawn + 1), fine
             best[i], bound[i] = replace(best[i], draws=redrawn + 1), shown
@@ -200,11 +206,17 @@ def draw_bound(
         if not pending or redrawn == rounds:
             break
         noise[pending] = bind(noise[pending], torch.stack([bound[i] for i in pending]), key, scope)
-    if lost := [i for i, one in enumerate(best) if one.content_agreement < LEAST or not held[i]]:
+    if lost := [i for i, one in enumerate(best) if one.content_agreement < LEAST]:
         raise WatermarkError(
             f"the content of {len(lost)} of {len(best)} pictures (the first: number {lost[0] + 1}) changed whenever it"
             f" was bound, at best {max(best[i].content_agreement for i in lost):.0%} of its bits stayed; expected"
-            f" {LEAST:.0%}, and that the detector finds it valid: {advice}"
+            f" {LEAST:.0%}: {advice}"
+        )
+    if lost := [i for i in range(len(best)) if not held[i]]:
+        raise WatermarkError(
+            f"the content of {len(lost)} of {len(best)} pictures (the first: number {lost[0] + 1}) stayed, but the"
+            f" detector did not find their mark valid in {best[lost[0]].draws} draws; expected that it does, with some"
+            f" margin: see whether it finds this model's pictures without bound content, {advice}"
         )
     return best
 

@@ -311,11 +311,11 @@ class _Detector:
 
     def _read(self, noise: Tensor, *, votes: bool) -> list[Reading]:
         """What each latent says, compared with what was issued where that is known, each at half of the error."""
-        about = {"scope": self.config.scope, "votes": votes}
-        found = read(noise, self.keys, thorough=True, **about)
+        scope = self.config.scope
+        found = read(noise, self.keys, scope=scope, votes=votes, thorough=True)
         if not self.config.issued:
             return found
-        known = read_issued(noise, self.config.issued, self.keys, **about)
+        known = read_issued(noise, self.config.issued, self.keys, scope=scope, votes=votes)
         halves = []
         for both in zip(found, known, strict=True):
             halved = [replace(one, log10_p=one.log10_p + math.log10(2)) for one in both if one is not None]

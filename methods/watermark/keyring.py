@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from ..errors import SemipermError, WatermarkError
 from ..files import locked, write_file
@@ -111,10 +111,11 @@ class Keyring:
 
 
 def _decode(record: dict, version: int) -> WatermarkKey:
-    named = (record[name] for name in ("name", "key_id", "created"))
     texts = record["stream_key"], record["mac_key"], record["content_key"] if version > 1 else None
-    parts = [None if text is None else base64.b64decode(text, validate=True) for text in texts]
-    key = WatermarkKey(*named, *parts, since=record["since"] if version > 2 else version)
+    stream, mac, content = (None if text is None else base64.b64decode(text, validate=True) for text in texts)
+    since = record["since"] if version > 2 else version
+    # WatermarkKey itself refuses a missing stream secret.
+    key = WatermarkKey(record["name"], record["key_id"], record["created"], cast("bytes", stream), mac, content, since)
     # A key of a file of version 1 that was written again as 2: no secret of its own says so.
     derived = version == 2 and key.mac_key is not None and replace(key, content_key=None).content_key == key.content_key
     return replace(key, since=1) if derived else key
@@ -248,8 +249,11 @@ def _check_nothing_lost(ring: Keyring, path: Path) -> None:
     keys = {(key.name, key.stream_key): key for key in ring}
     for old in load_keyring(path) if path.exists() else ():
         new = keys.get((old.name, old.stream_key))
-        lacks = new is None or (old.mac_key, old.content_key) not in ((None, None), (new.mac_key, new.content_key))
-        if lacks or new.since > old.since:  # then its old pictures would not be read
+        if (
+            new is None
+            or (old.mac_key, old.content_key) not in ((None, None), (new.mac_key, new.content_key))
+            or new.since > old.since  # then its old pictures would not be read
+        ):
             raise WatermarkError(
                 f"saving to {path} would lose key {old.name!r} or its secrets; load that keyring and add to it, or"
                 " choose another file"

@@ -14,6 +14,7 @@ derived from the MAC secret.
 from __future__ import annotations
 
 import datetime
+import hmac
 import json
 import secrets
 from dataclasses import dataclass, field, replace
@@ -35,9 +36,9 @@ def layout_of(form: int) -> int:
 
 
 def _cryptography():
-    """The HKDF, ChaCha20 and HMAC of the `cryptography` package, imported when the first key is used."""
+    """The HKDF and ChaCha20 of the `cryptography` package, imported when the first key is used."""
     try:
-        from cryptography.hazmat.primitives import hashes, hmac
+        from cryptography.hazmat.primitives import hashes
         from cryptography.hazmat.primitives.ciphers import Cipher
         from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
         from cryptography.hazmat.primitives.kdf.hkdf import HKDF, HKDFExpand
@@ -46,11 +47,11 @@ def _cryptography():
             "watermark keys need the package `cryptography`, which this Python lacks; run"
             f" `{install_command('cryptography')}`"
         ) from error
-    return hashes, hmac, Cipher, ChaCha20, HKDF, HKDFExpand
+    return hashes, Cipher, ChaCha20, HKDF, HKDFExpand
 
 
 def _expanded(secret: bytes, info: str) -> bytes:
-    hashes, _, _, _, _, hkdf_expand = _cryptography()
+    hashes, _, _, _, hkdf_expand = _cryptography()
     return hkdf_expand(hashes.SHA256(), _SECRET, info.encode()).derive(secret)
 
 
@@ -117,7 +118,7 @@ class WatermarkKey:
     @classmethod
     def new(cls, name: str, key_id: int) -> WatermarkKey:
         """A fresh key: its secrets are HKDF-SHA256 of one random 32-byte master, which is then forgotten."""
-        hashes, _, _, _, hkdf, _ = _cryptography()
+        hashes, _, _, hkdf, _ = _cryptography()
         master = secrets.token_bytes(_SECRET)
         stream_key, mac_key, content_key = (
             hkdf(hashes.SHA256(), _SECRET, salt=None, info=f"semiperm watermark {purpose}".encode()).derive(master)
@@ -148,7 +149,7 @@ class WatermarkKey:
         Raises:
             WatermarkError: another offset, or a content purpose in a detector's copy.
         """
-        _, _, cipher, chacha20, _, _ = _cryptography()
+        _, cipher, chacha20, _, _ = _cryptography()
         if offset % 64:
             raise WatermarkError(f"a keystream offset of {offset} bytes was asked for; expected a multiple of 64")
         secret = self.content_key if purpose in CONTENT_PURPOSES else self.stream_key
@@ -175,7 +176,4 @@ class WatermarkKey:
                 f"key {self.name!r} is a detector's copy without its MAC secret: it reads marks but can neither make"
                 " nor check them; use the full keyring"
             )
-        hashes, hmac, *_ = _cryptography()
-        tag = hmac.HMAC(self.mac_key, hashes.SHA256())
-        tag.update(message)
-        return int.from_bytes(tag.finalize(), "big") >> (256 - bits)
+        return int.from_bytes(hmac.digest(self.mac_key, message, "sha256"), "big") >> (256 - bits)

@@ -103,6 +103,21 @@ def seal(fields: Fields, layout: Layout, key: WatermarkKey, scope: str, nonce: i
     return _bits(key.mac(message.encode(), layout.mac), layout.mac)
 
 
+def first_sealed(
+    words: np.ndarray, fields: Fields, layout: Layout, key: WatermarkKey, scope: str, nonce: int, forms: Sequence[int]
+) -> tuple[int, int] | None:
+    """Of (W, bits) decoded words the number of the first whose seal is right, and its format; None without one."""
+    # The message of `seal` up to the payload, which stands last.
+    about = [json.dumps([_MESSAGES[form], scope, *fields.shape, key.key_id, nonce, ""])[:-2].encode() for form in forms]
+    for number, row in enumerate(words + np.uint8(ord("0"))):
+        text = row.tobytes()
+        body, given = text[: layout.payload], int(text[layout.payload :], 2)
+        for form, start in zip(forms, about, strict=True):
+            if key.mac(start + body + b'"]', layout.mac) == given:
+                return number, form
+    return None
+
+
 def body_of(payload: Payload, key: WatermarkKey, layout: Layout, bound: bool) -> list[int]:
     if payload.unique_id >= 1 << layout.unique_id or (not layout.version and payload.version != 1):
         raise WatermarkError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -14,7 +13,7 @@ from torch import Tensor
 from ..errors import WatermarkError
 from .fields import Fields, best_patterns, fields_of, first_field, screen, second_nonce, split
 from .keys import FORMAT, WatermarkKey, layout_of
-from .payload import Layout, Payload, capacity, code_of, image_shape, lay, payload_of, seal
+from .payload import Layout, Payload, capacity, code_of, first_sealed, image_shape, lay, payload_of
 from .statistics import corrected, level_counts, log_chernoff, log_tail, quantise
 
 __all__ = ["Reading", "read"]
@@ -185,20 +184,10 @@ def _reading(latent: _Latent, key: WatermarkKey, candidate: _Candidate, *, neede
     stream = key.stream("payload", fields.shape, nonce, len(places), scope=scope)
     code = code_of(fields, layout)
     values = row[places] * (1 - 2 * stream.astype(np.float32))
-    decoded, confidence = code.decode(values)
     forms = [form for form in key.formats if layout_of(form) == fields.form] if key.mac_key is not None else []
-
-    def sealed_in(bits: np.ndarray) -> int | None:
-        body, given = (part.tolist() for part in np.split(bits, [layout.payload]))
-        about = fields, layout, key, scope, nonce, body
-        return next((form for form in forms if seal(*about, form) == given), None)
-
-    form = sealed_in(decoded)
-    if form is None and forms and latent.thorough:
-        for other in itertools.islice(code.candidates(values), 1, _LISTED):
-            if form := sealed_in(other):
-                decoded = other
-                break
+    words, confidence = code.likeliest(values, _LISTED if forms and latent.thorough else 1)
+    number, form = first_sealed(words, fields, layout, key, scope, nonce, forms) or (0, None)
+    decoded = words[number]
     flips = np.empty(len(row), np.uint8)
     lay(flips, fields, key, scope, nonce, code.encode(decoded), laid)
     evidence = row * (1 - 2 * flips.astype(np.int8))

@@ -13,6 +13,7 @@ from ...methods.errors import WatermarkError
 from ...methods.watermark.content import ROUNDS, Embedding, draw_bound, perceptual_hash
 from ...methods.watermark.detection import CONTENT, DetectionConfig, detect_in
 from ...methods.watermark.keys import WatermarkKey
+from ...methods.watermark.ladder import LADDER
 from ...methods.watermark.mark import KeyedMark, Payload
 from ..family import Pipeline, family_of
 from ..latents import latent_shape, pixels_per_latent
@@ -25,12 +26,9 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-_CHECKED = (
-    0,
-    1,
-    5,
-)  # inversion steps with which a bound picture is looked at before it is given away: a detector's own
-# first rungs. It has to fit its content by as much more than is asked later, so that it still does after an edit.
+# Inversion steps with which a bound picture is looked at before it is given away: a detector's own first rungs.
+_CHECKED = LADDER[:3]
+# It has to fit its content by as much more than is asked later, so that it still does after an edit.
 _MARGIN = 0.1
 
 
@@ -80,7 +78,7 @@ def generate_bound(
     Raises:
         ModelError: an unsupported pipeline, one of videos, or a sampler or an `eta` that loses the mark.
         WatermarkError: no prompts, what `sign_noise` refuses, or a picture that shows something else in every
-            round.
+            round, or that the detector never finds valid.
 
     Source: SEAL (arXiv 2503.12172) binds patches to a caption; methods/watermark/content.py says where we differ.
     """

@@ -96,7 +96,7 @@ def test_the_mark_is_compared(picture, keyring, monkeypatch):
 
     def sees(**row):
         row = {"verdict": "valid", "p_value": 1e-9, "key_id": key_id, "payload": None} | row
-        monkeypatch.setattr(detect_command, "look", lambda pipe, ring, files, options: dict.fromkeys(files, row))
+        monkeypatch.setattr(detect_command, "look", lambda pipe, ring, files, options, seen: dict.fromkeys(files, row))
 
     write_provenance(picture, Provenance("canvas", algorithm=ALGORITHM, key_id=key_id, unique_id="0" * 15 + "1"))
     sees(payload={"unique_id": "0" * 15 + "1"})

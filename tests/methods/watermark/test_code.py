@@ -68,7 +68,9 @@ def test_candidates_come_in_the_order_of_all_payloads():
     llr = chance.normal(size=160).astype(np.float32)
     words = [np.array([i >> b & 1 for b in range(8)], np.uint8) for i in range(256)]
     fits = sorted((float(llr @ (1 - 2.0 * code.encode(word))) for word in words), reverse=True)
-    found = list(code.candidates(llr))
+    found, confidence = code.likeliest(llr, 300)  # more than there are
     assert len(found) == 256 == len({tuple(word) for word in found})
     assert np.allclose([llr @ (1 - 2.0 * code.encode(word)) for word in found], fits, atol=1e-3)
-    assert (found[0] == code.decode(llr)[0]).all()
+    assert (found[0] == code.decode(llr)[0]).all() and confidence == code.decode(llr)[1]
+    few, _ = code.likeliest(llr, 20)
+    assert (few == found[:20]).all()

@@ -27,7 +27,7 @@ def test_each_picture_is_found_in_the_list_where_nobody_else_would_find_it():
     found = read_issued(weak, issued, [key_of(1)])
     named = [reading.payload.unique_id == i for i, reading in enumerate(found)]
     assert sum(r.log10_p < -3 and right for r, right in zip(found, named, strict=True)) >= 36
-    assert sum(reading.log10_p < -3 for reading in read(weak, [key_of(1)], thorough=True)) <= 20
+    assert sum(reading.log10_p < -3 for reading in read(weak[:10], [key_of(1)], thorough=True)) <= 5
 
 
 @pytest.mark.parametrize("shape, form", [(SMALL, 3), (FULL, 3), (FULL, 2)])

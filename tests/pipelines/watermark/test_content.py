@@ -1,10 +1,14 @@
 """Pictures of the canvas whose mark knows what they show, and forgeries with their noise."""
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
 import torch
 from semiperm.canvas import DEFAULT_GUIDANCE, DEFAULT_STEPS, load_pipeline
 from semiperm.methods.errors import ModelError, WatermarkError
 from semiperm.methods.watermark.keys import WatermarkKey
+from semiperm.pipelines.watermark import content
 from semiperm.pipelines.watermark.content import generate_bound
 from semiperm.pipelines.watermark.detect import detect_watermark
 from tiny_models import FAMILIES, LENGTH, build, build_wan
@@ -34,7 +38,16 @@ def test_a_reprompted_picture_shows_something_else():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_can_be_bound(family):
+def test_every_family_can_be_bound(family, monkeypatch):
+    """Up to the detector: in pictures of random weights there is no mark to find, so it is told that there is."""
+    asked = []
+
+    def detect_in(pixels, inverter, keys, config):
+        asked.append([tuple(one.shape) for one in pixels])
+        assert inverter.encode(pixels).shape[0] == 2 and keys == [key]
+        return [SimpleNamespace(verdict="valid", content_p_value=1e-5)] * len(pixels)
+
+    monkeypatch.setattr(content, "detect_in", detect_in)
     pipe, key = build(family), WatermarkKey.new("studio", 1)
     more = {"max_sequence_length": LENGTH} if family in ("flux", "sd3") else {}
     shapes = []
@@ -55,7 +68,32 @@ def test_every_family_can_be_bound(family):
         **more,
     )
     assert found.draws == [2, 2] and found.content_agreement == pytest.approx([1, 1], abs=1e-3)
-    assert shapes == [(2, 3, 32, 32)] * 2 and len(found.latents) == 2
+    assert shapes == [(2, 3, 32, 32)] * 2 and len(found.latents) == 2 and asked == [[(3, 32, 32)] * 2]
+
+
+def test_a_picture_in_which_the_detector_finds_nothing_is_not_given_away():
+    """Tiny random models keep nothing of their noise, whatever the embedding says of the content."""
+    call = {"height": 32, "width": 32, "rounds": 1, "num_inference_steps": 1, "guidance_scale": 1.0}
+    with pytest.raises(
+        WatermarkError, match="1 of 1 pictures .* the detector did not find their mark valid in 2 draws"
+    ):
+        generate_bound(
+            build("sd15"),
+            WatermarkKey.new("studio", 1),
+            "a cat",
+            embedding=lambda pixels: torch.arange(1.0, 17).expand(len(pixels), -1),
+            **call,
+        )
+
+
+@pytest.mark.parametrize("verdict, p, kept", [("valid", 1e-3, 0), ("valid", 1e-4, 1), ("unverified", 1e-4, 0)])
+def test_the_detector_has_to_find_content_with_a_margin(verdict, p, kept, monkeypatch):
+    found = SimpleNamespace(verdict=verdict, content_p_value=p)
+    monkeypatch.setattr(content, "detect_in", lambda pixels, *_: [found] * len(pixels))
+    call = {"height": 32, "width": 32, "rounds": 1, "num_inference_steps": 1, "guidance_scale": 1.0}
+    call |= {"embedding": lambda pixels: torch.arange(1.0, 17).expand(len(pixels), -1)}
+    with nullcontext() if kept else pytest.raises(WatermarkError, match="did not find"):
+        assert len(generate_bound(build("sd15"), WatermarkKey.new("studio", 1), "a cat", **call).images) == kept
 
 
 def test_a_picture_that_never_stays_the_same_is_refused():

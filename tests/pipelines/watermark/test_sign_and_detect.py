@@ -110,7 +110,8 @@ def test_the_ladder_stops_early_and_pays_for_every_rung(key, monkeypatch):
     rungs = iter(p_of_rung)
     rows = []
 
-    def read(noise, keys, scope):
+    def read(noise, keys, scope, votes, thorough):
+        assert thorough and not votes
         values = [v for v in p_of_rung[next(rungs)] if v is not None]
         rows.append(len(noise))
         said = {"key_id": 7, "key_name": "studio", "payload": face.Payload(1), "bit_confidence": 0.5}
