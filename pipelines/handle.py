@@ -1,24 +1,71 @@
-"""The handle that `apply_...` returns: a method at work on one denoiser, what it did, and how it comes off again."""
+"""The handle that `apply_...` returns: a method at work on one denoiser, what it did, and how it comes off again.
+
+What belongs to a call of the denoiser, or to a run of a pipeline, lies in context variables: threads and pipelines that
+share the denoiser do not meet there. The method itself lies on the denoiser, and is copied and pickled with it.
+"""
 
 from __future__ import annotations
 
 import abc
+import contextlib
 import logging
-from collections.abc import Sequence
-from typing import TypeVar
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from types import MappingProxyType
+from typing import Any, TypeVar
 
-from diffusers.hooks import ModelHook
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from ..methods.errors import SemipermError
-from .family import Pipeline, denoiser_of
-from .hooks import install, listen, uninstall, unlisten
+from ..methods.errors import ModelError, SemipermError
+from .family import Pipeline, denoiser_of, family_of
+from .hooks import install, listen, listeners_of, parameters_of, uninstall, unlisten
+from .rows import Encoded, negative_rows
 
-__all__ = ["Handle"]
+__all__ = ["Handle", "RootHook", "Run"]
 
 logger = logging.getLogger(__name__)
 
 AnyHandle = TypeVar("AnyHandle", bound="Handle")
+
+# More distinct texts than a run of any pipeline has: the denoiser is called by hand, and each call is a run of its own.
+_TEXTS = 64
+
+_runs: ContextVar[Mapping[Handle, Run]] = ContextVar("semiperm_runs", default=MappingProxyType({}))
+_calls: ContextVar[tuple[tuple[Handle, Any], ...]] = ContextVar("semiperm_calls", default=())
+
+
+class Run:
+    """One call of a pipeline: from its first `encode_prompt` to the next one's. Each thread has its own.
+
+    Args:
+        record: whatever the method keeps of a run.
+    """
+
+    def __init__(self, record: Any):
+        self.record = record
+        self.encodes = 0  # calls of encode_prompt: a run may need several before it denoises
+        self.began = self.over = False  # whether the denoiser has been called; whether the pipeline has returned
+        self.texts: list[Encoded] = []
+        self.seen = 0  # distinct texts that the denoiser was called with
+        self.positive = False  # whether the denoiser was called with a row that is known to be positive
+        self.pipe: Callable[[], Any] | None = None  # whose run it is, weakly; None where nobody said
+        self.before: Tensor | None = None  # the schedule that was there when it began: a run makes a new one
+        self.schedule: Tensor | None = None  # the one that its steps come from
+        self._numbers: tuple[Tensor | None, list[float]] = (None, [])
+
+    @property
+    def images(self) -> int | None:
+        """How many pictures are drawn; None where no pipeline said."""
+        return max((len(text.rows) for text in self.texts if text.negative is False), default=None)
+
+    def timesteps(self, scheduler: Any) -> list[float]:
+        """The scheduler's timesteps as numbers, brought from its device once a run."""
+        steps = getattr(scheduler, "timesteps", None)
+        if steps is not self._numbers[0]:
+            self._numbers = steps, [] if steps is None else torch.as_tensor(steps).tolist()
+        return self._numbers[1]
 
 
 class Handle(abc.ABC):
@@ -27,24 +74,49 @@ class Handle(abc.ABC):
     It listens to the pipeline: a run in which the method cannot act, or did not, never passes for one in which it did.
 
     Args:
-        pipe: the pipeline that it was applied to.
+        pipe: the pipeline that it was applied to; others that share its denoiser (`from_pipe`) share the method.
         config: what the method was set to; its `strength` is 0 where nothing is wanted, its `window` says when.
-        hooks: (module, hook) to install, in this order; all come off together.
+        hooks: (module, hook) to install, in this order; all come off together. See `pipelines.hooks`.
     """
 
-    NAME: str  # of our hooks in diffusers' registries, and of the handle's attribute on the denoiser
+    NAME: str  # of our hooks, and of the handle's attribute on the denoiser
     ERROR: type[SemipermError]  # the family's
 
-    def __init__(self, pipe: Pipeline, config, hooks: Sequence[tuple[nn.Module, ModelHook]] = ()):
-        self.pipe, self.config, self.hooks = pipe, config, list(hooks)
+    def __init__(self, pipe: Pipeline, config, hooks: Sequence[tuple[nn.Module, Callable]] = ()):
+        self.config, self.hooks = config, list(hooks)
         self.denoiser, self.attribute = denoiser_of(pipe)
-        self._running = False  # from a pipeline's encode_prompt to its end
-        self._timesteps = None  # the schedule that was there when it began: a run makes a new one
+        self.family = family_of(pipe)
+        self.traced: Any = None  # the call at hand, for graphs, which see no context variables
+        self.guided = False  # whether the last run guided, for graphs
+        self._pipes: weakref.WeakSet = weakref.WeakSet([pipe])
+        self._scheduler = getattr(pipe, "scheduler", None)
+        self._last: Run | None = None  # the one that began last, in whatever thread
 
     @classmethod
     def on(cls: type[AnyHandle], pipe: Pipeline) -> AnyHandle | None:
         """The handle of this method at work on a pipeline, or None."""
         return getattr(denoiser_of(pipe)[0], cls.NAME, None)
+
+    @classmethod
+    def clear(cls, pipe: Pipeline) -> None:
+        """Remove this method from the pipeline's denoiser, and let handles on denoisers that it had no longer listen."""
+        for handle in (cls.on(pipe), *(other for other in listeners_of(pipe) if other.NAME == cls.NAME)):
+            if handle is not None and handle.denoiser is denoiser_of(pipe)[0]:
+                handle.remove()
+            elif handle is not None:
+                unlisten(pipe, handle)
+
+    def replace(self, pipe: Pipeline) -> None:
+        """Install this handle in place of the one that the pipeline has; where that fails, the old one is back."""
+        old = self.on(pipe)
+        self.clear(pipe)
+        try:
+            self.install()
+        except BaseException:
+            self.remove()
+            if old is not None:
+                old.install()
+            raise
 
     def __enter__(self: AnyHandle) -> AnyHandle:
         return self
@@ -57,8 +129,8 @@ class Handle(abc.ABC):
         setattr(self.denoiser, self.NAME, self)
         for module, hook in self.hooks:
             install(module, hook, self.NAME)
-        listen(self.pipe, "encode_prompt", self._encoded)
-        listen(self.pipe, "maybe_free_model_hooks", self._ended)  # the last thing that every pipeline's call does
+        for pipe in list(self._pipes):
+            listen(pipe, self)
 
     def remove(self) -> None:
         """Take every hook out: the pipeline computes the bits it computed before. Removing twice is harmless."""
@@ -66,15 +138,149 @@ class Handle(abc.ABC):
             return
         for module, _ in self.hooks:
             uninstall(module, self.NAME)
-        unlisten(self.pipe, "encode_prompt", self._encoded)
-        unlisten(self.pipe, "maybe_free_model_hooks", self._ended)
+        for pipe in list(self._pipes):
+            unlisten(pipe, self)
         delattr(self.denoiser, self.NAME)
+
+    def __getstate__(self) -> dict:
+        """For copies and pickles: those of the denoiser take the method along, not the pipeline or its last run."""
+        state = dict(vars(self))
+        return state | {"_pipes": (), "_last": None, "traced": None}
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state, _pipes=weakref.WeakSet())
+
+    # ---- pipelines ----
+
+    @property
+    def pipe(self) -> Pipeline:
+        """The pipeline of the run at hand, or one that listens.
+
+        Raises:
+            ERROR: there is none any more.
+        """
+        run = self.run
+        found = (run.pipe() if run is not None and run.pipe else None) or next(iter(self._pipes), None)
+        if found is None:
+            raise self.ERROR(
+                f"this {type(self.denoiser).__name__} carries {self.NAME.strip('_')} but belongs to no pipeline that it"
+                " was applied to (a copy, or the pipeline is gone); apply it again"
+            )
+        return found
+
+    @property
+    def scheduler(self) -> Any:
+        """Of the run at hand; that of the last known pipeline where nobody said whose run it is."""
+        if torch.compiler.is_compiling():
+            return self._scheduler
+        run = self.run
+        pipe = (run.pipe() if run is not None and run.pipe else None) or next(iter(self._pipes), None)
+        if pipe is not None:
+            self._scheduler = pipe.scheduler
+        return self._scheduler
+
+    def joined(self, pipe: Pipeline) -> None:
+        """A copy of the pipeline: it is listened to as well."""
+        self._pipes.add(pipe)
+
+    def started(self, pipe: Pipeline) -> Run:
+        """A call of a pipeline begins."""
+        run = self._new_run()
+        run.pipe, run.before = weakref.ref(pipe), _timesteps(pipe)
+        return run
+
+    def encoded(self, pipe: Pipeline, result, arguments: dict) -> None:
+        """A pipeline encoded text: a run begins. Guidance by separate calls (Flux) says so twice."""
+        if denoiser_of(pipe)[0] is not self.denoiser:
+            raise self.ERROR(
+                f"pipe.{self.attribute} was replaced after {self.NAME.strip('_')} was applied to it, which would"
+                " therefore not act; apply it again"
+            )
+        run = self.here
+        if run is None or run.began or run.over:
+            run = self.started(pipe)
+        run.encodes += 1
+        tensors = [t for t in result if isinstance(t, Tensor) and t.ndim == 3] if isinstance(result, tuple) else []
+        # guidance by two calls encodes the negative prompt in a call of its own, as a prompt, after the other
+        second = not self.family.one_call and run.encodes > 1
+        run.texts += [Encoded(rows, second or bool(n)) for n, rows in enumerate(tensors[:2])]
+        self.guided = len(tensors) > 1
+        self.begin_run(result, arguments)
+
+    def ended(self, pipe: Pipeline) -> None:
+        """A pipeline's call is over, or somebody freed its memory by hand."""
+        run = self.here
+        if run is None or run.over or run.pipe is None or run.pipe() is not pipe or _timesteps(pipe) is run.before:
+            return
+        run.over = True
+        if self.compiled or self.config.strength == 0:
+            return
+        steps = self.steps()
+        if not steps:
+            raise self.ERROR(self.never_ran())
+        if missed := self.config.window.missed(steps):
+            logger.warning("%s: %s", self.NAME.strip("_"), missed)
 
     @property
     def compiled(self) -> bool:
         """Whether the whole denoiser is compiled: then its graph acts, but keeps no record."""
-        wrapped = getattr(self.pipe, self.attribute) is not self.denoiser
+        wrapped = any(getattr(pipe, self.attribute, None) is not self.denoiser for pipe in self._pipes)
         return wrapped or getattr(self.denoiser, "_compiled_call_impl", None) is not None
+
+    # ---- runs and calls ----
+
+    @property
+    def here(self) -> Run | None:
+        """The run of this thread."""
+        return _runs.get().get(self)
+
+    @property
+    def run(self) -> Run | None:
+        """The run of this thread; where it has none, the one that began last."""
+        return self.here or self._last
+
+    def _new_run(self) -> Run:
+        run = self._last = Run(self.new_record())
+        runs = weakref.WeakKeyDictionary(_runs.get())
+        runs[self] = run  # a mapping of its own: contexts that were copied from this one keep theirs
+        _runs.set(runs)
+        return run
+
+    def called(self) -> Run:
+        """The run that a call of the denoiser belongs to; a new one where the last is over."""
+        run, schedule = self.here, getattr(self.scheduler, "timesteps", None)
+        if run is None or run.over or run.seen > _TEXTS:
+            run = self._new_run()
+        elif run.began and run.schedule is not schedule:
+            texts, run = run.texts, self._new_run()  # of a pipeline that nobody listens to: a run makes a new schedule
+            run.texts = texts
+        run.began, run.schedule = True, schedule
+        return run
+
+    def negative_rows(self, hidden: Tensor) -> tuple[bool | None, ...]:
+        """Which rows of the call at hand are guided away from, None where nothing tells; see `pipelines.rows`."""
+        run = self.here
+        return negative_rows(hidden, run.texts if run is not None else (), self.family.one_call)
+
+    @property
+    def call(self) -> Any:
+        """What `begin` returned for the call of the denoiser at hand; None outside of one."""
+        if torch.compiler.is_compiling():
+            return self.traced
+        return next((call for handle, call in reversed(_calls.get()) if handle is self), None)
+
+    @contextlib.contextmanager
+    def calling(self, call: Any) -> Iterator[None]:
+        """Inside, `call` is the call at hand, in this thread."""
+        token, self.traced = _calls.set((*_calls.get(), (self, call))), call
+        try:
+            yield
+        finally:
+            _calls.reset(token)
+            if self.traced is call:
+                self.traced = None
+
+    # ---- what a method says ----
 
     @abc.abstractmethod
     def report(self) -> dict:
@@ -84,13 +290,32 @@ class Handle(abc.ABC):
     def steps(self) -> list[dict]:
         """{"share", "sigma", "active"} of each step of the current or last call of the pipeline, empty before one."""
 
-    @abc.abstractmethod
+    def new_record(self) -> Any:
+        """A fresh record for a run."""
+        return None
+
     def begin_run(self, encoded, arguments: dict) -> None:
-        """A run begins: forget the last one's record. Guidance by separate calls (Flux) says so twice.
+        """A pipeline encoded text.
 
         Args:
             encoded: what the pipeline's encode_prompt returned. arguments: what it was called with, by name.
         """
+
+    def begin(self, inputs: dict) -> Any:
+        """Look at a call of the denoiser; what is returned is `call` until it is over. While torch.compile traces, too.
+
+        Args:
+            inputs: by name.
+        """
+        return None
+
+    def change_inputs(self, call: Any, inputs: dict) -> dict | None:
+        """The denoiser's inputs by name, if they are to be others."""
+        return None
+
+    def finish(self, call: Any, output: Any) -> Any:
+        """The denoiser's output, changed or not; where what had to happen did not, an error."""
+        return output
 
     def never_ran(self) -> str:
         """What to say of a run that went by the method."""
@@ -99,24 +324,34 @@ class Handle(abc.ABC):
             " or its forward replaced? The images are the untouched model's; apply it again"
         )
 
-    def _encoded(self, result, arguments: dict) -> None:
-        if denoiser_of(self.pipe)[0] is not self.denoiser:
-            raise self.ERROR(
-                f"pipe.{self.attribute} was replaced after {self.NAME.strip('_')} was applied to it, which would"
-                " therefore not act; apply it again"
-            )
-        self._running, self._timesteps = True, self._schedule()
-        self.begin_run(result, arguments)
 
-    def _schedule(self):
-        return getattr(getattr(self.pipe, "scheduler", None), "timesteps", None)
+def _timesteps(pipe: Pipeline) -> Tensor | None:
+    return getattr(getattr(pipe, "scheduler", None), "timesteps", None)
 
-    def _ended(self, result, arguments: dict) -> None:
-        running, self._running = self._running and self._schedule() is not self._timesteps, False
-        if not running or self.compiled or self.config.strength == 0:
-            return
-        steps = self.steps()
-        if not steps:
-            raise self.ERROR(self.never_ran())
-        if missed := self.config.window.missed(steps):
-            logger.warning("%s: %s", self.NAME.strip("_"), missed)
+
+class RootHook:
+    """Around a denoiser: tells a handle of every call (`begin`, `change_inputs`, `finish`).
+
+    Args:
+        outermost: whether all other methods must see the inputs as this one changes them.
+    """
+
+    def __init__(self, handle: Handle, outermost: bool = False):
+        self.handle, self.outermost = handle, outermost
+        self.names = parameters_of(type(handle.denoiser))
+
+    def __call__(self, original: Callable, module: nn.Module, *args, **kwargs):
+        handle, inputs = self.handle, dict(zip(self.names, args, strict=False)) | kwargs
+        if torch.compiler.is_compiling():
+            handle.traced = call = handle.begin(inputs)
+            output = self._run(original, call, inputs, args, kwargs)
+            handle.traced = None
+            return output
+        call = handle.begin(inputs)
+        with handle.calling(call):
+            return self._run(original, call, inputs, args, kwargs)
+
+    def _run(self, original: Callable, call: Any, inputs: dict, args: tuple, kwargs: dict) -> Any:
+        changed = self.handle.change_inputs(call, inputs)
+        output = original(*args, **kwargs) if changed is None else original(**changed)
+        return self.handle.finish(call, output)

@@ -1,24 +1,139 @@
-"""Extra rows beside a batch: denoised with it, seen by every layer, never given back.
+"""The rows of a call of the denoiser: which guide towards their text and which away from it, and extra ones beside them.
 
-A method says which rows it adds and where each takes its inputs from; everything that has one row an image is then
-extended, whatever the family calls it.
+Extra rows are denoised with the batch, seen by every layer, and never given back. A method says which rows it adds and
+where each takes its inputs from; everything that has one row an image is then extended, whatever the family calls it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
-from diffusers.hooks import ModelHook
-from torch import Tensor, nn
+from torch import Tensor
 
-from .hooks import parameters_of
+from ..methods.errors import SemipermError
+from .hooks import branch_of
 
-__all__ = ["ExtraRows", "RowsHook", "with_rows"]
+__all__ = ["Encoded", "ExtraRows", "chunks_of", "negative_rows", "row_layout", "with_rows", "without_rows"]
 
 # Positions of tokens, one row a token: they belong to no image, even where there are as many as rows.
 _UNBATCHED = ("img_ids", "txt_ids")
+
+_layout: ContextVar[tuple[str, ...]] = ContextVar("semiperm_row_layout", default=())
+
+
+# ---- which is which --------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def row_layout(*kinds: str) -> Iterator[None]:
+    """Say what the rows of the denoiser's calls inside are, where it cannot be known.
+
+    It is known of rows whose text a pipeline encoded in the same run, in whatever order they come. Say it where you call
+    a denoiser yourself, or hand embeddings to a pipeline that a method was not applied to.
+
+    Args:
+        kinds: "positive" or "negative" (unconditional), one for each equal part of the batch, in order.
+
+    Raises:
+        SemipermError: another word, or none.
+
+    >>> with row_layout("negative", "positive"):
+    ...     pass
+    """
+    if not kinds or set(kinds) - {"positive", "negative"}:
+        raise SemipermError(f"row layout {kinds}; expected 'positive' or 'negative' for each equal part of the batch")
+    token = _layout.set(kinds)
+    try:
+        yield
+    finally:
+        _layout.reset(token)
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """Text that was encoded for a run.
+
+    Args:
+        rows: (B, N, d) as the denoiser is given it, or the first columns and positions of that.
+        negative: whether it is guided away from; None where that is unknown.
+        prompts: () where they are unknown.
+    """
+
+    rows: Tensor
+    negative: bool | None
+    prompts: tuple[str, ...] = ()
+
+
+def negative_rows(hidden: Tensor, texts: Sequence[Encoded], one_call: bool) -> tuple[bool | None, ...]:
+    """Which rows of a call are guided away from, None where nothing tells.
+
+    A layout that was said (`row_layout`) counts first, then the branch that the pipeline names (diffusers'
+    `cache_context("cond")`); else each row is what its text was encoded as. Text that was
+    encoded as both (a prompt that equals its negative prompt) is told by its place: the first half of twice as many rows
+    as there were prompts, if guidance is one call.
+
+    Args:
+        hidden: (B, N, d), the text of the call.
+        texts: what was encoded for this run.
+        one_call: whether the family's guidance is one call with rows [negative, positive].
+
+    Raises:
+        SemipermError: a layout whose parts do not divide the batch.
+    """
+    count, said = len(hidden), _layout.get()
+    if said:
+        if count % len(said):
+            raise SemipermError(f"row_layout{said} has {len(said)} parts, but the call has {count} rows")
+        return tuple(kind == "negative" for kind in said for _ in range(count // len(said)))
+    if (branch := branch_of()) in ("cond", "uncond"):
+        return (branch == "uncond",) * count
+    known = torch.zeros(2, count, dtype=torch.bool, device=hidden.device)  # seen as positive, as negative
+    for text in texts:
+        if text.negative is not None:
+            known[int(text.negative)] |= _same(hidden, text.rows)
+    as_positive, as_negative = known.tolist()  # the one time that it waits for the GPU
+    prompts = max((len(text.rows) for text in texts if text.negative is False), default=0)
+    guided = one_call and count == 2 * prompts and any(text.negative for text in texts)
+    found: list[bool | None] = []
+    for row, (positive, negative) in enumerate(zip(as_positive, as_negative, strict=True)):
+        if positive and negative:
+            found.append(guided and row < count // 2)
+        else:
+            found.append(negative if positive or negative else None)
+    return tuple(found)
+
+
+def chunks_of(negative: Sequence[bool], images: int | None = None) -> tuple[bool, ...]:
+    """The equal parts that a batch is made of, one row a picture in each: for each, whether it is conditional.
+
+    Args:
+        negative: of each row, see `negative_rows`. images: how many pictures are drawn, where that is known.
+
+    >>> chunks_of((True, True, False, False, False, False))
+    (False, True, True)
+    """
+    runs = [len(list(group)) for _, group in itertools.groupby(negative)]
+    per = math.gcd(*runs, *([images] if images and len(negative) % images == 0 else []))
+    return tuple(not negative[first] for first in range(0, len(negative), per))
+
+
+def _same(hidden: Tensor, rows: Tensor) -> Tensor:
+    """(B,): whether a row of `hidden` equals one of `rows`, as far as these go."""
+    length, width = rows.shape[1:]
+    if length > hidden.shape[1] or width > hidden.shape[2]:
+        return torch.zeros(len(hidden), dtype=torch.bool, device=hidden.device)
+    part, rows = hidden[:, :length, :width], rows.to(hidden)
+    # row by row: never more memory than the rows have
+    return torch.stack([(rows == row).flatten(1).all(1).any() for row in part])
+
+
+# ---- more of them ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(eq=False)
@@ -48,34 +163,8 @@ def with_rows(name: str, value, rows: ExtraRows):
     return torch.cat([value, value[list(rows.sources)]]) if whole is None else whole
 
 
-class RowsHook(ModelHook):
-    """On a denoiser: asks `begin(inputs, name of the latents)` for the rows of a call, and tells `end` when it is over.
-
-    Args:
-        begin: returns `ExtraRows`, or None where this call gets none.
-        end: called with whether rows were added, after the call.
-    """
-
-    adds_rows = True
-
-    def __init__(self, module: nn.Module, begin: Callable, end: Callable):
-        super().__init__()
-        self.begin, self.end = begin, end
-        self.names = parameters_of(module)
-        self._rows: ExtraRows | None = None
-
-    def pre_forward(self, module: nn.Module, *args, **kwargs):
-        inputs = dict(zip(self.names, args, strict=False)) | kwargs
-        self._rows = self.begin(inputs, self.names[0])
-        if self._rows is not None:
-            inputs = {name: with_rows(name, value, self._rows) for name, value in inputs.items()}
-        return (), inputs
-
-    def post_forward(self, module: nn.Module, output):
-        rows, self._rows = self._rows, None
-        self.end()
-        if rows is None:
-            return output
-        if isinstance(output, tuple):
-            return (output[0][: rows.batch], *output[1:])
-        return type(output)(sample=output.sample[: rows.batch])
+def without_rows(output, rows: ExtraRows):
+    """A denoiser's output with the rows of the call itself alone."""
+    if isinstance(output, tuple):
+        return (output[0][: rows.batch], *output[1:])
+    return type(output)(sample=output.sample[: rows.batch])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -42,40 +43,42 @@ def image_tokens(family: Family, denoiser: nn.Module, sample: Tensor) -> int:
     return count * (sample.shape[-2] // rows) * (sample.shape[-1] // columns)
 
 
-def share_of(pipe, family: Family, timestep: Tensor, tokens: int) -> float | Tensor:
+def share_of(
+    scheduler, family: Family, timestep: Tensor, tokens: int, timesteps: Sequence[float] | None = None
+) -> float | Tensor:
     """The share of the unshifted schedule (`methods.schedule`) at a call of the denoiser.
 
     Args:
         timestep: as the denoiser is given it; its first element counts.
         tokens: of the image (`image_tokens`); the dynamic shift of a flow model depends on them.
+        timesteps: the scheduler's own as numbers, where they are known already: then nothing but `timestep` is read.
 
     Returns:
         A number; while torch.compile traces, a tensor.
     """
     t = torch.as_tensor(timestep).reshape(-1)[0].float()
     if not torch.compiler.is_compiling():
-        t = _unrounded(pipe, float(t), family.noise_timestep)
+        if timesteps is None:
+            own = getattr(scheduler, "timesteps", None)
+            timesteps = [] if own is None else torch.as_tensor(own).tolist()
+        t = _unrounded(float(t), timesteps, family.noise_timestep / 1000.0)
     if family.flow:
-        return flow_share(t / family.noise_timestep, _shift(pipe, tokens))
-    return 1.0 - t / (pipe.scheduler.config.num_train_timesteps - 1)
+        return flow_share(t / family.noise_timestep, _shift(scheduler, tokens))
+    return 1.0 - t / (scheduler.config.num_train_timesteps - 1)
 
 
-def _unrounded(pipe, t: float, scale: float) -> float:
+def _unrounded(t: float, timesteps: Sequence[float], scale: float) -> float:
     """The scheduler's timestep that became `t` in the model's precision, in the model's unit; else `t` itself."""
-    steps = getattr(pipe.scheduler, "timesteps", None)
-    if steps is None or not len(steps):
-        return t
-    steps = steps.float() * (scale / 1000.0)
-    nearest = float(steps[(steps - t).abs().argmin()])
+    nearest = min((step * scale for step in timesteps), key=lambda step: abs(step - t), default=t)
     return nearest if abs(nearest - t) <= _ROUNDED * abs(t) else t
 
 
-def _shift(pipe, tokens: int) -> float:
+def _shift(scheduler, tokens: int) -> float:
     """What the scheduler shifts this run's schedule by; exp(mu) of the image's size where the shift is dynamic.
 
     Source: diffusers' `calculate_shift` and `FlowMatchEulerDiscreteScheduler.time_shift`.
     """
-    scheduler, config = pipe.scheduler, pipe.scheduler.config
+    config = scheduler.config
     if not config.get("use_dynamic_shifting"):
         return float(getattr(scheduler, "shift", None) or config.get("flow_shift") or config.get("shift") or 1.0)
     fewest, most = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
@@ -101,12 +104,12 @@ def noise_levels(family: Family, timestep: Tensor, alphas: Tensor | None) -> tup
     return alpha.sqrt(), (1 - alpha).sqrt()
 
 
-def sigma_of(pipe, family: Family, timestep: Tensor) -> float | None:
+def sigma_of(scheduler, family: Family, timestep: Tensor) -> float | None:
     """The noise level as samplers count it: noise over image for UNets, the share of the noise for flow models.
 
     None where the scheduler does not tell.
     """
-    alphas = None if family.flow else getattr(pipe.scheduler, "alphas_cumprod", None)
+    alphas = None if family.flow else getattr(scheduler, "alphas_cumprod", None)
     if alphas is None and not family.flow:
         return None
     image, noise = (

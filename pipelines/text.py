@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..methods.errors import ModelError, SemipermError
 from ..methods.text_space import Segment, TextFeatures
 from .family import denoiser_of, device_of, family_of
+from .hooks import unheard
 
 _CHUNK = 32  # prompts per text-encoder call: it bounds memory; chosen by hand
 _TEXT_TOKEN_MODULES = re.compile(r"(^|\.)(attn2\.to_[kv]|context_embedder)$")
@@ -112,7 +113,8 @@ def encode_text(
     for name in ("prompt_2", "prompt_3"):
         if name in accepted:
             kwargs[name] = None
-    parts = [split_encoded(encode(prompts[i : i + _CHUNK], **kwargs)) for i in range(0, len(prompts), _CHUNK)]
+    with unheard():  # no run of the pipeline
+        parts = [split_encoded(encode(prompts[i : i + _CHUNK], **kwargs)) for i in range(0, len(prompts), _CHUNK)]
     hidden = torch.cat([part[0][:, :positions] for part in parts])
     pooled = None if parts[0][1] is None else torch.cat([part[1] for part in parts])
     return TextFeatures(hidden, pooled, token_ids(pipe, prompts))

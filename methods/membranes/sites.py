@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ...kernels.gated_low_rank import gated_low_rank
 from ..errors import MembraneError
-from ..modules import is_own_forward, same_bits
+from ..modules import checksum, is_own_forward, ordinary, same_bits
 from .packing import fold
 
 
@@ -40,14 +40,22 @@ class Plan:
     neutral: bool  # no gate is open: every bit of the untouched model stays
     uniform: bool  # all rows have the same gates, so that weights can be folded
     grad: bool  # whether gradients were wanted when it was made
+    negative: tuple[bool, ...] | None = None  # which rows guide away from their text; None where nobody said
+    ran: set = field(default_factory=set)  # sites that ran, but for those in compiled graphs
     outputs: dict = field(default_factory=dict)  # site -> cached projection of the text
     fused: dict = field(default_factory=dict)  # site -> (down, up, gamma per row and rank)
-    folds: bool | None = None  # whether folded weights are its own; None before it asked for them
+    folded: dict | None = None  # site -> folded weight, shared by plans of the same gates; None: not folded
+    claimed: bool = False  # whether it asked for folded weights
+    modes: set = field(default_factory=set)  # how it was computed: "cached", "folded", "fused"
 
     def fits(self, hidden: Tensor, pooled: Tensor | None) -> bool:
         if self.hidden is not hidden or self.pooled is not pooled or self.grad is not torch.is_grad_enabled():
             return False
         return all(same_bits(t, s) for t, s in zip((hidden, pooled), self.stamps, strict=True) if t is not None)
+
+    def forget(self) -> None:
+        """Drop what is kept for speed alone: other plans took its place."""
+        self.outputs, self.fused, self.folded = {}, {}, None
 
 
 class Folds:
@@ -65,20 +73,32 @@ class Folds:
         """Called where a plan becomes the current one."""
         gates = tuple(plan.gamma[0].tolist())
         if gates == self.gates:
-            plan.folds = True
-        elif plan.folds is None:
-            self.gates, self.weights, plan.folds = gates, {}, True
+            plan.folded = self.weights
+        elif not plan.claimed:
+            # a dictionary of its own: another thread may be using the old one
+            self.gates, self.weights = gates, {}
+            plan.folded = self.weights
         else:
-            plan.folds = False
+            plan.folded = None
+        plan.claimed = True
+
+    def verify(self) -> None:
+        """Forget folds whose weight was changed behind its version, as PEFT does when it fuses a LoRA (`weight.data`).
+
+        Reads every folded weight once, and waits for its device once.
+        """
+        kept = list(self.weights.items())
+        if kept:
+            same = [checksum(hit[0]) == hit[-1] for _, hit in kept]
+            same = torch.stack([one.to(same[0].device) for one in same]).tolist()
+            for (site, _), known in zip(kept, same, strict=True):
+                if not known:
+                    del self.weights[site]
 
 
-def modes_of(plans: Sequence[Plan], folds: Folds) -> list[str]:
+def modes_of(plans: Sequence[Plan]) -> list[str]:
     """How the plans of a run were computed: "cached", "folded", "fused", "neutral"; none where there was no plan."""
-    modes = {"cached" for plan in plans if plan.outputs} | ({"folded"} if folds.weights else set())
-    for plan in plans:
-        if not plan.neutral and any(site not in plan.outputs for site in plan.fused):
-            modes.add("fused")
-    return sorted(modes) or ["neutral"][: len(plans)]
+    return sorted(set().union(*(plan.modes for plan in plans))) or ["neutral"][: len(plans)]
 
 
 class Site:
@@ -86,8 +106,8 @@ class Site:
 
     Args:
         state: what all sites share: `strength`, the `plan` of the current call, `outside` (of the window), `gamma` (for
-            compiled graphs), `folds`, `weights_fixed` (the caller knows that no weight changes
-            in place while a plan lives: inference tensors keep no version that would tell).
+            compiled graphs), `weights_fixed` (the caller knows that no weight changes in place while a plan lives:
+            inference tensors keep no version that would tell).
         pair: D, U, owner from `pack`.
         cacheable: whether the output may be kept; None: for plain layers only.
     """
@@ -95,12 +115,11 @@ class Site:
     def __init__(
         self, state, key: str, module: nn.Module, pair: tuple[Tensor, Tensor, Tensor], cacheable: bool | None = None
     ):
-        self.state, self.key, self.ran = state, key, False
+        self.state, self.key = state, key
+        self.ran = self.graphed = False  # whether it ran at all; whether in a compiled graph
         self.master = pair[:2]  # fp32: what a fold starts from
         self.down, self.up, self.owner = pair
-        # Anything else (PEFT layers, quantised or offloaded ones) computes W x in its own way: leave that to it.
-        self.plain = type(module) in (nn.Linear, nn.Conv2d) and is_own_forward(module)
-        self.cacheable = self.plain if cacheable is None else cacheable
+        self.cacheable = cacheable
 
     def place(self, device: torch.device, dtype: torch.dtype) -> None:
         if self.down.device != device or self.down.dtype != dtype:
@@ -112,26 +131,31 @@ class Site:
         state = self.state
         self.ran = True
         if torch.compiler.is_compiling():
+            self.graphed = True
             if state.strength == 0:
                 return original(x, *args, **kwargs)
             return self._add(original(x, *args, **kwargs), x, self.down, self.up, state.gamma[:, self.owner])
-        plan = state.plan
+        plan = state.plan  # of the call of the denoiser at hand: None where its hook did not run
         if plan is None:
             raise MembraneError(
                 f"{self.key} was called before its denoiser; membranes see prompts at the denoiser's forward, call that"
             )
+        plan.ran.add(self)
         if plan.neutral or state.outside:
             return original(x, *args, **kwargs)
         if plan.grad:
             return self._fused(original(x, *args, **kwargs), x, plan)
-        if self.cacheable and plan.mode in ("auto", "cached") and (x is plan.hidden or x is plan.pooled):
+        plain = _plain(module)
+        cacheable = plain if self.cacheable is None else self.cacheable
+        if cacheable and plan.mode in ("auto", "cached") and (x is plan.hidden or x is plan.pooled):
             if state.weights_fixed or not (x.is_inference() or module.weight.is_inference()):
                 return self._cached(module, x, plan, original)
-        if self.plain and plan.mode in ("auto", "folded") and plan.uniform and plan.folds is not False:
+        if plain and plan.mode in ("auto", "folded") and plan.uniform and plan.folded is not None:
             return self._folded(module, x, plan)
         return self._fused(original(x, *args, **kwargs), x, plan)
 
     def _cached(self, module: nn.Module, x: Tensor, plan: Plan, original) -> Tensor:
+        plan.modes.add("cached")
         weight, hit = module.weight, plan.outputs.get(self)
         version = None if weight.is_inference() else weight._version
         if hit is not None and hit[0] is weight and hit[1] == version:
@@ -139,25 +163,29 @@ class Site:
                 return hit[2].clone()  # inference mode: nothing would tell if the caller changed the kept one
             if hit[2]._version == hit[3]:
                 return hit[2]
-        y = self._fused(original(x), x, plan)
+        y = self._with_pair(original(x), x, plan)
         plan.outputs[self] = (
             (weight, version, y.clone(), None) if y.is_inference() else (weight, version, y, y._version)
         )
         return y
 
     def _folded(self, module: nn.Module, x: Tensor, plan: Plan) -> Tensor:
-        weight = module.weight
-        kept = self.state.folds.weights
+        plan.modes.add("folded")
+        weight, kept = module.weight, plan.folded
+        state = None if weight.is_inference() else weight._version, weight.dtype, weight.device
         hit = kept.get(self)
-        if hit is None or hit[0] is not weight or hit[1:4] != (weight._version, weight.dtype, weight.device):
+        if hit is None or hit[0] is not weight or hit[1] != state:
             gamma = plan.gamma[0, self.owner.to(plan.gamma.device)].to(weight.device)
-            down, up = self.master
-            hit = weight, weight._version, weight.dtype, weight.device
-            kept[self] = *hit, fold(weight.detach(), down.to(weight.device), up.to(weight.device), gamma)
-        folded = kept[self][4]
+            down, up = (t.to(weight.device) for t in self.master)
+            kept[self] = hit = weight, state, fold(weight.detach(), down, up, gamma), checksum(weight)
+        folded = hit[2]
         return F.linear(x, folded, module.bias) if folded.ndim == 2 else module._conv_forward(x, folded, module.bias)
 
     def _fused(self, y: Tensor, x: Tensor, plan: Plan) -> Tensor:
+        plan.modes.add("fused")
+        return self._with_pair(y, x, plan)
+
+    def _with_pair(self, y: Tensor, x: Tensor, plan: Plan) -> Tensor:
         payload = plan.fused.get(self)
         if payload is None or payload[0].device != y.device or payload[0].dtype != y.dtype:
             gamma = plan.gamma[:, self.owner.to(plan.gamma.device)].to(y.device)
@@ -182,3 +210,13 @@ class Site:
             y, x = (rearrange(t, "b c h w -> b h w c") for t in (y, x))
             return rearrange(gated_low_rank(y, x, down, up, gamma_rows), "b h w c -> b c h w")
         return gated_low_rank(y, x, down, up, gamma_rows)
+
+
+def _plain(module: nn.Module) -> bool:
+    """Whether it computes W x with its own weight and nothing else, so that another weight can take its place.
+
+    Everything else (quantised, offloaded, cast or adapted layers) computes W x in its own way: that is left to it.
+    """
+    if type(module).forward not in (nn.Linear.forward, nn.Conv2d.forward) or not is_own_forward(module):
+        return False
+    return ordinary(module.weight)

@@ -125,7 +125,7 @@ class MembranePatch:
         try:
             result = executor(*args, **kwargs)
         finally:
-            self._modes = modes_of([plan for _, plan in self._plans], self.folds)
+            self._modes = modes_of([plan for _, plan in self._plans])
             self._plans, self.plan = [], None
         if not self._called:
             raise MembraneError(

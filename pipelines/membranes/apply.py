@@ -71,17 +71,14 @@ def apply_membranes(
     if config.check_base:
         check_base_models(membranes, {key: available[key].weight for key in membranes.module_keys})
     bank = GateBank(functools.partial(encode_text, pipe), membranes, config.gate)
-    remove_membranes(pipe)
     handle = MembraneHandle(pipe, membranes, config, sites, bank)
-    handle.install()
+    handle.replace(pipe)
     return handle
 
 
 def remove_membranes(pipe: Pipeline) -> None:
     """Undo `apply_membranes`: the pipeline computes the untouched model's bits again. Without membranes: nothing."""
-    handle = MembraneHandle.on(pipe)
-    if handle is not None:
-        handle.remove()
+    MembraneHandle.clear(pipe)
 
 
 def _flatten(membranes: Membrane | Iterable[Membrane | Membranes]) -> Membranes:

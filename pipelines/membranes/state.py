@@ -15,43 +15,47 @@ from ...methods.membranes.record import membrane_report
 from ...methods.membranes.sites import Folds, Plan, Site, modes_of
 from ...methods.membranes.types import Membranes
 from ...methods.modules import stamp
-from ..family import family_of
-from ..handle import Handle
+from ..handle import Handle, RootHook, Run
 from ..hooks import parameters_of
 from ..scheduler import image_tokens, share_of, sigma_of
 from ..text import token_ids
-from .hooks import RootHook, SiteHook
 
 logger = logging.getLogger(__name__)
 
 _PLANS = 3  # text batches remembered: guidance by separate calls (Flux) alternates between two; one is spare
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class _Call:
     """One call of the denoiser."""
 
     timestep: Tensor
     image_tokens: int
     active: bool  # whether it lies inside the window
+    plan: Plan | None  # None in a graph
+    gamma: Tensor  # (B, K), for graphs
+    watched: bool = False  # whether the sites have to have run, as in the first call of a plan
 
 
-class _Run:
-    """What happened in one call of the pipeline: from its first `encode_prompt` to that of the next call."""
+class _Record:
+    """What happened in one call of the pipeline."""
 
     def __init__(self):
-        self.clear()
-
-    def clear(self) -> None:
-        """Forget: a new run begins. In place, so that compiled graphs keep looking at this object."""
-        self.encodes = 0  # calls of encode_prompt: a run may need several before it denoises
-        self.began = False  # whether the denoiser has been called
         self.plans: list[Plan] = []  # in the order of their first use
-        self.calls: list[_Call] = []  # none where the whole denoiser is compiled
+        self.current: Plan | None = None
+        self.calls: list[_Step] = []  # none where the whole denoiser is compiled
+        self.idle: tuple[str, ...] = ()  # sites that did not run
+
+
+@dataclass(frozen=True, eq=False)
+class _Step:
+    timestep: Tensor
+    image_tokens: int
+    active: bool
 
 
 class MembraneHandle(Handle):
-    """Membranes at work on one pipeline."""
+    """Membranes at work on one denoiser."""
 
     NAME = "_semiperm_membranes"
     ERROR = MembraneError
@@ -59,35 +63,52 @@ class MembraneHandle(Handle):
 
     def __init__(self, pipe, membranes: Membranes, config: MembraneConfig, sites: dict, bank: GateBank):
         super().__init__(pipe, config)
-        self.family = family_of(pipe)
         self.membranes = membranes
         self.strength, self.bank = float(config.strength), bank
         self.sites = [Site(self, key, module, pair) for key, (module, pair) in sites.items()]
         modules: list[nn.Module] = [module for module, _ in sites.values()]
-        self.hooks = [(module, SiteHook(site)) for module, site in zip(modules, self.sites, strict=True)]
-        self.hooks.append((self.denoiser, RootHook(self, self.denoiser)))
-        self.sample_name = parameters_of(self.denoiser)[0]
-        self.plan: Plan | None = None
-        self.gamma: Tensor | None = None  # for compiled graphs
-        self.outside = False  # of the window, in the current call
+        self.hooks = [*zip(modules, self.sites, strict=True), (self.denoiser, RootHook(self))]
+        self.sample_name = parameters_of(type(self.denoiser))[0]
         self.folds = Folds()
-        self._run = _Run()
-        self._plans: list[Plan] = []  # remembered, the newest first; they outlive runs
-        self._watching = False  # whether sites have to tell in this call that they ran, as in the first one of a plan
-        self._idle: tuple[str, ...] = ()  # sites that did not
+        self.graphs = False  # whether sites were seen to run in graphs of a denoiser that is not one itself
+
+    def new_record(self) -> _Record:
+        return _Record()
 
     def install(self) -> None:
         super().install()
         parameter = next(self.denoiser.parameters())
-        self._place(parameter.device, parameter.dtype)
+        if parameter.device.type != "meta":  # offloaded: the text tells
+            self._place(parameter.device, parameter.dtype)
 
     def remove(self) -> None:
-        if self.on(self.pipe) is not self:
+        if getattr(self.denoiser, self.NAME, None) is not self:
             return
         super().remove()
-        self._plans, self.plan, self.gamma, self.folds = [], None, None, Folds()
-        if self._run.encodes and not self._run.began and not self.compiled:
+        self.folds, run = Folds(), self.run
+        if run is not None and run.encodes and not run.began and not self.compiled:
             logger.warning("%s", self.never_ran())
+
+    # --- of the call at hand, for the sites ---
+
+    @property
+    def plan(self) -> Plan | None:
+        call = self.call
+        return None if call is None else call.plan
+
+    @property
+    def outside(self) -> bool:
+        return not self.call.active
+
+    @property
+    def gamma(self) -> Tensor:
+        call = self.call
+        if call is None:
+            raise MembraneError(
+                "a wrapped projection was called before its denoiser; membranes see prompts at the denoiser's forward,"
+                " call that"
+            )
+        return call.gamma
 
     def report(self) -> dict:
         """What fired in the last call, one entry per row the denoiser saw: see `membrane_report`.
@@ -96,36 +117,28 @@ class MembraneHandle(Handle):
             MembraneError: the pipeline has not run since (or only compiled, which keeps no record), or ran without the
                 membranes.
         """
-        if not self._run.calls:
+        run = self.run
+        if run is None or not run.record.calls:
             raise MembraneError(
                 self.never_ran()
-                if self._run.encodes and not self.compiled
+                if run is not None and run.encodes and not self.compiled
                 else "no report yet: the pipeline has not been called since apply_membranes (a compiled denoiser keeps"
                 " no record)"
             )
-        rows = [row for turn, plan in enumerate(self._run.plans) for row in self._rows(plan, turn)]
+        record = run.record
+        rows = [row for plan in record.plans for row in self._rows(plan)]
         kept = {
             "modules": len(self.sites),
-            "idle_modules": self._idle,
-            "modes": modes_of(self._run.plans, self.folds),
+            "idle_modules": record.idle,
+            "modes": modes_of(record.plans),
         }
         return membrane_report(self.bank, self.config, rows, self.steps(), **kept)
 
-    def _rows(self, plan: Plan, turn: int) -> list[dict]:
-        """One entry a row; of unknown embeddings the first half is taken for negative where guidance is one call.
-
-        Args:
-            turn: of the plan in its run. Where guidance is separate calls, the conditional one comes first.
-        """
-        count, one_call = len(plan.hidden), self.family.one_call
-        guided = one_call and getattr(self.pipe, "do_classifier_free_guidance", False) and count % 2 == 0
+    def _rows(self, plan: Plan) -> list[dict]:
+        """One entry a row."""
         found = []
-        for number, (hidden, gates) in enumerate(zip(plan.hidden, plan.gates.tolist(), strict=True)):
+        for hidden, negative, gates in zip(plan.hidden, plan.negative, plan.gates.tolist(), strict=True):
             entry = self.bank.recorded_row(hidden)
-            if not one_call:
-                negative = turn % 2 == 1
-            else:
-                negative = entry.negative if entry else guided and number < count // 2
             found.append(
                 {
                     "kind": "negative" if negative else "positive",
@@ -138,16 +151,21 @@ class MembraneHandle(Handle):
 
     def steps(self) -> list[dict]:
         """Several calls at one noise level are one step."""
+        run = self.run
         steps: dict[float, dict] = {}
-        for call in self._run.calls:
-            share = share_of(self.pipe, self.family, call.timestep, call.image_tokens)
-            sigma = sigma_of(self.pipe, self.family, call.timestep)
+        for call in run.record.calls if run is not None else ():
+            share = self._share(call.timestep, call.image_tokens)
+            sigma = sigma_of(self.scheduler, self.family, call.timestep)
             steps[share] = {"share": share, "sigma": sigma, "active": call.active}
         return list(steps.values())
 
+    def _share(self, timestep: Tensor, tokens: int) -> float | Tensor:
+        known = None if torch.compiler.is_compiling() else self.run.timesteps(self.scheduler)
+        return share_of(self.scheduler, self.family, timestep, tokens, known)
+
     # --- called by the hooks ---
 
-    def begin(self, inputs: dict) -> None:
+    def begin(self, inputs: dict) -> _Call:
         """Look at the text and the step of a call of the denoiser."""
         hidden = inputs.get("encoder_hidden_states")
         hidden = hidden[0] if isinstance(hidden, tuple) else hidden  # (text, image prompt) of IP-Adapter
@@ -156,41 +174,54 @@ class MembraneHandle(Handle):
                 "the denoiser was called without encoder_hidden_states: a membrane cannot see the prompt"
             )
         timestep, sample = torch.as_tensor(inputs["timestep"]), inputs[self.sample_name]
-        tokens = image_tokens(self.family, self.denoiser, sample)
-        self._run.began = True
-        window, compiling = self.config.window, torch.compiler.is_compiling()
-        inside = window.whole or window.contains(share_of(self.pipe, self.family, timestep, tokens))
-        if compiling:
-            if self.strength != 0:
-                gamma = self.bank(hidden) * self.strength
-                self.gamma = (gamma if window.whole else gamma * inside.to(gamma)).to(hidden.dtype)
-            return
-        self.outside = not inside
-        self._run.calls.append(_Call(timestep, tokens, bool(inside)))
-        self.select(hidden, inputs.get("pooled_projections"))
-
-    def select(self, hidden: Tensor, pooled: Tensor | None) -> None:
-        """Make the plan of this text batch the current one."""
-        plan = self._plan_of(hidden, pooled)
-        if plan is not self.plan and plan.uniform and not plan.neutral:
-            self.folds.claim(plan)
-        if plan not in self._run.plans:
-            self._run.plans.append(plan)
-        self.plan = plan
+        tokens, window = image_tokens(self.family, self.denoiser, sample), self.config.window
+        if torch.compiler.is_compiling():
+            gamma = self.bank(hidden) * self.strength
+            if not window.whole:
+                gamma = gamma * window.contains(self._share(timestep, tokens)).to(gamma)
+            return _Call(timestep, tokens, True, None, gamma.to(hidden.dtype))
+        run = self.called()
+        if not run.record.calls:
+            self.folds.verify()
+        inside = window.whole or bool(window.contains(self._share(timestep, tokens)))
+        run.record.calls.append(_Step(timestep, tokens, inside))
+        plan, new = self._plan_of(run, hidden, inputs.get("pooled_projections"))
         gamma = plan.gamma.to(hidden.dtype)
-        self.gamma = torch.zeros_like(gamma) if self.outside else gamma  # for blocks that are compiled one by one
+        return _Call(timestep, tokens, inside, plan, gamma if inside else torch.zeros_like(gamma), new)
 
-    def _plan_of(self, hidden: Tensor, pooled: Tensor | None) -> Plan:
+    def finish(self, call: _Call, output):
+        """After the first call of a plan: did the wrapped projections run at all?"""
+        if torch.compiler.is_compiling():
+            return output
+        plan, alone = call.plan, self.traced is call
+        if len(plan.ran) < len(self.sites):
+            self.graphs = self.graphs or any(site.graphed for site in self.sites)
+        if self.graphs and len(plan.ran) < len(self.sites) and not alone:
+            raise MembraneError(
+                f"another thread called this {type(self.denoiser).__name__} at the same time, and parts of it are"
+                " compiled, which keep one prompt at a time: call it from one thread, or do not compile it"
+            )
+        if call.watched:
+            self._check_sites(call)
+        return output
+
+    def _plan_of(self, run: Run, hidden: Tensor, pooled: Tensor | None) -> tuple[Plan, bool]:
         """The remembered plan of this text batch, or a new one, in whose first call the sites are watched."""
-        for plan in self._plans:
-            if plan.fits(hidden, pooled):
-                return plan
-        plan = self._new_plan(hidden, pooled)
-        self._plans = [plan, *self._plans][:_PLANS]
-        self._watching = True
-        for site in self.sites:
-            site.ran = False
-        return plan
+        plans = run.record.plans
+        plan = next((plan for plan in plans[-_PLANS:] if plan.fits(hidden, pooled)), None)
+        new = plan is None
+        if plan is None:
+            plan = self._new_plan(hidden, pooled)
+            plans.append(plan)
+            run.seen += 1
+            for old in plans[:-_PLANS]:
+                old.forget()
+            for site in self.sites:
+                site.graphed = False
+        if plan.uniform and not plan.neutral and plan is not run.record.current:
+            self.folds.claim(plan)
+        run.record.current = plan
+        return plan, new
 
     def _new_plan(self, hidden: Tensor, pooled: Tensor | None) -> Plan:
         grad = torch.is_grad_enabled()
@@ -217,28 +248,21 @@ class MembraneHandle(Handle):
             neutral=self.strength == 0 or (not grad and not bool(gamma.any())),
             uniform=uniform,
             grad=grad,
+            negative=tuple(bool(row) for row in self.negative_rows(hidden)),
         )
 
-    def check_sites(self) -> None:
-        """After the first call of a plan: did the wrapped projections run at all?"""
-        if not self._watching:
-            return
-        self._watching = False
-        self._idle = tuple(site.key for site in self.sites if not site.ran)
-        if len(self._idle) == len(self.sites):
+    def _check_sites(self, call: _Call) -> None:
+        idle = tuple(site.key for site in self.sites if site not in call.plan.ran and not site.graphed)
+        self.here.record.idle = idle
+        if len(idle) == len(self.sites):
             raise MembraneError(
-                f"none of the {len(self.sites)} wrapped projections ran (first: {self._idle[0]}); were the attention"
+                f"none of the {len(self.sites)} wrapped projections ran (first: {idle[0]}); were the attention"
                 " layers fused (fuse_qkv_projections) or replaced? Undo that, then apply_membranes again"
             )
-        if self._idle:
-            logger.warning(
-                "%d of %d wrapped projections did not run, e.g. %s", len(self._idle), len(self.sites), self._idle[0]
-            )
+        if idle:
+            logger.warning("%d of %d wrapped projections did not run, e.g. %s", len(idle), len(self.sites), idle[0])
 
     def begin_run(self, encoded, arguments: dict) -> None:
-        if self._run.began:  # the run that it belonged to is over
-            self._run.clear()
-        self._run.encodes += 1
         tensors = [t for t in encoded if isinstance(t, Tensor) and t.ndim == 3] if isinstance(encoded, tuple) else []
         if not tensors:
             return
@@ -248,7 +272,9 @@ class MembraneHandle(Handle):
             self.bank.record(tensors[0], prompts, False, self._ids)
         negatives = _strings(arguments.get("negative_prompt")) or [""]
         if len(tensors) > 1 and arguments.get("negative_prompt_embeds") is None:
-            self.bank.record(tensors[1], negatives * (len(prompts) if len(negatives) == 1 else 1), True, self._ids)
+            self.bank.record(
+                tensors[1], negatives * (max(1, len(prompts)) if len(negatives) == 1 else 1), True, self._ids
+            )
 
     def _ids(self, prompts):
         return token_ids(self.pipe, prompts)
@@ -260,7 +286,7 @@ class MembraneHandle(Handle):
 
     def never_ran(self) -> str:
         return (
-            f"encode_prompt was called {self._run.encodes} time(s), but the membranes on pipe.{self.attribute} never"
+            f"encode_prompt was called {self.run.encodes if self.run else 0} time(s), but the membranes on pipe.{self.attribute} never"
             " ran: the images, if any, are not protected"
         )
 

@@ -12,11 +12,12 @@ from torch import nn
 
 from ...methods.errors import TokenMergingError
 from ...methods.token_merging.config import NegativeTokenMergingConfig
-from ..family import Family, Pipeline, family_of
-from ..handle import Handle
+from ..family import Family, Pipeline
+from ..handle import Handle, RootHook
+from ..hooks import parameters_of
 from ..latents import pixels_per_latent
-from ..rows import RowsHook
-from .hooks import BeforeOutputHook, LayerHook, MergeState, told_context
+from ..rows import with_rows, without_rows
+from .hooks import BeforeOutput, Layer, MergeCall, MergeRun, Merging
 
 __all__ = ["TokenMergingHandle", "apply_negative_token_merging", "remove_negative_token_merging"]
 
@@ -49,17 +50,14 @@ def apply_negative_token_merging(
     >>> handle.report()["mode"]
     'reference'
     """
-    handle = TokenMergingHandle(pipe, family_of(pipe), config or NegativeTokenMergingConfig())
-    remove_negative_token_merging(pipe)
-    handle.install()
+    handle = TokenMergingHandle(pipe, config or NegativeTokenMergingConfig())
+    handle.replace(pipe)
     return handle
 
 
 def remove_negative_token_merging(pipe: Pipeline) -> None:
     """Undo `apply_negative_token_merging`: the untouched model's bits again. Where nothing was applied: nothing."""
-    handle = TokenMergingHandle.on(pipe)
-    if handle is not None:
-        handle.remove()
+    TokenMergingHandle.clear(pipe)
 
 
 class TokenMergingHandle(Handle):
@@ -68,36 +66,44 @@ class TokenMergingHandle(Handle):
     NAME = "_semiperm_negative_token_merging"
     ERROR = TokenMergingError
 
-    def __init__(self, pipe, family: Family, config: NegativeTokenMergingConfig):
+    def __init__(self, pipe, config: NegativeTokenMergingConfig):
         super().__init__(pipe, config)
-        layers = _layers(self.denoiser, family, config)
-        self.state = MergeState(pipe, family, config, [path for path, _, _ in layers])
-        self.hooks = [
-            (module, (BeforeOutputHook if before else LayerHook)(self.state, path)) for path, module, before in layers
-        ]
-        self.hooks.append((self.denoiser, RowsHook(self.denoiser, self.state.begin, self.state.end)))
+        layers = _layers(self.denoiser, self.family, config)
+        self.merging = Merging(self, pipe, [path for path, _, _ in layers])
+        self.hooks = [(module, (BeforeOutput if before else Layer)(self.merging)) for _, module, before in layers]
+        self.hooks.append((self.denoiser, RootHook(self, outermost=True)))
+        self.sample_name = parameters_of(type(self.denoiser))[0]
 
-    def install(self) -> None:
-        super().install()
-        if hasattr(self.denoiser, "cache_context"):
-            self.denoiser.cache_context = told_context(self.state, self.denoiser.cache_context)
+    def new_record(self) -> MergeRun:
+        return MergeRun()
 
-    def remove(self) -> None:
-        if self.on(self.pipe) is self:
-            self.denoiser.__dict__.pop("cache_context", None)
-        super().remove()
+    def prepare(self, height: int, width: int, max_sequence_length: int | None = None) -> None:
+        """Encode the references for pictures of this size now; needed before a compiled model's first call only.
 
-    def prepare(self, height: int, width: int) -> None:
-        """Encode the reference for images of this size now; needed before a compiled model's first call only."""
+        Args:
+            height, width: of the pictures, in pixels.
+            max_sequence_length: of T5 (SD3, Flux, Wan), the one you will generate with; None is the pipeline's default.
+        """
         if self.config.mode == "reference":
             scale = pixels_per_latent(self.pipe)
-            self.state.reference.prepare(height // scale, width // scale)
+            self.merging.reference.prepare(height // scale, width // scale)
+            if self.config.reference_prompt is not None:
+                self.merging.reference.encode(max_sequence_length)
+
+    def begin(self, inputs: dict) -> MergeCall:
+        return self.merging.begin(inputs, self.sample_name)
+
+    def change_inputs(self, call: MergeCall, inputs: dict) -> dict | None:
+        if call.rows is None:
+            return None
+        return {name: with_rows(name, value, call.rows) for name, value in inputs.items()}
+
+    def finish(self, call: MergeCall, output):
+        self.merging.check(call)
+        return output if call.rows is None else without_rows(output, call.rows)
 
     def steps(self) -> list[dict]:
-        return list(self.state.record.steps)
-
-    def begin_run(self, encoded, arguments: dict) -> None:
-        self.state.begin_run()
+        return list(self.run.record.record.steps) if self.run is not None else []
 
     def report(self) -> dict:
         """What was pushed in the last call of the pipeline: see `MergeRecord.report`.
@@ -105,13 +111,12 @@ class TokenMergingHandle(Handle):
         Raises:
             TokenMergingError: the pipeline has not run since (or only compiled, which keeps no record).
         """
-        record = self.state.record
-        if not record.steps:
+        if not self.steps():
             raise TokenMergingError(
                 "no report yet: the pipeline has not been called since apply_negative_token_merging (a compiled"
                 " denoiser keeps no record)"
             )
-        return record.report(self.config, len(self.hooks) - 1)
+        return self.run.record.record.report(self.config, len(self.hooks) - 1)
 
 
 def _layers(

@@ -1,26 +1,23 @@
-"""Negative token merging inside a denoiser, as diffusers hooks: one on the root, one per attention layer.
+"""Negative token merging inside a denoiser: around it, and around each attention layer.
 
-The root hook looks at the noise level and adds the reference rows (`pipelines.rows`); the layers' hooks push the tokens
-of the image rows. No hook waits for the GPU but for the timestep, once a call.
+Around the denoiser, the noise level is looked at and the reference rows are added (`pipelines.rows`); around the layers
+the tokens of the image rows are pushed. Nothing waits for the GPU but for the timestep, once a call.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
-from diffusers.hooks import ModelHook
 from einops import repeat
 from torch import Tensor, nn
 
 from ...methods.errors import TokenMergingError
 from ...methods.modules import same_bits, stamp
-from ...methods.token_merging.config import NegativeTokenMergingConfig
 from ...methods.token_merging.merging import MergeRows, merge_tokens
 from ...methods.token_merging.record import MergeRecord
-from ..family import Family, denoiser_of
-from ..rows import ExtraRows
+from ..rows import ExtraRows, chunks_of
 from ..scheduler import image_tokens, share_of, sigma_of
 from .plan import MergePlan, make_plan
 from .reference import Reference
@@ -30,117 +27,147 @@ _POOLED = ("text_embeds", "pooled_projections")
 _PLANS = 2  # text batches remembered: guidance by separate calls alternates between two
 
 
-class MergeState:
-    """What the hooks of one pipeline share."""
+@dataclass(eq=False)
+class MergeRun:
+    """What is kept of one run of a pipeline."""
 
-    def __init__(self, pipe, family: Family, config: NegativeTokenMergingConfig, layers: Sequence[str]):
-        self.pipe, self.family, self.config, self.layers = pipe, family, config, layers
-        self.reference = Reference(pipe, family, config)
-        self.record = MergeRecord()
-        self.plan: MergePlan | None = None  # of the current call, None where nothing is pushed
-        self.gate: Tensor | None = None  # of a compiled graph
-        self.grid = self.token_grid = (0, 0)  # of the latent, and of the finest layer's tokens
-        self.image_tokens = 0
-        self.pushed = 0
-        self.context: str | None = None  # "cond" or "uncond", where the pipeline tells
-        self._plans: list[MergePlan] = []
-        self._timesteps = self._ids = self._time = self._first = None
+    record: MergeRecord = field(default_factory=MergeRecord)
+    plans: list[MergePlan] = field(default_factory=list)
+    ids: Tensor | None = None  # the positions that `grid` was read from
+    grid: tuple[int, int] = (0, 0)
 
-    def begin_run(self) -> None:
-        """The pipeline was called: what is recorded is of this run."""
-        if self.record.steps:
-            self.record.clear()
+
+@dataclass(eq=False)
+class MergeCall:
+    """One call of the denoiser.
+
+    Args:
+        plan: None where nothing is pushed.
+        gate: in a compiled graph, whether the step is inside the window, ().
+        grid: of the latent. token_grid: of the finest layer's tokens. image_tokens: of a transformer.
+        pushed: how many layers pushed.
+    """
+
+    plan: MergePlan | None = None
+    gate: Tensor | None = None
+    grid: tuple[int, int] = (0, 0)
+    token_grid: tuple[int, int] = (0, 0)
+    image_tokens: int = 0
+    pushed: int = 0
+    rows: ExtraRows | None = None
+
+
+class Merging:
+    """Negative token merging on one denoiser, as its handle and its layers see it."""
+
+    def __init__(self, handle, pipe, layers: list[str]):
+        self.handle, self.family, self.config, self.layers = handle, handle.family, handle.config, layers
+        self.reference = Reference(handle, pipe)
+        # whose `_pack_latents` is static: the plain class, not the one that listens
+        self.packer = next(cls for cls in type(pipe).__mro__ if cls.__module__.partition(".")[0] != "semiperm")
 
     # ---- the root -------------------------------------------------------------------------------------------------
 
-    def begin(self, inputs: dict, sample_name: str) -> ExtraRows | None:
+    def begin(self, inputs: dict, sample_name: str) -> MergeCall:
         """Look at a call of the denoiser, and say which rows it gets."""
-        self.plan, self.gate, self.pushed = None, None, 0
+        call = MergeCall()
         if self.config.strength == 0:
-            return None
+            return call
         sample, timestep = inputs[sample_name], torch.as_tensor(inputs["timestep"])
         hidden = inputs.get("encoder_hidden_states")
         hidden = hidden[0] if isinstance(hidden, tuple) else hidden
         if not isinstance(hidden, Tensor):
             raise TokenMergingError("the denoiser was called without encoder_hidden_states; give it a prompt")
-        self._measure(sample, inputs)
         if torch.compiler.is_compiling():
-            share = share_of(self.pipe, self.family, timestep, self.image_tokens)
-            plan = make_plan(hidden, sample.shape[0], self._chunks(sample.shape[0], None, hidden), *self._made_of())
-            self.gate = self.config.window.contains(share)
+            self._measure(call, sample, inputs, None)
+            share = share_of(self.handle.scheduler, self.family, timestep, call.image_tokens)
+            plan = make_plan(hidden, self._traced_chunks(sample.shape[0]), *self._made_of())
+            call.gate = self.config.window.contains(share)
         else:
-            plan = self._plan(hidden, sample, timestep)
+            run = self.handle.called()
+            self._measure(call, sample, inputs, run.record)
+            plan = self._plan(run, hidden, timestep, call.image_tokens)
         if plan is None or plan.rows is None:
-            return None
-        self.plan = plan
+            return call
+        call.plan = plan
         if not plan.extra:
-            return None
+            return call
 
         def own(name: str, value: Tensor) -> Tensor | None:
             if value is sample:
-                return torch.cat([sample, self._latents(sample, timestep, plan)])
+                return torch.cat([sample, self._latents(call, sample, timestep)])
             return self._text(value, plan) if value is plan.hidden or name in _POOLED else None
 
-        return ExtraRows(plan.batch, plan.sources, own)
+        call.rows = ExtraRows(plan.batch, plan.sources, own)
+        return call
 
-    def end(self) -> None:
+    def check(self, call: MergeCall) -> None:
         """Refuse a step that should have pushed and did not."""
-        plan, self.plan = self.plan, None
-        if plan is not None and not self.pushed:
+        if call.plan is not None and not call.pushed:
             raise TokenMergingError(
                 f"none of the {len(self.layers)} hooked attention layers (first: {self.layers[0]}) was at a resolution"
                 f" within max_downscale={self.config.max_downscale}, or they were replaced; nothing was pushed: raise"
                 " max_downscale, or apply again after replacing layers"
             )
 
-    def _made_of(self) -> tuple[NegativeTokenMergingConfig, int]:
+    def _made_of(self):
         return self.config, len(self.reference.images)
 
-    def _measure(self, sample: Tensor, inputs: dict) -> None:
+    def _measure(self, call: MergeCall, sample: Tensor, inputs: dict, run: MergeRun | None) -> None:
         """The grid of latents, and how many image tokens a transformer makes of it."""
         if not self.family.packed:
-            self.grid = tuple(sample.shape[-2:])
-        elif torch.compiler.is_compiling():
+            call.grid = tuple(sample.shape[-2:])
+        elif run is None:
             sizes = [size for size in self.reference.sizes if size[0] * size[1] == 4 * sample.shape[1]]
-            self.grid = sizes[-1] if sizes else (0, 0)
-        elif self._ids is not inputs["img_ids"]:
-            self._ids = inputs["img_ids"]
-            ids = self._ids.reshape(-1, 3)  # (kind, row, column) of each token of 2 x 2 cells
-            self.grid = tuple(2 * (int(ids[:, axis].max()) + 1) for axis in (1, 2))
-        self.token_grid = self.grid
+            call.grid = sizes[-1] if sizes else (0, 0)
+        else:
+            if run.ids is not inputs["img_ids"]:
+                run.ids = inputs["img_ids"]
+                ids = run.ids.reshape(-1, 3)  # (kind, row, column) of each token of 2 x 2 cells
+                run.grid = tuple(2 * (side + 1) for side in ids[:, 1:].amax(0).long().tolist())
+            call.grid = run.grid
+        call.token_grid = call.grid
         if not self.family.uneven:
-            denoiser, _ = denoiser_of(self.pipe)
+            denoiser = self.handle.denoiser
             _, rows, columns = self.family.patch(denoiser)
-            self.token_grid = self.grid[0] // rows, self.grid[1] // columns
-            self.image_tokens = image_tokens(self.family, denoiser, sample)
+            call.token_grid = call.grid[0] // rows, call.grid[1] // columns
+            call.image_tokens = image_tokens(self.family, denoiser, sample)
 
-    def _plan(self, hidden: Tensor, sample: Tensor, timestep: Tensor) -> MergePlan | None:
-        timesteps = getattr(self.pipe.scheduler, "timesteps", None)
-        if timesteps is not self._timesteps:  # a new run has a new schedule
-            self._timesteps, self._time = timesteps, None
-            self.record.clear()
-        share = share_of(self.pipe, self.family, timestep, self.image_tokens)
-        sigma = sigma_of(self.pipe, self.family, timestep)
-        active, batch = self.config.window.contains(share), sample.shape[0]
-        chunks = self._chunks(batch, share, hidden)
-        plan = next((p for p in self._plans if p.hidden is hidden and p.chunks == chunks), None) if active else None
-        if active and (plan is None or plan.batch != batch or not same_bits(hidden, plan.stamped)):
-            plan = make_plan(hidden, batch, chunks, *self._made_of())
-            self._plans = [plan, *self._plans][:_PLANS]
-        self.record.step(share, sigma, active, plan.extra if plan is not None else 0)
+    def _plan(self, run, hidden: Tensor, timestep: Tensor, tokens: int) -> MergePlan | None:
+        scheduler, kept = self.handle.scheduler, run.record
+        share = share_of(scheduler, self.family, timestep, tokens, run.timesteps(scheduler))
+        active, plan = self.config.window.contains(share), None
+        if active:
+            plan = next((p for p in kept.plans if p.hidden is hidden and same_bits(hidden, p.stamped)), None)
+            if plan is None:
+                plan = make_plan(hidden, self._chunks(run, hidden), *self._made_of())
+                kept.plans = [plan, *kept.plans][:_PLANS]
+                run.seen += 1
+        extra = plan.extra if plan is not None else 0
+        kept.record.step(share, sigma_of(scheduler, self.family, timestep), bool(active), extra)
         return plan
 
-    def _chunks(self, batch: int, share: float | None, hidden: Tensor) -> tuple[bool, ...]:
+    def _chunks(self, run, hidden: Tensor) -> tuple[bool, ...]:
         """For each equal part of the batch, whether it is conditional."""
+        if self.config.rows == "all" and self.config.mode == "reference":
+            negative = tuple(bool(row) for row in self.handle.negative_rows(hidden))
+        else:
+            negative = self.handle.negative_rows(hidden)
+        if None in negative:
+            raise TokenMergingError(
+                f"a call of the denoiser has {len(negative)} rows, of which {negative.count(None)} carry text that no"
+                " pipeline was seen to encode: which of them are conditional is unknown, and the others must not be"
+                " pushed. Give the pipeline prompts, apply negative token merging to the pipeline that you call, say"
+                " what the rows are (semiperm.row_layout('negative', 'positive')), or push them all: rows='all'"
+            )
+        return chunks_of(negative, run.images)
+
+    def _traced_chunks(self, batch: int) -> tuple[bool, ...]:
+        """A graph looks neither at text nor at context variables: the layout of the family's own pipelines."""
         if self.family.one_call:
-            guided = bool(getattr(self.pipe, "do_classifier_free_guidance", False)) and batch % 2 == 0
-            return (False, True) if guided else (True,)
-        # two calls at one timestep: they tell which, or the conditional one comes first
-        if self.context is not None or share is None:
-            return (self.context != "uncond",)
-        if self._time != share:
-            self._time, self._first = share, hidden
-        return (self._first is hidden,)
+            return (False, True) if self.handle.guided and batch % 2 == 0 else (True,)
+        context = vars(self.handle.denoiser).get("cache_context")
+        return (context is None or context.name != "uncond",)
 
     def _text(self, value: Tensor, plan: MergePlan) -> Tensor:
         """A text input with the reference rows: the same tensor for the same text."""
@@ -158,12 +185,13 @@ class MergeState:
         text, pooled = self.reference.text(plan.hidden.shape[1])
         return repeat((text if value is plan.hidden else pooled).to(value), "1 ... -> r ...", r=plan.extra)
 
-    def _latents(self, sample: Tensor, timestep: Tensor, plan: MergePlan) -> Tensor:
-        latents = self.reference.rows(*self.grid, timestep.to(sample.device)).to(sample.dtype)
+    def _latents(self, call: MergeCall, sample: Tensor, timestep: Tensor) -> Tensor:
+        plan = call.plan
+        latents = self.reference.rows(*call.grid, timestep.to(sample.device)).to(sample.dtype)
         latents = repeat(latents, "r c h w -> (group r) c h w", group=plan.extra // len(latents))
         if self.family.video:  # a still picture, frame by frame
             latents = repeat(latents, "r c h w -> r c f h w", f=sample.shape[2])
-        latents = self.family.pack(self.pipe, latents)
+        latents = self.family.pack(self.packer, latents)
         rows = sample[list(plan.sources)].clone()
         axis = 2 if self.family.packed else 1  # of the channels
         if rows.shape[axis] < latents.shape[axis]:
@@ -178,70 +206,59 @@ class MergeState:
 
     def push(self, output):
         """One attention layer's output, with the image rows pushed."""
-        if self.plan is None:
+        call = self.handle.call
+        if call is None:
+            raise TokenMergingError(
+                "an attention layer was called before its denoiser, which adds the reference rows and looks at the step;"
+                " call the denoiser, or apply again if its hook was taken off"
+            )
+        if call.plan is None:
             return output
         if isinstance(output, tuple):  # (image, text, ...)
-            return (self._push(output[0]), *output[1:])
-        text = output.shape[1] - self.image_tokens if self.family.packed else 0
+            return (self._push(output[0], call), *output[1:])
+        text = output.shape[1] - call.image_tokens if self.family.packed else 0
         if text > 0:  # a single block: text and image in one sequence
-            return torch.cat([output[:, :text], self._push(output[:, text:])], dim=1)
-        return self._push(output)
+            return torch.cat([output[:, :text], self._push(output[:, text:], call)], dim=1)
+        return self._push(output, call)
 
-    def _push(self, x: Tensor) -> Tensor:
-        plan, config = self.plan, self.config
+    def _push(self, x: Tensor, call: MergeCall) -> Tensor:
+        plan, config = call.plan, self.config
         expected = plan.batch + plan.extra
         if x.shape[0] != expected:
             raise TokenMergingError(
                 f"an attention layer got a batch of {x.shape[0]}, the denoiser {expected}; expected the same: models"
                 " that move frames into the batch are not supported"
             )
-        tokens, area = x.shape[1], self.grid[0] * self.grid[1]
+        tokens, area = x.shape[1], call.grid[0] * call.grid[1]
         if self.family.uneven and tokens * config.max_downscale**2 < area:
             return x
-        self.pushed += 1
-        rows = plan.rows if self.gate is None else MergeRows(plan.rows.gate * self.gate, plan.rows.pairs)
+        call.pushed += 1
+        rows = plan.rows if call.gate is None else MergeRows(plan.rows.gate * call.gate, plan.rows.pairs)
         reference, mask = x, None
         if plan.extra:
             reference = x[plan.batch :]
-            mask = self.reference.mask(tokens, *self.token_grid, x.device)
+            mask = self.reference.mask(tokens, *call.token_grid, x.device)
             mask = mask if mask is None else repeat(mask, "r n -> (group r) n", group=plan.extra // len(mask))
         merged, pushed = merge_tokens(x, reference, rows, config, mask)
         if not torch.compiler.is_compiling():
-            self.record.add(plan.labels, pushed)
+            self.handle.here.record.record.add(plan.labels, pushed)
         return merged
 
 
-def told_context(state: MergeState, original):
-    """diffusers' `denoiser.cache_context(name)`, by which pipelines tell the two calls of a guided step apart."""
+class Layer:
+    """Around an attention layer: its output is pushed."""
 
-    @contextlib.contextmanager
-    def cache_context(name, *args, **kwargs):
-        before, state.context = state.context, name
-        try:
-            with original(name, *args, **kwargs):
-                yield
-        finally:
-            state.context = before
+    outermost = True
 
-    return cache_context
+    def __init__(self, merging: Merging):
+        self.merging = merging
+
+    def __call__(self, original: Callable, module: nn.Module, *args, **kwargs):
+        return self.merging.push(original(*args, **kwargs))
 
 
-class LayerHook(ModelHook):
-    """On an attention layer: its output is pushed."""
+class BeforeOutput(Layer):
+    """Around an output projection: its input is pushed."""
 
-    def __init__(self, state: MergeState, path: str):
-        super().__init__()
-        self.state, self.path = state, path
-
-    def post_forward(self, module: nn.Module, output):
-        return self.state.push(output)
-
-
-class BeforeOutputHook(LayerHook):
-    """On an output projection: its input is pushed."""
-
-    def pre_forward(self, module: nn.Module, x: Tensor, *args, **kwargs):
-        return (self.state.push(x), *args), kwargs
-
-    def post_forward(self, module: nn.Module, output):
-        return output
+    def __call__(self, original: Callable, module: nn.Module, x: Tensor, *args, **kwargs):
+        return original(self.merging.push(x), *args, **kwargs)

@@ -45,18 +45,19 @@ class MergePlan:
 
 
 def make_plan(
-    hidden: Tensor, batch: int, chunks: tuple[bool, ...], config: NegativeTokenMergingConfig, references: int
+    hidden: Tensor, chunks: tuple[bool, ...], config: NegativeTokenMergingConfig, references: int
 ) -> MergePlan:
     """The plan of one text batch.
 
     Args:
-        hidden: (batch, N, d).
+        hidden: (B, N, d).
         chunks: as in `MergePlan`.
         references: how many reference images there are.
 
     Raises:
         TokenMergingError: diversity mode with a single image.
     """
+    batch = len(hidden)
     compiling, per = torch.compiler.is_compiling(), batch // len(chunks)
     part = [chunk for chunk in chunks for _ in range(per)]  # of each row: is it conditional?
     labels = tuple(("positive" if on else "negative", b % per) for b, on in enumerate(part))

@@ -10,9 +10,7 @@ from einops import rearrange
 from torch import Tensor
 
 from ...methods.errors import TokenMergingError
-from ...methods.token_merging.config import NegativeTokenMergingConfig
 from ...methods.token_merging.merging import grid_of, token_mask
-from ..family import Family
 from ..latents import encode_pixels, pixels_per_latent
 from ..scheduler import alphas_of, noise_levels
 from ..text import encode_text
@@ -21,10 +19,10 @@ from ..text import encode_text
 class Reference:
     """What is known of the reference images once the size of the latents is: encoded once per size, on demand."""
 
-    def __init__(self, pipe, family: Family, config: NegativeTokenMergingConfig):
-        self.pipe, self.family, self.config = pipe, family, config
-        self.images, self.masks = config.reference or (), config.mask or ()
-        self.alphas = None if family.flow else alphas_of(pipe)
+    def __init__(self, handle, pipe):
+        self.handle, self.family, self.config = handle, handle.family, handle.config
+        self.images, self.masks = self.config.reference or (), self.config.mask or ()
+        self.alphas = None if self.family.flow else alphas_of(pipe)
         self._latents: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         self._masks: dict[tuple[int, int, int], Tensor] = {}
         self._texts: dict[tuple, tuple[Tensor, Tensor | None]] = {}
@@ -44,14 +42,15 @@ class Reference:
                     f"the reference was not encoded for latents of {height} x {width} before the model was compiled;"
                     " call handle.prepare(image_height, image_width) first"
                 )
-            scale = pixels_per_latent(self.pipe)
+            pipe = self.handle.pipe
+            scale = pixels_per_latent(pipe)
             pixels = torch.stack([cover(image, height * scale, width * scale) for image in self.images])
             pixels = pixels * 2 - 1
             if self.family.video:  # of one frame
-                latents = encode_pixels(self.pipe, [rearrange(pixels, "r c h w -> r c 1 h w")])
+                latents = encode_pixels(pipe, [rearrange(pixels, "r c h w -> r c 1 h w")])
                 latents = rearrange(latents, "r c 1 h w -> r c h w")
             else:
-                latents = encode_pixels(self.pipe, [pixels])
+                latents = encode_pixels(pipe, [pixels])
             draws = [
                 torch.randn(latents.shape[1:], generator=torch.Generator().manual_seed(self.config.seed + r))
                 for r in range(len(latents))
@@ -85,16 +84,25 @@ class Reference:
     def text(self, length: int) -> tuple[Tensor, Tensor | None]:
         """The reference prompt's embeddings (1, length, d) and pooled embedding (1, p) or None; cached."""
         if length not in self._texts:
-            clip = self.pipe.tokenizer_max_length if len(self.family.segments) > 1 else 0
-            features = encode_text(self.pipe, [self.config.reference_prompt], length - clip or None)
-            self._texts[length] = features.hidden, features.pooled
-        hidden, pooled = self._texts[length]
-        if hidden.shape[1] != length:
-            raise TokenMergingError(
-                f"the prompts have {length} text positions, the reference prompt {hidden.shape[1]}; expected the same:"
-                " call the pipeline with prompts rather than with embeddings of another length"
-            )
-        return hidden, pooled
+            if torch.compiler.is_compiling():
+                raise TokenMergingError(
+                    f"the reference prompt was not encoded for {length} text positions before the model was compiled"
+                    f" (but for {sorted(self._texts) or 'none'}); call handle.prepare(image_height, image_width,"
+                    " max_sequence_length) with the length that you will call the pipeline with"
+                )
+            clip = self.handle.pipe.tokenizer_max_length if len(self.family.segments) > 1 else 0
+            self.encode(length - clip or None)
+            if length not in self._texts:
+                raise TokenMergingError(
+                    f"the prompts have {length} text positions, the reference prompt {sorted(self._texts)}; expected the"
+                    " same: call the pipeline with prompts rather than with embeddings of another length"
+                )
+        return self._texts[length]
+
+    def encode(self, max_sequence_length: int | None = None) -> None:
+        """Encode the reference prompt for prompts of this length."""
+        features = encode_text(self.handle.pipe, [self.config.reference_prompt], max_sequence_length)
+        self._texts[features.hidden.shape[1]] = features.hidden, features.pooled
 
     @property
     def sizes(self) -> list[tuple[int, int]]:

@@ -56,7 +56,9 @@ def diffusers_side(name: str, dtype=torch.float32) -> tuple[list[float], list[fl
     family, scheduler, tokens, *_ = SCHEDULES[name]
     family, pipe = FAMILY[family], SimpleNamespace(scheduler=scheduler)
     given = [(t * family.noise_timestep / 1000).to(dtype).reshape(1) for t in scheduler.timesteps]
-    return [share_of(pipe, family, t, tokens) for t in given], [sigma_of(pipe, family, t) for t in given]
+    return [share_of(pipe.scheduler, family, t, tokens) for t in given], [
+        sigma_of(pipe.scheduler, family, t) for t in given
+    ]
 
 
 def active(shares) -> list[list[bool]]:
