@@ -9,21 +9,25 @@ from __future__ import annotations
 import abc
 import contextlib
 import logging
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from ..methods.errors import ModelError, SemipermError
+from ..methods.errors import SemipermError
 from .family import Pipeline, denoiser_of, family_of
 from .hooks import install, listen, listeners_of, parameters_of, uninstall, unlisten
-from .rows import Encoded, negative_rows
+from .rows import Encoded, negative_rows, said
+from .run import Run
+from .text import Ear, reader_of
 
-__all__ = ["Handle", "RootHook", "Run"]
+__all__ = ["Handle", "RootHook"]
 
 logger = logging.getLogger(__name__)
 
@@ -34,38 +38,6 @@ _TEXTS = 64
 
 _runs: ContextVar[Mapping[Handle, Run]] = ContextVar("semiperm_runs", default=MappingProxyType({}))
 _calls: ContextVar[tuple[tuple[Handle, Any], ...]] = ContextVar("semiperm_calls", default=())
-
-
-class Run:
-    """One call of a pipeline: from its first `encode_prompt` to the next one's. Each thread has its own.
-
-    Args:
-        record: whatever the method keeps of a run.
-    """
-
-    def __init__(self, record: Any):
-        self.record = record
-        self.encodes = 0  # calls of encode_prompt: a run may need several before it denoises
-        self.began = self.over = False  # whether the denoiser has been called; whether the pipeline has returned
-        self.texts: list[Encoded] = []
-        self.seen = 0  # distinct texts that the denoiser was called with
-        self.positive = False  # whether the denoiser was called with a row that is known to be positive
-        self.pipe: Callable[[], Any] | None = None  # whose run it is, weakly; None where nobody said
-        self.before: Tensor | None = None  # the schedule that was there when it began: a run makes a new one
-        self.schedule: Tensor | None = None  # the one that its steps come from
-        self._numbers: tuple[Tensor | None, list[float]] = (None, [])
-
-    @property
-    def images(self) -> int | None:
-        """How many pictures are drawn; None where no pipeline said."""
-        return max((len(text.rows) for text in self.texts if text.negative is False), default=None)
-
-    def timesteps(self, scheduler: Any) -> list[float]:
-        """The scheduler's timesteps as numbers, brought from its device once a run."""
-        steps = getattr(scheduler, "timesteps", None)
-        if steps is not self._numbers[0]:
-            self._numbers = steps, [] if steps is None else torch.as_tensor(steps).tolist()
-        return self._numbers[1]
 
 
 class Handle(abc.ABC):
@@ -90,7 +62,8 @@ class Handle(abc.ABC):
         self.guided = False  # whether the last run guided, for graphs
         self._pipes: weakref.WeakSet = weakref.WeakSet([pipe])
         self._scheduler = getattr(pipe, "scheduler", None)
-        self._last: Run | None = None  # the one that began last, in whatever thread
+        self._last: Run | None = None  # the run that began last, in whatever thread
+        self._told: Run | None = None  # the one that a pipeline told of last
 
     @classmethod
     def on(cls: type[AnyHandle], pipe: Pipeline) -> AnyHandle | None:
@@ -130,7 +103,23 @@ class Handle(abc.ABC):
         for module, hook in self.hooks:
             install(module, hook, self.NAME)
         for pipe in list(self._pipes):
-            listen(pipe, self)
+            self._attend(pipe)
+
+    def _attend(self, pipe: Pipeline) -> None:
+        """Listen to a pipeline, and to its text encoder, which others may share (`from_pipe`)."""
+        listen(pipe, self)
+        reader = reader_of(pipe)
+        if reader is not None:
+            encoder, tokenizer = reader
+            self._deafen(encoder)
+            encoder.register_forward_hook(Ear(self, tokenizer), with_kwargs=True)
+
+    def _deafen(self, encoder: nn.Module) -> None:
+        """Take our ear off a text encoder, and those that a copy left."""
+        for number, hook in list(encoder._forward_hooks.items()):
+            if isinstance(hook, Ear) and hook.listener in (self, None):
+                del encoder._forward_hooks[number]
+                encoder._forward_hooks_with_kwargs.pop(number, None)
 
     def remove(self) -> None:
         """Take every hook out: the pipeline computes the bits it computed before. Removing twice is harmless."""
@@ -140,12 +129,14 @@ class Handle(abc.ABC):
             uninstall(module, self.NAME)
         for pipe in list(self._pipes):
             unlisten(pipe, self)
+            if (reader := reader_of(pipe)) is not None:
+                self._deafen(reader[0])
         delattr(self.denoiser, self.NAME)
 
     def __getstate__(self) -> dict:
         """For copies and pickles: those of the denoiser take the method along, not the pipeline or its last run."""
         state = dict(vars(self))
-        return state | {"_pipes": (), "_last": None, "traced": None}
+        return state | {"_pipes": (), "_last": None, "_told": None, "traced": None}
 
     def __setstate__(self, state: dict) -> None:
         vars(self).update(state, _pipes=weakref.WeakSet())
@@ -182,10 +173,12 @@ class Handle(abc.ABC):
     def joined(self, pipe: Pipeline) -> None:
         """A copy of the pipeline: it is listened to as well."""
         self._pipes.add(pipe)
+        if listeners_of(pipe).count(self) and getattr(self.denoiser, self.NAME, None) is self:
+            self._attend(pipe)
 
     def started(self, pipe: Pipeline) -> Run:
         """A call of a pipeline begins."""
-        run = self._new_run()
+        run = self._told = self._new_run()
         run.pipe, run.before = weakref.ref(pipe), _timesteps(pipe)
         return run
 
@@ -206,6 +199,24 @@ class Handle(abc.ABC):
         run.texts += [Encoded(rows, second or bool(n)) for n, rows in enumerate(tensors[:2])]
         self.guided = len(tensors) > 1
         self.begin_run(result, arguments)
+
+    def read(self, prompts: tuple[str, ...], states: Sequence[Tensor]) -> None:
+        """A text encoder was called by a pipeline that nobody listens to (`from_pipe`): a run of it begins, or goes on.
+
+        The prompt comes first in every pipeline, the negative one second; of a third nothing is known.
+
+        Args:
+            states: (B, N, d) hidden states, one of which the pipeline hands on.
+        """
+        run = self.here
+        if run is None or run.began or run.over:
+            run = self._new_run()
+        run.reads += 1
+        negative = {1: False, 2: True}.get(run.reads)
+        if negative is None:
+            run.texts = [replace(text, negative=None) for text in run.texts]
+        run.texts += [Encoded(state, negative, prompts, sure=False) for state in states]
+        self.guided = run.reads == 2
 
     def ended(self, pipe: Pipeline) -> None:
         """A pipeline's call is over, or somebody freed its memory by hand."""
@@ -251,16 +262,28 @@ class Handle(abc.ABC):
         run, schedule = self.here, getattr(self.scheduler, "timesteps", None)
         if run is None or run.over or run.seen > _TEXTS:
             run = self._new_run()
-        elif run.began and run.schedule is not schedule:
-            texts, run = run.texts, self._new_run()  # of a pipeline that nobody listens to: a run makes a new schedule
-            run.texts = texts
+        elif run.began and run.schedule is not schedule and not self._elsewhere():
+            # of a pipeline that nobody listens to, with embeddings: a run makes a new schedule
+            texts, run = run.texts, self._new_run()
+            run.texts = [text if text.sure else replace(text, negative=None) for text in texts]
         run.began, run.schedule = True, schedule
         return run
+
+    def _elsewhere(self) -> bool:
+        """Whether another thread is in a run of a pipeline that we listen to, so that a new schedule may be its own."""
+        run = self._told
+        return run is not None and not run.over and run.thread != threading.get_ident()
 
     def negative_rows(self, hidden: Tensor) -> tuple[bool | None, ...]:
         """Which rows of the call at hand are guided away from, None where nothing tells; see `pipelines.rows`."""
         run = self.here
-        return negative_rows(hidden, run.texts if run is not None else (), self.family.one_call)
+        if run is None:
+            return negative_rows(hidden, (), self.family.one_call)
+        found = negative_rows(hidden, run.texts, self.family.one_call)
+        run.positive = run.positive or False in found
+        sure = run.positive or said() or all(text.sure for text in run.texts)
+        # that the second text which was read is a negative one is believed where the first was seen as a positive one
+        return found if sure else tuple(None if row else row for row in found)
 
     @property
     def call(self) -> Any:
@@ -294,7 +317,7 @@ class Handle(abc.ABC):
         """A fresh record for a run."""
         return None
 
-    def begin_run(self, encoded, arguments: dict) -> None:
+    def begin_run(self, encoded, arguments: dict) -> None:  # noqa: B027  # a method need not look
         """A pipeline encoded text.
 
         Args:

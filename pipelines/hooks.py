@@ -1,8 +1,8 @@
 """Standing around the calls of a model's modules, and listening to its pipelines, without a trace afterwards.
 
 A hook is any callable `hook(original, module, *args, **kwargs)`: it stands around `module(...)` and answers in its
-place. It never replaces `forward`, which accelerate (offloading), diffusers' own hooks and layerwise casting replace and
-put back as they like, before us or after us: whatever they do is inside `original`.
+place. It never replaces `forward`, which accelerate (offloading), diffusers' own hooks and layerwise casting replace
+and put back as they like, before us or after us: whatever they do is inside `original`.
 
 Hooks are part of the module: they are copied and pickled with it, and every pipeline that shares it shares them.
 """
@@ -26,8 +26,8 @@ __all__ = [
     "listen",
     "listeners_of",
     "parameters_of",
-    "uninstall",
     "unheard",
+    "uninstall",
     "unlisten",
 ]
 
@@ -114,7 +114,7 @@ class _Model:
 
 
 def branch_of() -> str | None:
-    """What the pipeline calls the call at hand: "cond" or "uncond" where guidance is two calls; None where it is silent."""
+    """What the pipeline calls the call at hand: "cond" or "uncond" where guidance is two calls; None if it is silent."""
     return _branch.get()
 
 
@@ -141,11 +141,13 @@ class _CacheContext:
 def _surrounded(base: type) -> type:
     """The class of layers with hooks around them."""
 
+    call = base.__call__  # the function: torch.compile does not look it up on every class
+
     class Surrounded(base):
         _semiperm_base = base
 
         def __call__(self, *args, **kwargs):
-            return _through(self, functools.partial(base.__call__, self), args, kwargs)
+            return _through(self, functools.partial(call, self), args, kwargs)
 
         def __reduce_ex__(self, protocol):
             return _restore, (_surrounded, base), *super().__reduce_ex__(protocol)[2:]

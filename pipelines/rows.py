@@ -1,4 +1,4 @@
-"""The rows of a call of the denoiser: which guide towards their text and which away from it, and extra ones beside them.
+"""The rows of a call of the denoiser: which guide towards their text, which away from it, and extra ones beside them.
 
 Extra rows are denoised with the batch, seen by every layer, and never given back. A method says which rows it adds and
 where each takes its inputs from; everything that has one row an image is then extended, whatever the family calls it.
@@ -19,7 +19,7 @@ from torch import Tensor
 from ..methods.errors import SemipermError
 from .hooks import branch_of
 
-__all__ = ["Encoded", "ExtraRows", "chunks_of", "negative_rows", "row_layout", "with_rows", "without_rows"]
+__all__ = ["Encoded", "ExtraRows", "chunks_of", "negative_rows", "row_layout", "said", "with_rows", "without_rows"]
 
 # Positions of tokens, one row a token: they belong to no image, even where there are as many as rows.
 _UNBATCHED = ("img_ids", "txt_ids")
@@ -34,8 +34,8 @@ _layout: ContextVar[tuple[str, ...]] = ContextVar("semiperm_row_layout", default
 def row_layout(*kinds: str) -> Iterator[None]:
     """Say what the rows of the denoiser's calls inside are, where it cannot be known.
 
-    It is known of rows whose text a pipeline encoded in the same run, in whatever order they come. Say it where you call
-    a denoiser yourself, or hand embeddings to a pipeline that a method was not applied to.
+    It is known of rows whose text a pipeline encoded in the same run, in whatever order they come. Say it where you
+    call a denoiser yourself, or hand embeddings to a pipeline that a method was not applied to.
 
     Args:
         kinds: "positive" or "negative" (unconditional), one for each equal part of the batch, in order.
@@ -63,11 +63,18 @@ class Encoded:
         rows: (B, N, d) as the denoiser is given it, or the first columns and positions of that.
         negative: whether it is guided away from; None where that is unknown.
         prompts: () where they are unknown.
+        sure: whether a pipeline said so; else it was read from its text encoder.
     """
 
     rows: Tensor
     negative: bool | None
     prompts: tuple[str, ...] = ()
+    sure: bool = True
+
+
+def said() -> bool:
+    """Whether the layout of the call at hand was said, by `row_layout` or by the pipeline."""
+    return bool(_layout.get()) or branch_of() in ("cond", "uncond")
 
 
 def negative_rows(hidden: Tensor, texts: Sequence[Encoded], one_call: bool) -> tuple[bool | None, ...]:
@@ -75,8 +82,8 @@ def negative_rows(hidden: Tensor, texts: Sequence[Encoded], one_call: bool) -> t
 
     A layout that was said (`row_layout`) counts first, then the branch that the pipeline names (diffusers'
     `cache_context("cond")`); else each row is what its text was encoded as. Text that was
-    encoded as both (a prompt that equals its negative prompt) is told by its place: the first half of twice as many rows
-    as there were prompts, if guidance is one call.
+    encoded as both (a prompt that equals its negative prompt) is told by its place: the first half of twice as many
+    rows as there were prompts, if guidance is one call.
 
     Args:
         hidden: (B, N, d), the text of the call.
@@ -86,11 +93,11 @@ def negative_rows(hidden: Tensor, texts: Sequence[Encoded], one_call: bool) -> t
     Raises:
         SemipermError: a layout whose parts do not divide the batch.
     """
-    count, said = len(hidden), _layout.get()
-    if said:
-        if count % len(said):
-            raise SemipermError(f"row_layout{said} has {len(said)} parts, but the call has {count} rows")
-        return tuple(kind == "negative" for kind in said for _ in range(count // len(said)))
+    count, layout = len(hidden), _layout.get()
+    if layout:
+        if count % len(layout):
+            raise SemipermError(f"row_layout{layout} has {len(layout)} parts, but the call has {count} rows")
+        return tuple(kind == "negative" for kind in layout for _ in range(count // len(layout)))
     if (branch := branch_of()) in ("cond", "uncond"):
         return (branch == "uncond",) * count
     known = torch.zeros(2, count, dtype=torch.bool, device=hidden.device)  # seen as positive, as negative

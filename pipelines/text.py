@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..methods.errors import ModelError, SemipermError
 from ..methods.text_space import Segment, TextFeatures
 from .family import denoiser_of, device_of, family_of
-from .hooks import unheard
+from .hooks import heard, unheard
 
 _CHUNK = 32  # prompts per text-encoder call: it bounds memory; chosen by hand
 _TEXT_TOKEN_MODULES = re.compile(r"(^|\.)(attn2\.to_[kv]|context_embedder)$")
@@ -118,6 +118,43 @@ def encode_text(
     hidden = torch.cat([part[0][:, :positions] for part in parts])
     pooled = None if parts[0][1] is None else torch.cat([part[1] for part in parts])
     return TextFeatures(hidden, pooled, token_ids(pipe, prompts))
+
+
+def reader_of(pipe) -> tuple[nn.Module, Any] | None:
+    """The (text encoder, its tokenizer) whose hidden states stand first in what the denoiser is given; None: none."""
+    rows = [(row.encoder, row.tokenizer) for row in family_of(pipe).segments[:1]]
+    for encoder, tokenizer in (*rows, ("text_encoder_2", "tokenizer_2")):  # SDXL's refiner has the second alone
+        found = getattr(pipe, encoder, None), getattr(pipe, tokenizer, None)
+        if None not in found:
+            return found
+    return None
+
+
+class Ear:
+    """A forward hook of a text encoder: tells `listener.read(prompts, hidden states)` what it was given and made of it.
+
+    Pipelines that share the encoder are heard, too. Copies of the encoder alone are deaf: whoever copies a listener
+    puts new ears in place.
+    """
+
+    def __init__(self, listener: Any = None, tokenizer: Any = None):
+        self.listener, self.tokenizer = listener, tokenizer
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        if torch.compiler.is_compiling() or self.listener is None or not heard():
+            return
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        states = [getattr(output, "last_hidden_state", None), *(getattr(output, "hidden_states", None) or ())]
+        states = [state for state in states if isinstance(state, Tensor) and state.ndim == 3]
+        if isinstance(ids, Tensor) and states:
+            prompts = self.tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            self.listener.read(tuple(prompt.strip() for prompt in prompts), states)
+
+    def __reduce__(self):
+        return Ear, ()
+
+    def __deepcopy__(self, memo: dict) -> Ear:
+        return Ear()
 
 
 def split_encoded(encoded: tuple) -> tuple[Tensor, Tensor | None]:

@@ -15,8 +15,9 @@ from ...methods.membranes.record import membrane_report
 from ...methods.membranes.sites import Folds, Plan, Site, modes_of
 from ...methods.membranes.types import Membranes
 from ...methods.modules import stamp
-from ..handle import Handle, RootHook, Run
+from ..handle import Handle, RootHook
 from ..hooks import parameters_of
+from ..run import Run
 from ..scheduler import image_tokens, share_of, sigma_of
 from ..text import token_ids
 
@@ -286,8 +287,8 @@ class MembraneHandle(Handle):
 
     def never_ran(self) -> str:
         return (
-            f"encode_prompt was called {self.run.encodes if self.run else 0} time(s), but the membranes on pipe.{self.attribute} never"
-            " ran: the images, if any, are not protected"
+            f"encode_prompt was called {self.run.encodes if self.run else 0} time(s), but the membranes on"
+            f" pipe.{self.attribute} never ran: the images, if any, are not protected"
         )
 
 

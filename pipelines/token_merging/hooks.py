@@ -209,8 +209,8 @@ class Merging:
         call = self.handle.call
         if call is None:
             raise TokenMergingError(
-                "an attention layer was called before its denoiser, which adds the reference rows and looks at the step;"
-                " call the denoiser, or apply again if its hook was taken off"
+                "an attention layer was called before its denoiser, which adds the reference rows and looks at the"
+                " step; call the denoiser, or apply again if its hook was taken off"
             )
         if call.plan is None:
             return output

@@ -94,8 +94,8 @@ class Reference:
             self.encode(length - clip or None)
             if length not in self._texts:
                 raise TokenMergingError(
-                    f"the prompts have {length} text positions, the reference prompt {sorted(self._texts)}; expected the"
-                    " same: call the pipeline with prompts rather than with embeddings of another length"
+                    f"the prompts have {length} text positions, the reference prompt {sorted(self._texts)}; expected"
+                    " the same: call the pipeline with prompts rather than with embeddings of another length"
                 )
         return self._texts[length]
 
