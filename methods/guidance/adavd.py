@@ -47,6 +47,10 @@ class AdaVD(Algorithm):
         self._check(slope=(0, 1e4), rank=(1, 128))
 
     def edit_values(self, values: Tensor, harm: Tensor, heads: int, strength: float) -> tuple[Tensor, Tensor]:
+        with torch.autocast(values.device.type, enabled=False):
+            return self._edit(values, harm, heads, strength)
+
+    def _edit(self, values: Tensor, harm: Tensor, heads: int, strength: float) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(values.dtype, torch.float32)
         v = rearrange(values.to(wide), "b n (h c) -> b n h c", h=heads)
         basis = self.basis(harm.to(wide), heads)

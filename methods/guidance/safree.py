@@ -65,12 +65,25 @@ class SAFREE(Algorithm):
             raise GuidanceError("safree: no phrases; expected those of at least one category")
         words = prompt.split()
         without = [" ".join(words[:i] + words[i + 1 :]) for i in range(len(words))]
+        if len(words) < 2:  # one word has no others to stand out from, nothing has none
+            features = encode([prompt])
+            return TextEdit(features.hidden[0], _first(features.pooled), 0.0, 0.0)
         features = encode([prompt, *without, *phrases])
+        with torch.autocast(features.hidden.device.type, enabled=False):  # projections want all digits
+            return self._edit(words, without, features, segments, phrases, strength)
+
+    def _edit(
+        self,
+        words: Sequence[str],
+        without: Sequence[str],
+        features: TextFeatures,
+        segments: Sequence[Segment],
+        phrases: Sequence[str],
+        strength: float,
+    ) -> TextEdit:
         count, hidden = len(words), features.hidden.float()
         whole, rest, concepts = hidden[0], hidden[1 : 1 + count], hidden[1 + count :]
         edited, fired, similar = whole.clone(), torch.zeros(count, dtype=torch.bool, device=hidden.device), []
-        if count < 2:  # one word has no others to stand out from, nothing has none
-            return TextEdit(features.hidden[0], _first(features.pooled), 0.0, 0.0)
         for segment, stop in zip(segments, stops_of(segments, whole.shape[0]), strict=True):
             masked, harm = summary(rest, without, segment, stop), summary(concepts, phrases, segment, stop)
             found = triggers(masked, harm, self.alpha)

@@ -42,6 +42,8 @@ def summaries(hidden: Tensor, texts: Sequence[str], segments: Sequence[Segment])
 def last_positions(texts: Sequence[str], segments: Sequence[Segment], length: int) -> list[list[int]]:
     """For each text the position of its last token in each segment."""
     found: list[list[int]] = [[] for _ in texts]
+    if not texts:
+        return found
     for segment, stop in zip(segments, stops_of(segments, length), strict=True):
         for positions, count in zip(found, segment.prefix_tokens(texts), strict=True):
             positions.append(min(segment.start + max(count - 1, 0), stop - 1))
