@@ -8,6 +8,7 @@ encoded while the decoder still learns; `canvas-flow` gets twelve channels more 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from . import autoencoder, precision
@@ -86,6 +87,7 @@ def train_autoencoder(
 ) -> nn.Module:
     """Train on whole pictures: the whole autoencoder, or the `decoder` alone, whose latents are then final.
 
+    Noise and the round trip are measured in units of the latents' own covariance, as they stand after `whiten`.
     Loss: L1 + L1 of the gradients + MSE of the 8x8 averages + round trip of noisy latents + a pull to unit latents.
     """
     vae.requires_grad_(not decoder)
@@ -97,14 +99,16 @@ def train_autoencoder(
     def loss_of(step: int, kind: str) -> dict[str, Tensor]:
         rng = np.random.default_rng((run.seed, step))
         x = to_tensor(pool.data[pool.draw_batch(rng, run.batch)])
-        noise = run.generator(step)
+        generator = run.generator(step)
         half = len(x) // 2
+        with precision.autocast(kind), torch.set_grad_enabled(not decoder):
+            z = encode(vae, which, x)
+        sigma = 0.15 * torch.rand(len(x), 1, 1, 1, generator=generator)
+        sigma[:half] *= 0.2  # the other half keeps clean targets sharp
+        root = torch.linalg.cholesky(_covariance(z.detach()))  # of latents as whitening will leave them
+        noise = torch.einsum("oc,bchw->bohw", root, sigma * torch.randn(z.shape, generator=generator))
         with precision.autocast(kind):
-            with torch.set_grad_enabled(not decoder):
-                z = encode(vae, which, x)
-            sigma = 0.15 * torch.rand(len(x), 1, 1, 1, generator=noise)
-            sigma[:half] *= 0.2  # the other half keeps clean targets sharp
-            noisy = z + (sigma * torch.randn(z.shape, generator=noise)).to(z.dtype)
+            noisy = z + noise.to(z.dtype)
             y = decode(vae, which, noisy)
             again = encode(vae, which, y[half:])
         y, z, again, noisy = y.float(), z.float(), again.float(), noisy.float()
@@ -112,16 +116,21 @@ def train_autoencoder(
         l1 = (clean - target).abs().mean()
         edge = sum((clean.diff(dim=d) - target.diff(dim=d)).abs().mean() for d in (2, 3))
         pooled = F.mse_loss(F.avg_pool2d(clean, 8), F.avg_pool2d(target, 8))
-        trip = F.mse_loss(again, noisy[half:].detach()) / noisy[half:].detach().var()
-        flat = z.permute(1, 0, 2, 3).flatten(1)
-        mean, excess = flat.mean(1), torch.cov(flat) - torch.eye(len(flat))
-        unit = mean.pow(2).mean() + excess.pow(2).sum() / len(flat)  # whitening then hardly amplifies anything
+        off = rearrange(again - noisy[half:].detach(), "b c h w -> c (b h w)")
+        trip = torch.linalg.solve_triangular(root, off, upper=False).pow(2).mean()
+        excess = _covariance(z) - torch.eye(z.shape[1])
+        unit = z.mean((0, 2, 3)).pow(2).mean() + excess.pow(2).sum() / len(excess)
         losses = {"l1": l1, "edge": edge, "pooled": pooled, "trip": trip.detach().sqrt(), "unit": unit}
         return {"loss": l1 + 0.5 * edge + 2 * pooled + _TRIP * trip + (0 if decoder else 0.02) * unit, **losses}
 
     name = f"{'decoder' if decoder else 'vae'}-{which}"
     kind = run.precision(name, vae, loss_of)
     return run.train(name, vae, loss_of, kind, lr=3e-4, warmup=60, ema=0.998)
+
+
+def _covariance(z: Tensor) -> Tensor:
+    """(B, C, H, W) -> (C, C), safe to factorise."""
+    return torch.cov(rearrange(z.float(), "b c h w -> c (b h w)")) + 1e-4 * torch.eye(z.shape[1])
 
 
 def _first_half(gradient: Tensor) -> Tensor:
