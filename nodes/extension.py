@@ -4,6 +4,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from .attacks import node as image_attacks
 from .canvas import node as canvas
+from .guidance import node as guidance
 from .membranes import node as membranes
 from .provenance import node as provenance
 from .token_merging import node as negative_token_merging
@@ -15,6 +16,7 @@ class SemipermExtension(ComfyExtension):
         modules = (
             canvas,
             membranes,
+            guidance,
             negative_token_merging,
             watermark,
             image_attacks,
