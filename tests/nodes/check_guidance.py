@@ -15,6 +15,7 @@ from semiperm.methods.errors import SemipermError
 from semiperm.methods.guidance.category import Category
 from semiperm.methods.guidance.config import SafeGuidanceConfig
 from semiperm.methods.guidance.nag import NAG
+from semiperm.methods.guidance.safree import SAFREE
 from semiperm.methods.guidance.sld import SLD
 from semiperm.nodes.canvas.model import load_canvas
 from semiperm.nodes.guidance.guider import SafeGuider
@@ -70,7 +71,7 @@ for name, algorithm in {"sld": SLD("max"), "adavd": "adavd", "nag": NAG("sd15")}
     found[f"{name}, again"] = difference(sample(patched), out)
     found[f"{name}, report"] = report_of(patched)
 found["untouched after"] = difference(sample(model), plain)
-config = SafeGuidanceConfig(HARM, "safree")
+config = SafeGuidanceConfig(HARM, SAFREE(adaptive=False))
 edited, said = filtered(model, clip, PROMPT, config, config.algorithms[0])
 found["safree"] = relative(sample(model, edited), given["safree"])
 found["safree, effect"] = relative(sample(model, edited), plain)
