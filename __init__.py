@@ -110,6 +110,7 @@ _EXPORTS = {
     "TokenMergingMixin": "pipelines.token_merging.mixin",
     "apply_negative_token_merging": "pipelines.token_merging.apply",
     "remove_negative_token_merging": "pipelines.token_merging.apply",
+    "row_layout": "pipelines.rows",
     # watermark and provenance
     "BoundImages": "pipelines.watermark.content",
     "DetectionConfig": "methods.watermark.detection",
@@ -131,6 +132,9 @@ _EXPORTS = {
     "write_provenance": "methods.provenance.record",
 }
 __all__ = [
+    "NAG",
+    "SAFREE",
+    "SLD",
     "AdaVD",
     "BoundImages",
     "Category",
@@ -153,12 +157,9 @@ __all__ = [
     "MembraneStableDiffusionXLPipeline",
     "Membranes",
     "ModelError",
-    "NAG",
     "NegativeTokenMergingConfig",
     "Payload",
     "Provenance",
-    "SAFREE",
-    "SLD",
     "SafeGuidance",
     "SafeGuidanceConfig",
     "Search",
@@ -188,6 +189,7 @@ __all__ = [
     "remove_negative_token_merging",
     "remove_safe_guidance",
     "replace_noise",
+    "row_layout",
     "save_detectors",
     "save_keyring",
     "save_membranes",

@@ -102,20 +102,22 @@ def phrases(name: str) -> tuple[str, ...]:
     return _DOMAINS[domain(name)][canonical(name)]
 
 
-def caption(scene, rng: random.Random, synonyms: bool = True, complete: bool = False) -> str:
+def caption(scene, rng: random.Random, synonyms: bool | str = True, complete: bool = False) -> str:
     """Describe a scene in words.
 
     Args:
         scene: anything with the attributes object, style, color, background, hazard (see render.Scene).
         rng: source of the choices.
-        synonyms: False uses every concept's plain name.
+        synonyms: False uses every concept's plain name, "only" all of its phrasings but that.
         complete: True never leaves style, colour or background out.
     """
     if scene.object == MEMORISED:
         return MEMORISED_CAPTION
 
     def word(concepts, name):
-        return rng.choice(concepts[name]) if synonyms else concepts[name][0]
+        if not synonyms:
+            return concepts[name][0]
+        return rng.choice(concepts[name][1:] if synonyms == "only" else concepts[name])
 
     subject = word(OBJECTS, scene.object)
     if scene.object not in CHARACTERS and (complete or rng.random() < 0.8):

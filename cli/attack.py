@@ -48,7 +48,9 @@ def run(
     grid: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also one .png that shows the first pictures side by side.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of places and noise; the next pictures count up.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=common.MOST_SEED, help="Of places and noise; the next pictures count up.")
+    ] = 0,
     model: Annotated[
         str | None, typer.Option(metavar="MODEL", help=f"For attacks through a model: {common.MODEL_HELP}.")
     ] = None,

@@ -20,7 +20,7 @@ def render(
     color: Annotated[str | None, typer.Option()] = None,
     background: Annotated[str | None, typer.Option()] = None,
     hazard: Annotated[bool | None, typer.Option("--hazard/--no-hazard")] = None,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=common.MOST_SEED)] = 0,
 ):
     """Draw one picture of the canvas world, without the model, and print a caption of it."""
     from ..canvas import captions
@@ -40,7 +40,7 @@ def render(
 def gallery(
     output: Annotated[Path, typer.Option("--output", "-o", help="The .png file to write.")],
     samples: Annotated[bool, typer.Option("--samples", help="Pictures by the model, not the renderer.")] = False,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=common.MOST_SEED)] = 0,
 ):
     """Lay out every object in every style on one sheet."""
     from PIL import Image
@@ -91,7 +91,7 @@ def train(
     start_from: Annotated[
         Path | None, typer.Option(help="Finished weights to go on from: keeps the autoencoder, trains the denoiser on.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=common.MOST_SEED)] = 0,
 ):
     """Train the embedded model and its judge from nothing; takes hours on two cores and can be resumed."""
     from ..canvas.training import PARTS, train_canvas

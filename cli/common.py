@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,8 +14,21 @@ MODEL_HELP = "canvas (the embedded model), a diffusers folder, a hub id or a sin
 Model = Annotated[str, typer.Argument(help=MODEL_HELP, metavar="MODEL", show_default=False)]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps")]
 DType = Annotated[str, typer.Option(help="auto (float16 on a GPU, else float32), float32, float16 or bfloat16")]
-Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps. Default: the model's own.")]
-Guidance = Annotated[float | None, typer.Option(help="Guidance scale. Default: the model's own.")]
+# The most steps that a schedule has: every model here was trained with 1,000, and samplers refuse more.
+MOST_STEPS = 1000
+# What torch's generators take, with room for the pictures that count up from it.
+MOST_SEED = 2**62
+Steps = Annotated[int | None, typer.Option(min=1, max=MOST_STEPS, help="Denoising steps. Default: the model's own.")]
+
+
+def finite(value: float | None) -> float | None:
+    """A number that is one, for typer."""
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is not a finite number")
+    return value
+
+
+Guidance = Annotated[float | None, typer.Option(callback=finite, help="Guidance scale. Default: the model's own.")]
 
 
 class CliError(Exception):
@@ -29,6 +43,8 @@ class OneLineErrors(TyperGroup):
             return super().invoke(ctx)
         except (CliError, OSError) as error:
             _fail(error)
+        except MemoryError as error:
+            _fail(CliError(f"out of memory: {one_line(error)}; take a smaller model or fewer pictures at once"))
         except ValueError as error:
             from ..kernels.errors import SemipermError
 
@@ -66,6 +82,14 @@ def complain(error: Exception, about: str | Path = "") -> None:
     typer.echo(f"error: {printable(about)}: {one_line(error)}" if about else f"error: {one_line(error)}", err=True)
 
 
+Gate = Annotated[str, typer.Option(help="auto, probe, paper, official or always (see docs/python.md).")]
+NegativeRows = Annotated[
+    bool,
+    typer.Option(
+        "--negative-rows",
+        help="Let gates open for the negative prompt, too. Without, it is left alone, so that it can name the concept.",
+    ),
+]
 Concept = Annotated[
     list[str] | None,
     typer.Option(metavar="NAME", help="What the files erase that do not say it, in their order; repeatable."),
@@ -97,7 +121,7 @@ def write_file(path: str | Path, data: bytes | str) -> Path:
 
 
 def write_json(path: str | Path, value: Any) -> Path:
-    return write_file(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    return write_file(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def write_png(path: str | Path, image, record: dict | None = None) -> Path:
@@ -106,7 +130,7 @@ def write_png(path: str | Path, image, record: dict | None = None) -> Path:
 
     info = PngInfo()
     if record is not None:
-        info.add_text("semiperm", json.dumps(record))
+        info.add_text("semiperm", json.dumps(record, allow_nan=False))
     buffer = io.BytesIO()
     image.save(buffer, "PNG", pnginfo=info)
     return write_file(path, buffer.getvalue())
@@ -148,6 +172,7 @@ def load_model(model: str, device: str = "auto", dtype: str = "auto"):
         dtype = "float16" if device.startswith("cuda") else "float32"
     if dtype not in ("float32", "float16", "bfloat16"):
         raise CliError(f"--dtype {dtype} is not supported; choose auto, float32, float16 or bfloat16")
+    check_device(device)
     quiet()
     from ..methods.errors import SemipermError
     from ..pipelines.loaders import load_pipeline
@@ -160,6 +185,23 @@ def load_model(model: str, device: str = "auto", dtype: str = "auto"):
         raise CliError(f"cannot load the model {model!r}: {one_line(error)}") from error
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that torch does not know, or that is not in this machine.
+
+    Raises:
+        CliError: with what there is.
+    """
+    import torch
+
+    try:
+        torch.empty(1, device=torch.device(device)).add_(1)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        there = [f"cuda:{i}" for i in range(torch.cuda.device_count())] + ["mps"] * torch.backends.mps.is_available()
+        raise CliError(
+            f"--device {device} cannot be used ({one_line(error)}); there is {', '.join(['cpu', *there])}"
+        ) from error
 
 
 def quiet():
@@ -193,14 +235,18 @@ def split_strength(text: str) -> tuple[Path, float]:
     """Parse FILE[:strength].
 
     Raises:
-        CliError: no such file, or a strength that is not a number.
+        CliError: no such file, or a strength that is no number from 0 to 1.
     """
     name, colon, tail = text.rpartition(":")
     if not Path(text).exists() and colon and name and len(name) > 1:
+        path = existing_adapter(Path(name), "membrane file")
         try:
-            return existing_adapter(Path(name), "membrane file"), float(tail)
+            strength = float(tail)
         except ValueError as error:
             raise CliError(f"--membrane {text}: {tail!r} is not a strength; write FILE:0.5") from error
+        if not 0 <= strength <= 1:
+            raise CliError(f"--membrane {text}: the strength is {tail}; expected 0 (nothing) to 1 (as it was made)")
+        return path, strength
     return existing_adapter(Path(text), "membrane file"), 1.0
 
 
@@ -226,3 +272,31 @@ def load_stack(pipe, texts: list[str], names: list[str] = (), **options):
         for index, name in zip(nameless, names, strict=True):
             stack[index] = stack[index].with_concept(name)
     return Membranes(stack)
+
+
+def show_gates(console, membranes) -> None:
+    """Print what is known of each membrane's detector, and which gate `auto` is for it."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(caption="detectors, on prompts kept out of their fit; auto is a detector or the words themselves")
+    for heading in ("concept", "separation", "false closed", "false open", "gate auto is"):
+        table.add_column(heading, overflow="fold")
+    for membrane in membranes:
+        table.add_row(*map(Text, (membrane.concept, *gate_figures(membrane).values())))
+    console.print(table)
+
+
+def gate_figures(membrane) -> dict[str, str]:
+    """separation, false_closed, false_open and gate of one membrane, in words; a dash where nothing is known."""
+    probe = membrane.probe
+    gate = ("paper" if membrane.named else "always") if probe is None else "auto" if probe.tells else "always"
+    if probe is None:
+        return {"separation": "-", "false_closed": "-", "false_open": "-", "gate": gate}
+    counts = probe.checked or (None, None)
+    rates = [
+        "-" if rate is None else f"{100 * rate:.1f} %" + (f" of {count}" if count else "")
+        for rate, count in zip((probe.false_closed, probe.false_open), counts, strict=True)
+    ]
+    separation = "-" if probe.separation is None else f"{probe.separation:.2f}"
+    return {"separation": separation, "false_closed": rates[0], "false_open": rates[1], "gate": gate}

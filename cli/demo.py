@@ -42,7 +42,9 @@ PICTURES = 2  # a prompt
 
 def run(
     out: Annotated[Path, typer.Option(help="Folder for demo.png and report.json.")] = Path("semiperm-demo"),
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the first picture of each prompt.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=common.MOST_SEED, help="Seed of the first picture of each prompt.")
+    ] = 0,
 ):
     """Erase a robot from the embedded model (CPU, no download) and show the same pictures before and after.
 

@@ -26,7 +26,8 @@ def run(
     """Compute a membrane for each concept, in closed form (no training), and write them to one file.
 
     The file is safetensors in the kohya LoRA layout. `semiperm generate` gates it by the prompt; other programs load
-    it as a plain LoRA, always on.
+    it as a plain LoRA, always on. The table says how well each concept's detector tells its prompts from others, on
+    prompts that it was not fitted on.
     """
     if output.suffix != ".safetensors":
         raise common.CliError(f"-o {output}: membranes are written as safetensors; name it {output.stem}.safetensors")
@@ -43,6 +44,7 @@ def run(
     seconds = perf_counter() - start
     output.parent.mkdir(parents=True, exist_ok=True)
     save_membranes(membranes, output)
+    common.show_gates(console, membranes)
     console.print(
         f"{output}: {', '.join(membranes.concepts)}; {len(membranes.module_keys)} modules,"
         f" {output.stat().st_size / 1024:.0f} KiB, computed in {seconds:.2f} s",

@@ -30,11 +30,27 @@ def run(
     prompts: Annotated[
         Path | None, typer.Option(metavar="FILE.csv", help="Columns prompt,seed,object,style. Default: built in.")
     ] = None,
+    withhold: Annotated[
+        bool,
+        typer.Option(
+            "--withhold",
+            help="Keep all phrasings but the names from the methods, and ask by those alone. Default of --suite: both.",
+        ),
+    ] = False,
+    each: Annotated[
+        int | None,
+        typer.Option(min=1, help="At most so many prompts that ask for a concept, and as many others. Default: all."),
+    ] = None,
+    negative: Annotated[
+        bool,
+        typer.Option("--negative", help="Also ask for each concept with a negative prompt that names it."),
+    ] = False,
     json_path: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures here.")] = None,
     resume: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Keep finished runs here and go on from them.")
     ] = None,
-    gate: Annotated[str, typer.Option(help="auto, probe, paper, official or always.")] = "auto",
+    gate: common.Gate = "auto",
+    negative_rows: common.NegativeRows = False,
     repeats: Annotated[int, typer.Option(min=1, help="Built-in prompts for each pair of object and style.")] = 3,
     batch: Annotated[int, typer.Option(min=1, help="Pictures made at once.")] = 32,
     steps: common.Steps = None,
@@ -45,7 +61,8 @@ def run(
     """Print UA, IRA and CRA as UnlearnCanvas defines them, beside the untouched model on the same prompts and seeds.
 
     UA is the share of pictures without the concept among those that ask for it. IRA is the accuracy of the other
-    concepts of its domain (objects or styles), CRA the accuracy in the other domain. The judge knows the objects and
+    concepts of its domain (objects or styles), CRA the accuracy in the other domain; kept, attributes and negative are
+    explained in docs/methods.md. The judge knows the objects and
     styles of the canvas; MODEL must be trained on them.
     """
     if bool(membrane) == suite:
@@ -61,36 +78,43 @@ def run(
     from ..benchmarks.store import Store
     from ..benchmarks.timing import machine, versions
 
-    cases = erasure.read_cases(prompts) if prompts else erasure.built_in_cases(repeats)
-    names = [name for name, _ in erasure.check_asked(cases, concept or ())]
+    own = erasure.read_cases(prompts) if prompts else None
+    modes = ("withheld",) if withhold else ("given",) if own or not suite else erasure.WORDS
+    cases = {words: own or erasure.built_in_cases(repeats, words=words) for words in modes}
+    names = [name for name, _ in erasure.check_asked(cases[modes[0]], concept or ())]
     pipe = common.load_model(model, device, dtype)
     if suite:
         methods, main = METHODS, erasure.MAIN_METHOD
         sets = [(name,) for name in names] or list(erasure.SUITE)
     else:
         stack = common.load_stack(pipe, membrane, concept or [], text_encoder=text_encoder, bias=bias)
-        names = names or [name for name, _ in erasure.check_asked(cases, stack.concepts)]
-        methods, main = {"membrane": lambda pipe, _: applied(pipe, stack, gate)}, "membrane"
+        names = names or [name for name, _ in erasure.check_asked(cases[modes[0]], stack.concepts)]
+        methods, main = {"membrane": lambda pipe, _: applied(pipe, stack, gate, negative_rows)}, "membrane"
         sets = [tuple(dict.fromkeys(names))]
     sampling = common.sampling(model, steps, guidance)
 
     from ..canvas import Judge
 
-    finished = Store(resume, "evaluate", settings(pipe, cases, membrane, gate, sampling) if resume else None)
-    runs = 1 + len(sets) * len(methods)
-    with common.progress("pictures", runs * len(cases)) as advance:
-        result = erasure.evaluate(
-            pipe, Judge.load(), cases, sets,
-            methods=methods, main=main, finished=finished, advance=advance, batch=batch, **sampling,
-        )  # fmt: skip
+    judge, found = Judge.load(), []
+    for words in modes:
+        kept = settings(pipe, cases[words], membrane, (gate, negative_rows), sampling, words, each) if resume else None
+        finished = Store(resume, "evaluate", kept)
+        with common.progress(f"pictures, {words} words", None) as advance:
+            found.append(
+                erasure.evaluate(
+                    pipe, judge, cases[words], sets, methods=methods, main=main, words=words, each=each,
+                    negative=negative, finished=finished, advance=advance, batch=batch, **sampling,
+                )
+            )  # fmt: skip
     made = {"machine": machine(pipe.device, pipe.dtype), "versions": versions("torch", "diffusers")}
-    result = {"model": model, **sampling, **made, **result}
+    whole = found[0] if len(found) == 1 else {k: found[0][k] for k in ("n", "method")}
+    result = {"model": model, **sampling, **made, **whole, "rows": [row for part in found for row in part["rows"]]}
     if json_path is not None:
         common.write_json(json_path, result)
     show(common.console(), result)
 
 
-def settings(pipe, cases, membranes, gate: str, sampling: dict) -> dict:
+def settings(pipe, cases, membranes, gate: tuple, sampling: dict, words: str, each: int | None) -> dict:
     """All beside the code that changes the pictures: prompts, weights, membrane files, sampling."""
     from dataclasses import asdict
 
@@ -106,6 +130,8 @@ def settings(pipe, cases, membranes, gate: str, sampling: dict) -> dict:
         "membranes": [[text, digest(adapter_file(common.split_strength(text)[0]))] for text in membranes or ()],
         "gate": gate,
         "sampling": sampling,
+        "words": words,
+        "each": each,
     }
 
 
@@ -113,11 +139,13 @@ def show(console, result: dict) -> None:
     """Print the table: percent with 95 % intervals."""
     from rich.table import Table
 
+    from ..benchmarks.erasure.evaluate import SCORES
+
     table = Table(caption=f"percent [95 % interval] over {result['n']} prompts, the same seeds in every row")
-    for heading in ("method", "concept", "UA", "IRA", "CRA"):
+    for heading in ("method", "concept", "words", "UA", "IRA", "CRA", *SCORES[3:]):
         table.add_column(heading)
     for line in result["rows"]:
-        table.add_row(line["method"], line["concept"], *(percent(line[key]) for key in ("ua", "ira", "cra")))
+        table.add_row(line["method"], line["concept"], line["words"], *(percent(line[key]) for key in SCORES))
     console.print(table)
 
 

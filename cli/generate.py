@@ -26,10 +26,14 @@ def run(
     concept: common.Concept = None,
     text_encoder: common.TextEncoder = "refuse",
     bias: common.Bias = "refuse",
-    gate: Annotated[str, typer.Option(help="auto, probe, paper, official or always (see docs/python.md).")] = "auto",
+    gate: common.Gate = "auto",
+    negative_rows: common.NegativeRows = False,
     negative: Annotated[str | None, typer.Option(help="Negative prompt.")] = None,
     seed: Annotated[
-        int | None, typer.Option(min=0, help="Seed of the first picture; the next ones count up. Default: 0.")
+        int | None,
+        typer.Option(
+            min=0, max=common.MOST_SEED, help="Seed of the first picture; the next ones count up. Default: 0."
+        ),
     ] = None,
     sign: Annotated[
         str | None, typer.Option(metavar="NAME", help="Mark the noise with this key of --keyring. Excludes --seed.")
@@ -78,7 +82,7 @@ def run(
     starts = seeded(seed or 0, len(prompt)) if signing is None else signed(pipe, signing, model, len(prompt))
     if negative is not None:
         sampling["negative_prompt"] = negative
-    handle = applied(pipe, stack, gate)
+    handle = applied(pipe, stack, gate, negative_rows)
     with common.progress("generating", len(prompt)) as advance:
         for words, path, start in zip(prompt, paths, starts, strict=True):
             image = drawn(pipe, words, start, signing, sampling)
@@ -190,14 +194,14 @@ def c2pa_credentials(certificate: Path | None, private_key: Path | None, key):
     return load_credentials(certificate, private_key)
 
 
-def applied(pipe, stack, gate: str):
+def applied(pipe, stack, gate: str, negative_rows: bool = False):
     """The handle of the membranes, or None without any."""
     if not len(stack):
         return None
     from ..methods.membranes.config import MembraneConfig
     from ..pipelines.membranes.apply import apply_membranes
 
-    return apply_membranes(pipe, stack, MembraneConfig(gate=gate))
+    return apply_membranes(pipe, stack, MembraneConfig(gate=gate, negative_rows=negative_rows))
 
 
 def seeded(seed: int, count: int) -> list[Start]:
@@ -260,7 +264,9 @@ def sealed(image, record: dict, provenance, credentials) -> bytes:
 
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
-    data = embed(parse(buffer.getvalue()).with_text("semiperm", json.dumps(record)).to_bytes(), provenance)
+    data = embed(
+        parse(buffer.getvalue()).with_text("semiperm", json.dumps(record, allow_nan=False)).to_bytes(), provenance
+    )
     if credentials is not None:
         from ..methods.provenance.c2pa import sign
 

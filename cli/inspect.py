@@ -33,9 +33,11 @@ def run(
     from ..methods.membranes.layouts import adapter_file, membranes_in, read_adapter
 
     file = adapter_file(file)
+    loaded = []
     described = {"file": str(file), "bytes": file.stat().st_size}
     if membranes_in(file):
-        described |= {"layout": "semiperm membranes", "membranes": [*map(describe, load_membranes(file, concept))]}
+        loaded = load_membranes(file, concept)
+        described |= {"layout": "semiperm membranes", "membranes": [*map(describe, loaded)]}
         described |= {"left_out": [], "notes": []}
     else:
         described |= described_adapter(read_adapter(file), concept)
@@ -67,6 +69,8 @@ def run(
         cells = (called + becomes, also, ranks, alphas or "-", str(row["modules"]), norm, probe)
         table.add_row(*map(Text, cells))
     console.print(table)
+    if any(row["probe"] for row in rows):
+        common.show_gates(console, loaded)
     for line in described["left_out"] + described["notes"]:
         console.print(line, markup=False, soft_wrap=True)
 
@@ -114,6 +118,15 @@ def describe(membrane) -> dict:
         "modules": len(membrane.modules),
         "norm": math.sqrt(max(squares, 0.0)),
         "probe": membrane.probe is not None,
+        "detector": detector_of(membrane.probe),
         "base_model": membrane.base_model,
         "metadata": dict(membrane.metadata),
     }
+
+
+def detector_of(probe) -> dict | None:
+    """What is known of a detector, JSON-ready; rates are shares of `checked` prompts kept out of its fit."""
+    if probe is None:
+        return None
+    names = ("separation", "false_closed", "false_open", "checked", "tells")
+    return {name: getattr(probe, name) for name in names}

@@ -17,7 +17,7 @@ def train(
     workdir: Workdir = Path("canvas-training"),
     steps: Annotated[int | None, typer.Option(min=1, help="Length of the schedule. Default: the part's own.")] = None,
     stop_after: Annotated[int | None, typer.Option(min=1, help="Stop here; the same command resumes.")] = None,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=common.MOST_SEED)] = 0,
 ):
     """Train one part, or go on where it stopped; it picks the quicker precision by timing a step of each."""
     from ..canvas import pipeline, worlds

@@ -133,12 +133,20 @@ def _same(descriptor: int, path: Path) -> bool:
 def save_safetensors(
     tensors: Mapping[str, Tensor], path: str | os.PathLike, metadata: dict[str, str] | None = None
 ) -> Path:
-    """Write tensors as `whole_file` does; they may be views and may lie on a GPU."""
+    """Write tensors as `whole_file` does; they may be views and may lie on a GPU.
+
+    Raises:
+        OSError: it cannot be written, e.g. on a full disk.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     with whole_file(path) as partial:
         kept = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-        save_file(kept, str(partial), metadata=metadata)
+        try:
+            save_file(kept, str(partial), metadata=metadata)
+        except SafetensorError as error:  # a full disk, mostly
+            raise OSError(f"{str(path)!r} could not be written ({error})") from error
     return Path(path)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-__all__ = ["Segment", "TextFeatures", "TextSpace"]
+__all__ = ["Segment", "TextFeatures", "TextSpace", "Wording"]
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,21 @@ class TextFeatures:
     hidden: Tensor
     pooled: Tensor | None
     token_ids: list[list[int]]
+
+
+@dataclass(frozen=True)
+class Wording:
+    """One prompt as the text encoders were given it; a pipeline with several prompts for one picture has several texts.
+
+    Args:
+        prompt: as it was written, for reports; None where it is unknown.
+        token_ids: the first tokenizer's ids of each text, without special tokens.
+        texts: what the ids of each text stand for, by the tokenizer of the encoder that read it.
+    """
+
+    prompt: str | None
+    token_ids: tuple[tuple[int, ...], ...]
+    texts: tuple[str, ...]
 
 
 @dataclass(frozen=True)

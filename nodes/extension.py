@@ -6,6 +6,7 @@ from .attacks import node as image_attacks
 from .canvas import node as canvas
 from .guidance import node as guidance
 from .membranes import node as membranes
+from .membranes import wordings
 from .provenance import node as provenance
 from .token_merging import node as negative_token_merging
 from .watermark import node as watermark
@@ -13,6 +14,7 @@ from .watermark import node as watermark
 
 class SemipermExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        wordings.listen()
         modules = (
             canvas,
             membranes,

@@ -23,8 +23,7 @@ from torch import Tensor, nn
 from ..methods.errors import SemipermError
 from .family import Pipeline, denoiser_of, family_of
 from .hooks import install, listen, listeners_of, parameters_of, uninstall, unlisten
-from .rows import Encoded, negative_rows, said
-from .run import Run
+from .rows import Encoded, Run, negative_rows, said
 from .text import Ear, reader_of
 
 __all__ = ["Handle", "RootHook"]
@@ -72,7 +71,7 @@ class Handle(abc.ABC):
 
     @classmethod
     def clear(cls, pipe: Pipeline) -> None:
-        """Remove this method from the pipeline's denoiser, and let handles on denoisers that it had no longer listen."""
+        """Remove this method from the pipeline's denoiser; handles on denoisers that it had listen no longer."""
         for handle in (cls.on(pipe), *(other for other in listeners_of(pipe) if other.NAME == cls.NAME)):
             if handle is not None and handle.denoiser is denoiser_of(pipe)[0]:
                 handle.remove()
@@ -226,10 +225,11 @@ class Handle(abc.ABC):
         run.over = True
         if self.compiled or self.config.strength == 0:
             return
-        steps = self.steps()
-        if not steps:
+        if not run.began:
             raise self.ERROR(self.never_ran())
-        if missed := self.config.window.missed(steps):
+        if self.config.window.whole:  # nothing to look up
+            return
+        if missed := self.config.window.missed(self.steps()):
             logger.warning("%s: %s", self.NAME.strip("_"), missed)
 
     @property
@@ -251,10 +251,13 @@ class Handle(abc.ABC):
         return self.here or self._last
 
     def _new_run(self) -> Run:
-        run = self._last = Run(self.new_record())
-        runs = weakref.WeakKeyDictionary(_runs.get())
-        runs[self] = run  # a mapping of its own: contexts that were copied from this one keep theirs
+        runs = weakref.WeakKeyDictionary(_runs.get())  # its own: contexts that were copied from this one keep theirs
+        old = runs.pop(self, None)
+        self._last = None if self._last is old else self._last
+        self._told = None if self._told is old else self._told
         _runs.set(runs)
+        del old  # what it held may be forgotten
+        runs[self] = run = self._last = Run(self.new_record())
         return run
 
     def called(self) -> Run:
@@ -281,7 +284,7 @@ class Handle(abc.ABC):
             return negative_rows(hidden, (), self.family.one_call)
         found = negative_rows(hidden, run.texts, self.family.one_call)
         run.positive = run.positive or False in found
-        sure = run.positive or said() or all(text.sure for text in run.texts)
+        sure = run.positive or bool(said()) or all(text.sure for text in run.texts)
         # that the second text which was read is a negative one is believed where the first was seen as a positive one
         return found if sure else tuple(None if row else row for row in found)
 

@@ -121,7 +121,7 @@ class _Model:
 
 
 def branch_of() -> str | None:
-    """What the pipeline calls the call at hand: "cond" or "uncond" where guidance is two calls; None if it is silent."""
+    """How the pipeline calls this call: "cond" or "uncond" where guidance is two calls; None if it is silent."""
     return _branch.get()
 
 

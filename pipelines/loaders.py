@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
+import threading
+import urllib.parse
+import urllib.request
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -27,7 +33,8 @@ def load_pipeline(
         The diffusers pipeline of the model's own class.
 
     Raises:
-        ModelError: a pickle, a path that is nothing of these, or a checkpoint of an unsupported family.
+        ModelError: a pickle, a path that is nothing of these, a checkpoint of an unsupported family, or a single file
+            whose settings are neither cached nor to be had from the hub.
         OSError: the hub has no such model, or is out of reach.
 
     >>> load_pipeline("canvas").unet.config.in_channels
@@ -57,6 +64,44 @@ def load_pipeline(
     return pipe.to(device)
 
 
+# How long the hub has to answer: a name that resolves and a host that is there take well below a second.
+_PATIENCE = 3.0
+
+
+def hub_answers() -> bool:
+    """Whether the hub can be reached. With a proxy, which knows better, it is taken to be there."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    url = urllib.parse.urlsplit(constants.ENDPOINT)
+    host, port = url.hostname or "huggingface.co", url.port or (80 if url.scheme == "http" else 443)
+    if urllib.request.getproxies().keys() & {url.scheme, "all"} and not urllib.request.proxy_bypass(host):
+        return True
+    found = []
+
+    def look() -> None:
+        with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=_PATIENCE):
+            found.append(True)
+
+    looking = threading.Thread(target=look, daemon=True)  # looking a name up has no timeout of its own
+    looking.start()
+    looking.join(_PATIENCE)
+    return bool(found)
+
+
+@contextlib.contextmanager
+def offline() -> Iterator[None]:
+    """Inside, Hugging Face's libraries take what is cached, and fail at once where something is not."""
+    from huggingface_hub import constants
+
+    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
 def _single_file(path: Path, dtype: torch.dtype) -> Pipeline:
     """Pick the pipeline class from the checkpoint's own keys, and let diffusers convert it."""
     import diffusers
@@ -74,7 +119,18 @@ def _single_file(path: Path, dtype: torch.dtype) -> Pipeline:
     }
     for name, marker in markers.items():
         if any(marker in f".{key}" for key in keys):
-            return getattr(diffusers, name).from_single_file(str(path), torch_dtype=dtype)
+            cls = getattr(diffusers, name)
+            if hub_answers():
+                return cls.from_single_file(str(path), torch_dtype=dtype)
+            with offline():
+                try:
+                    return cls.from_single_file(str(path), torch_dtype=dtype)
+                except (OSError, ValueError) as error:
+                    raise ModelError(
+                        f"{str(path)!r} holds weights alone; the rest of a {name} (its settings, tokenizers) is not in"
+                        " the cache, and the hub does not answer: load it once with a network, or give a diffusers"
+                        f" folder ({type(error).__name__}: {str(error).strip().splitlines()[0][:120]})"
+                    ) from error
     raise ModelError(
         f"{str(path)!r} holds no checkpoint of the SD1.x, SD2, SDXL, SD3 or Flux family (its keys look like"
         f" {min(keys, default='none')!r}); is it a LoRA or a membrane? Load the base model and give this as --membrane"

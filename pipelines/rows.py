@@ -1,5 +1,7 @@
 """The rows of a call of the denoiser: which guide towards their text, which away from it, and extra ones beside them.
 
+What was encoded for a run of a pipeline tells which is which, so a run is at home here, too.
+
 Extra rows are denoised with the batch, seen by every layer, and never given back. A method says which rows it adds and
 where each takes its inputs from; everything that has one row an image is then extended, whatever the family calls it.
 """
@@ -9,9 +11,11 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +23,18 @@ from torch import Tensor
 from ..methods.errors import SemipermError
 from .hooks import branch_of
 
-__all__ = ["Encoded", "ExtraRows", "chunks_of", "negative_rows", "row_layout", "said", "with_rows", "without_rows"]
+__all__ = [
+    "Encoded",
+    "ExtraRows",
+    "Run",
+    "chunks_of",
+    "negative_rows",
+    "row_layout",
+    "said",
+    "same_rows",
+    "with_rows",
+    "without_rows",
+]
 
 # Positions of tokens, one row a token: they belong to no image, even where there are as many as rows.
 _UNBATCHED = ("img_ids", "txt_ids")
@@ -72,9 +87,10 @@ class Encoded:
     sure: bool = True
 
 
-def said() -> bool:
-    """Whether the layout of the call at hand was said, by `row_layout` or by the pipeline."""
-    return bool(_layout.get()) or branch_of() in ("cond", "uncond")
+def said() -> tuple[str, ...]:
+    """What was said of the rows of the call at hand, by `row_layout` or by the pipeline; () where nothing was."""
+    branch = branch_of()
+    return _layout.get() or ((branch,) if branch in ("cond", "uncond") else ())
 
 
 def negative_rows(hidden: Tensor, texts: Sequence[Encoded], one_call: bool) -> tuple[bool | None, ...]:
@@ -103,7 +119,7 @@ def negative_rows(hidden: Tensor, texts: Sequence[Encoded], one_call: bool) -> t
     known = torch.zeros(2, count, dtype=torch.bool, device=hidden.device)  # seen as positive, as negative
     for text in texts:
         if text.negative is not None:
-            known[int(text.negative)] |= _same(hidden, text.rows)
+            known[int(text.negative)] |= same_rows(hidden, text.rows)
     as_positive, as_negative = known.tolist()  # the one time that it waits for the GPU
     prompts = max((len(text.rows) for text in texts if text.negative is False), default=0)
     guided = one_call and count == 2 * prompts and any(text.negative for text in texts)
@@ -130,7 +146,7 @@ def chunks_of(negative: Sequence[bool], images: int | None = None) -> tuple[bool
     return tuple(not negative[first] for first in range(0, len(negative), per))
 
 
-def _same(hidden: Tensor, rows: Tensor) -> Tensor:
+def same_rows(hidden: Tensor, rows: Tensor) -> Tensor:
     """(B,): whether a row of `hidden` equals one of `rows`, as far as these go."""
     length, width = rows.shape[1:]
     if length > hidden.shape[1] or width > hidden.shape[2]:
@@ -138,6 +154,42 @@ def _same(hidden: Tensor, rows: Tensor) -> Tensor:
     part, rows = hidden[:, :length, :width], rows.to(hidden)
     # row by row: never more memory than the rows have
     return torch.stack([(rows == row).flatten(1).all(1).any() for row in part])
+
+
+# ---- a run -----------------------------------------------------------------------------------------------------------
+
+
+class Run:
+    """One call of a pipeline: from its first `encode_prompt` to the next one's. Each thread has its own.
+
+    Args:
+        record: whatever the method keeps of a run.
+    """
+
+    def __init__(self, record: Any):
+        self.record, self.thread = record, threading.get_ident()
+        self.encodes = 0  # calls of encode_prompt: a run may need several before it denoises
+        self.reads = 0  # calls of a text encoder by pipelines that nobody listens to
+        self.began = self.over = False  # whether the denoiser has been called; whether the pipeline has returned
+        self.texts: list[Encoded] = []
+        self.seen = 0  # distinct texts that the denoiser was called with
+        self.positive = False  # whether the denoiser was called with a row that is known to be positive
+        self.pipe: Callable[[], Any] | None = None  # whose run it is, weakly; None where nobody said
+        self.before: Tensor | None = None  # the schedule that was there when it began: a run makes a new one
+        self.schedule: Tensor | None = None  # the one that its steps come from
+        self._numbers: tuple[Tensor | None, list[float]] = (None, [])
+
+    @property
+    def images(self) -> int | None:
+        """How many pictures are drawn; None where no pipeline said."""
+        return max((len(text.rows) for text in self.texts if text.sure and text.negative is False), default=None)
+
+    def timesteps(self, scheduler: Any) -> list[float]:
+        """The scheduler's timesteps as numbers, brought from its device once a run."""
+        steps = getattr(scheduler, "timesteps", None)
+        if steps is not self._numbers[0]:
+            self._numbers = steps, [] if steps is None else torch.as_tensor(steps).tolist()
+        return self._numbers[1]
 
 
 # ---- more of them ----------------------------------------------------------------------------------------------------

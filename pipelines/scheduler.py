@@ -12,7 +12,7 @@ from ..methods.errors import ModelError
 from ..methods.schedule import flow_share
 from .family import Family
 
-__all__ = ["alphas_of", "image_tokens", "noise_levels", "share_of", "sigma_of"]
+__all__ = ["alphas_of", "image_tokens", "noise_levels", "on_host", "share_of", "sigma_of"]
 
 # How far, relatively, a timestep that went through a half-precision model may lie from the scheduler's own: bfloat16
 # keeps 8 bits, so it is off by up to 2^-9; steps of a run of 100 are ten times as far apart.
@@ -41,6 +41,11 @@ def image_tokens(family: Family, denoiser: nn.Module, sample: Tensor) -> int:
     frames, rows, columns = family.patch(denoiser)
     count = sample.shape[2] // frames if family.video else 1
     return count * (sample.shape[-2] // rows) * (sample.shape[-1] // columns)
+
+
+def on_host(timestep: Tensor) -> Tensor:
+    """The timestep of a call, (1,) float32 on the CPU: the one time that a call waits for its device."""
+    return torch.as_tensor(timestep).reshape(-1)[:1].float().cpu()
 
 
 def share_of(

@@ -8,13 +8,15 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+import diffusers
 import torch
 from torch import Tensor, nn
 
 from ..methods.errors import ModelError, SemipermError
-from ..methods.text_space import Segment, TextFeatures
+from ..methods.text_space import Segment, TextFeatures, Wording
 from .family import denoiser_of, device_of, family_of
 from .hooks import heard, unheard
+from .weights import base_layer
 
 _CHUNK = 32  # prompts per text-encoder call: it bounds memory; chosen by hand
 _TEXT_TOKEN_MODULES = re.compile(r"(^|\.)(attn2\.to_[kv]|context_embedder)$")
@@ -22,9 +24,16 @@ _TEXT_POOLED_MODULES = re.compile(r"(^|\.)time_text_embed\.text_embedder\.linear
 
 
 def module_keys(denoiser: nn.Module, attribute: str) -> dict[str, tuple[str, Any]]:
-    """Map kohya/SPM keys ("lora_unet_...", "lora_transformer_...") to (path, module) for every projection."""
-    found = {}
+    """Map kohya/SPM keys ("lora_unet_...", "lora_transformer_...") to (path, module) for every projection.
+
+    Under PEFT's adapters it is the layer that stays when they go, by the path that it has without them.
+    """
+    found, adapted = {}, ()
     for path, module in denoiser.named_modules():
+        if adapted and path.startswith(adapted):
+            continue
+        if (inner := base_layer(module)) is not module:
+            adapted, module = (f"{path}.",), inner
         if path and isinstance(getattr(module, "weight", None), Tensor) and module.weight.ndim in (2, 4):
             found[f"lora_{attribute}_{path.replace('.', '_')}"] = (path, module)
     return found
@@ -49,7 +58,34 @@ def text_projections(pipe) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def token_ids(pipe, prompts: Sequence[str]) -> list[list[int]]:
     """The first tokenizer's ids of each prompt, cut to its length, without special tokens."""
-    return _ids(pipe.tokenizer, prompts)
+    tokenizer = getattr(pipe, "tokenizer", None)  # SDXL's refiner has the second alone
+    return _ids(pipe.tokenizer_2 if tokenizer is None else tokenizer, prompts)
+
+
+def wordings(pipe, prompts: Sequence[str], *others: Sequence[str] | None) -> list[Wording]:
+    """What the text encoders are given of each prompt.
+
+    Args:
+        prompts: B strings, the `prompt` of a call.
+        others: its `prompt_2` and `prompt_3`, B strings each; None or empty where they repeat the first.
+    """
+    given = [list(prompts), *(list(other) if other else list(prompts) for other in others)]
+    names = ("tokenizer", "tokenizer_2", "tokenizer_3")
+    tokenizers = [tokenizer for name in names if (tokenizer := getattr(pipe, name, None)) is not None]
+    read: list[list[str]] = []  # for each encoder B texts
+    for number, tokenizer in enumerate(tokenizers):
+        ids = _ids(tokenizer, given[min(number, len(given) - 1)])
+        read.append(tokenizer.batch_decode(ids, clean_up_tokenization_spaces=False))
+    different = list(dict.fromkeys(map(tuple, given)))
+    ids_of = [_ids(tokenizers[0], texts) for texts in different] if tokenizers else []
+    return [
+        Wording(
+            prompt,
+            tuple(tuple(rows[i]) for rows in ids_of),
+            tuple(dict.fromkeys(texts[i] for texts in read)),
+        )
+        for i, prompt in enumerate(prompts)
+    ]
 
 
 def _ids(tokenizer, prompts: Sequence[str]) -> list[list[int]]:
@@ -70,6 +106,8 @@ def segments_of(pipe, *, video: bool = False) -> list[Segment]:
             continue
         start = pipe.tokenizer_max_length if segments else 0
         segments.append(Segment(functools.partial(prefix_tokens, getattr(pipe, row.tokenizer)), start, row.causal))
+    if not segments and (reader := reader_of(pipe)) is not None:
+        segments.append(Segment(functools.partial(prefix_tokens, reader[1]), 0, True))
     return segments
 
 
@@ -97,12 +135,15 @@ def encode_text(
     Raises:
         SemipermError: unsupported pipeline, or no prompts.
     """
-    family_of(pipe)
-    prompts = list(prompts)
+    family, prompts = family_of(pipe), list(prompts)
     if not prompts:
         raise SemipermError("encode_text got no prompts; expected at least one string")
-    encode = functools.partial(type(pipe).encode_prompt, pipe)
-    accepted = inspect.signature(type(pipe).encode_prompt).parameters
+    # a few pipelines (InstructPix2Pix) have none of their own: their family's reads the same parts in the same way
+    cls = type(pipe) if hasattr(pipe, "encode_prompt") else getattr(diffusers, family.img2img or "", None)
+    if cls is None:
+        raise ModelError(f"{type(pipe).__name__} has no encode_prompt; expected a text-to-image pipeline of diffusers")
+    encode = functools.partial(cls.encode_prompt, pipe)
+    accepted = inspect.signature(cls.encode_prompt).parameters
     kwargs = {
         "device": device_of(pipe),
         "num_images_per_prompt": 1,

@@ -112,7 +112,7 @@ def test_no_circles():
 
 GROUND = {
     "methods": {"errors", "schedule", "text_space", "modules", "pictures", "files"},
-    "pipelines": {"family", "text", "latents", "scheduler", "hooks", "rows", "handle", "loaders"},
+    "pipelines": {"family", "text", "latents", "scheduler", "hooks", "rows", "handle", "loaders", "weights"},
     "nodes": {"extension", "sockets", "root_patch", "extra_rows", "private", "progress"},
     "benchmarks": {"store", "timing", "memory", "launch", "run_in_comfyui"},
 }

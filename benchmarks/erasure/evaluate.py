@@ -4,12 +4,20 @@
     IRA = accuracy in the concept's own domain, on all other prompts      (in-domain retaining)
     CRA = accuracy in the other domain, on those same other prompts       (cross-domain retaining)
 
-The domains are objects and styles, the prompt says what is asked for, and the judge says what is seen. All methods get
-the same prompts and seeds.
+    kept       = share of all other prompts' pictures in which the judge sees the same object and style as in the
+                 untouched model's
+    attributes = the same of colour and background, in all pictures
+    negative   = share of the pictures that show the concept, though asked for it, when the negative prompt names it
 
-Source: UnlearnCanvas (arXiv 2402.11846), section 4. We ask by name and by synonym, in full captions.
+The domains are objects and styles, the prompt says what is asked for, and the judge says what is seen. All methods get
+the same prompts and seeds, and are given the same words: every phrasing that is asked for, or, of withheld words, the
+bare names, while all is asked for by other phrasings alone. The captions that ask are the canvas's own, which no method
+is given.
+
+Source: UnlearnCanvas (arXiv 2402.11846), section 4, for the first three.
 """
 
+import contextlib
 import csv
 import math
 import random
@@ -25,7 +33,9 @@ DOMAINS = ("object", "style")
 SUITE_OBJECTS = ("robot", "ghost", "quibble", "circle", "star", "heart")
 SUITE_STYLES = ("striped", "dotted", "sketch", "neon")
 SUITE = (*((name,) for name in SUITE_OBJECTS + SUITE_STYLES), ("robot", "ghost", "quibble"))
-MAIN_METHOD = "closed_form/gated"
+MAIN_METHOD = "closed_form/auto"
+WORDS = ("given", "withheld")
+SCORES = ("ua", "ira", "cra", "kept", "attributes", "negative")
 
 
 @dataclass(frozen=True)
@@ -44,6 +54,8 @@ class Seen:
 
     object: str
     style: str
+    color: str = ""
+    background: str = ""
 
 
 @dataclass(frozen=True)
@@ -76,8 +88,12 @@ def wilson(share: float, n: int, z: float = 1.959964) -> tuple[float, float]:
     return max(0.0, (centre - width) / scale), min(1.0, (centre + width) / scale)
 
 
-def built_in_cases(repeats: int = 3, seed: int = 0) -> list[Case]:
-    """Every object in every style, `repeats` times: full captions, each concept by a phrasing drawn at random."""
+def built_in_cases(repeats: int = 3, seed: int = 0, words: str = "given") -> list[Case]:
+    """Every object in every style, `repeats` times: full captions, each concept by a phrasing drawn at random.
+
+    Args:
+        words: "given" draws from all phrasings, "withheld" from all but the plain name.
+    """
     from ...canvas import captions
     from ...canvas.render import random_scene
 
@@ -87,7 +103,8 @@ def built_in_cases(repeats: int = 3, seed: int = 0) -> list[Case]:
             for style in captions.STYLES:
                 rng = random.Random(f"erasure-{seed}-{repeat}-{name}-{style}")
                 scene = random_scene(rng, object=name, style=style, hazard=False)
-                text = captions.caption(scene, rng, synonyms=True, complete=True)
+                synonyms = "only" if words == "withheld" else True
+                text = captions.caption(scene, rng, synonyms=synonyms, complete=True)
                 cases.append(Case(text, seed * 1_000_000 + len(cases), name, style))
     return cases
 
@@ -184,10 +201,56 @@ def scores(cases: Sequence[Case], seen: Sequence[Seen], concepts: Sequence[str])
 
 def pool(parts: Iterable[dict[str, Share]], prompts: int) -> dict[str, Share]:
     """Add up the scores of several runs over the same `prompts` prompts."""
-    total = {"ua": Share(), "ira": Share(), "cra": Share()}
+    total: dict[str, Share] = {}
     for part in parts:
-        total = {key: share + part[key] for key, share in total.items()}
+        total = {key: total.get(key, Share()) + share for key, share in part.items()}
     return {key: Share(s.hits, s.n, min(s.n, prompts)) for key, s in total.items()}
+
+
+def given_words(names: Sequence[str], words: str) -> dict[str, tuple[str, ...]]:
+    """What a method may know of each concept: all its phrasings, or, of withheld words, its name alone."""
+    from ...canvas import captions
+
+    return {name: captions.phrases(name)[: 1 if words == "withheld" else None] for name in names}
+
+
+def chosen(cases: Sequence[Case], names: Sequence[str], each: int | None) -> list[int]:
+    """Which cases a run of these concepts takes: at most `each` that ask for one of them, and as many that do not."""
+    wanted = [resolve(name) for name in names]
+    order = list(range(len(cases)))
+    if each is None:
+        return order
+    random.Random("chosen " + "+".join(names)).shuffle(order)
+    asks = [any(getattr(case, domain) == name for name, domain in wanted) for case in cases]
+    return sorted([i for i in order if asks[i]][:each] + [i for i in order if not asks[i]][:each])
+
+
+def comparisons(
+    cases: Sequence[Case],
+    seen: Sequence[Seen],
+    untouched: Sequence[Seen],
+    negative: Sequence[Seen] | None,
+    names: Sequence[str],
+) -> dict[str, Share]:
+    """`kept`, `attributes` and `negative` of one run beside the untouched model's pictures of the same cases."""
+    wanted = [resolve(name) for name in names]
+    asks = [any(getattr(case, domain) == name for name, domain in wanted) for case in cases]
+    pairs = list(zip(seen, untouched, strict=True))
+    same = [(a.object, a.style) == (b.object, b.style) for (a, b), asked in zip(pairs, asks, strict=True) if not asked]
+    alike = [getattr(a, what) == getattr(b, what) for a, b in pairs for what in ("color", "background")]
+    found = {
+        "kept": Share(sum(same), len(same), len(same)),
+        "attributes": Share(sum(alike), len(alike), len(cases)),
+        "negative": Share(),
+    }
+    if negative is not None:
+        asked = [case for case, asks_for in zip(cases, asks, strict=True) if asks_for]
+        shown = [
+            any(getattr(case, domain) == getattr(got, domain) == name for name, domain in wanted)
+            for case, got in zip(asked, negative, strict=True)
+        ]
+        found["negative"] = Share(sum(shown), len(shown), len(shown))
+    return found
 
 
 def by_domain(sets: Iterable[Sequence[str]]) -> dict[str, list[tuple[str, ...]]]:
@@ -220,7 +283,9 @@ def observe(
             call["negative_prompt"] = [negative] * len(part)
         generators = [torch.Generator("cpu").manual_seed(case.seed) for case in part]
         verdict = judge(pipe([case.prompt for case in part], generator=generators, **call).images)
-        seen += [Seen(*names) for names in zip(verdict.object, verdict.style, strict=True)]
+        nothing = [""] * len(part)
+        more = (getattr(verdict, "color", nothing), getattr(verdict, "background", nothing))
+        seen += [Seen(*names) for names in zip(verdict.object, verdict.style, *more, strict=True)]
         if advance is not None:
             advance(len(part))
     return seen
@@ -245,6 +310,9 @@ def evaluate(
     *,
     methods: dict[str, Method] | None = None,
     main: str = MAIN_METHOD,
+    words: str = "given",
+    each: int | None = None,
+    negative: bool = False,
     finished: Store | None = None,
     advance: Callable[[int], object] | None = None,
     **sampling,
@@ -254,13 +322,18 @@ def evaluate(
     Args:
         sets: concepts erased together, one tuple a run; sets of one concept are also pooled into rows "objects" and
             "styles", where a domain has several; these name their "concepts".
-        methods: name -> context manager (pipe, concepts) that yields extra pipeline arguments; METHODS by default.
+        methods: name -> context manager (pipe, {concept: phrasings}) that yields extra pipeline arguments; METHODS by
+            default.
         main: the method whose figures stand at the top of the result (the first one where it is not among `methods`).
+        words: "given" tells methods all phrasings, "withheld" the names alone; `cases` should ask accordingly.
+        each: take for each set at most so many cases that ask for it, and as many others; None takes all.
+        negative: also ask for each concept with a negative prompt that names it.
 
     Returns:
-        {"ua": [value, low, high], "ira", "cra", "untouched": {...}, "n": prompts, "method", "rows": [{"method",
-        "concept", ...}]}. Over objects and styles, erased one at a time, the first four are left out: one figure for
-        both would hide what differs, and the rows "objects" and "styles" hold them apart.
+        {"ua": [value, low, high], "ira", "cra", "kept", "attributes", "negative", "untouched": {...}, "n": prompts,
+        "method", "rows": [{"method", "concept", "words", ...}]}. Over objects and styles, erased one at a time, the
+        figures at the top are left out: one figure for both would hide what differs, and the rows "objects" and
+        "styles" hold them apart.
 
     Raises:
         MembraneError: unknown concepts, or concepts that no prompt asks for.
@@ -270,40 +343,48 @@ def evaluate(
     main = main if main in methods else next(iter(methods))
     check_asked(cases, [name for names in sets for name in names])  # errors before hours of work
 
-    def seen_by(run: str, method: Method | None, names: Sequence[str]) -> list[Seen]:
+    def seen_by(run: str, method: Method | None, names: Sequence[str], part: Sequence[Case], **call) -> list[Seen]:
         if (kept := finished.get(run)) is not None:
             if advance is not None:
-                advance(len(cases))
-            return [Seen(*names) for names in kept]
-        if method is None:
-            seen = observe(pipe, judge, cases, advance=advance, **sampling)
-        else:
-            with method(pipe, names) as extra:
-                seen = observe(pipe, judge, cases, advance=advance, **sampling, **extra)
-        finished.put(run, [[s.object, s.style] for s in seen])
+                advance(len(part))
+            return [Seen(*found) for found in kept]
+        with method(pipe, given_words(names, words)) if method is not None else contextlib.nullcontext({}) as extra:
+            seen = observe(pipe, judge, part, advance=advance, **{**sampling, **extra, **call})
+        finished.put(run, [[s.object, s.style, s.color, s.background] for s in seen])
         return seen
 
-    untouched = seen_by("untouched", None, ())
+    sets = [tuple(names) for names in sets]
+    picks = {names: chosen(cases, names, each) for names in sets}
+    needed = sorted({i for pick in picks.values() for i in pick})
+    bare = dict(zip(needed, seen_by("untouched", None, (), [cases[i] for i in needed]), strict=True))
     groups = by_domain(sets)
-    got = {"untouched": {tuple(names): scores(cases, untouched, names) for names in sets}}
-    for name, method in methods.items():
-        got[name] = {
-            tuple(names): scores(cases, seen_by(f"{name} {'+'.join(names)}", method, names), names) for names in sets
-        }
+    got: dict[str, dict[tuple[str, ...], dict[str, Share]]] = {}
+    for name, method in [("untouched", None), *methods.items()]:
+        got[name] = {}
+        for names in sets:
+            part, before = [cases[i] for i in picks[names]], [bare[i] for i in picks[names]]
+            run, against = f"{name} {'+'.join(names)}", None
+            seen = before if method is None else seen_by(run, method, names, part)
+            if negative:
+                asked = [c for c in part if any(getattr(c, d) == n for n, d in map(resolve, names))]
+                told = ", ".join(phrase for own in given_words(names, words).values() for phrase in own)
+                against = seen_by(f"{run} negative", method, names, asked, negative_prompt=told)
+            got[name][names] = scores(part, seen, names) | comparisons(part, seen, before, against, names)
 
     def line(name: str, concept: str, together: Sequence[tuple[str, ...]]) -> dict:
         """A row of one set, or of several pooled."""
-        pooled, bare = (pool([got[run][names] for names in together], len(cases)) for run in (name, "untouched"))
-        return row(name, concept, pooled, None if name == "untouched" and concept not in groups else bare)
+        pooled, plain = (pool([got[run][names] for names in together], len(cases)) for run in (name, "untouched"))
+        made = row(name, concept, pooled, None if name == "untouched" and concept not in groups else plain)
+        return made | {"words": words}
 
     rows = [line(name, "+".join(names), [names]) for name in got for names in got[name]]
     for label, group in groups.items():
         if len(group) > 1:
             rows += [{**line(name, label, group), "concepts": [names[0] for names in group]} for name in got]
-    result = {"n": len(cases), "method": main, "rows": rows}
+    result = {"n": len(needed), "method": main, "rows": rows}
     if len(groups) > 1:
         return result
-    whole = next(iter(groups.values()), [tuple(names) for names in sets])
+    whole = next(iter(groups.values()), sets)
     figures = {
         name: {key: share.interval() for key, share in pool([got[name][s] for s in whole], len(cases)).items()}
         for name in ("untouched", main)

@@ -6,6 +6,8 @@ same membranes from the same words.
 
 from __future__ import annotations
 
+import functools
+import logging
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,13 +20,15 @@ from ..text_space import TextFeatures, TextSpace
 from .base_model import base_model_hash
 from .captions import PRESERVE, TEMPLATES
 from .closed_form import ClosedFormConfig, aligned_pairs, closed_form_edits, closed_form_membrane
-from .gates import fit_probe
+from .detector import fit_detectors
+from .phrases import fold, names
 from .types import Membranes
+
+logger = logging.getLogger(__name__)
 
 T5_POSITIONS = 64  # kept of a sequence that may be 512 long; all captions here are shorter
 _CAPTIONS = 80  # concept captions per concept, over all phrases and templates; chosen by hand on the canvas
-_PRESERVED = 300  # of the canvas's captions; chosen by hand there
-_DRAWN = 4 * _PRESERVED  # of which those that name what is erased are dropped: enough where three in four do
+_FEW = 50  # preserved captions below which a warning is given: fewer than an embedding's typical effective rank
 _T5_PADDING = 4  # positions after the end of a T5 sentence that still count; chosen by hand
 
 
@@ -34,8 +38,10 @@ class _Fit:
 
     rows: Tensor  # (n, d)
     targets: Tensor
-    concept: TextFeatures
-    surrogate: TextFeatures
+    captions: list[tuple[str, str]]  # that name it, with the phrase in each
+    surrogates: list[str]  # the same with the surrogate, each once
+    concept: TextFeatures  # of `captions`
+    surrogate: TextFeatures  # hidden of `surrogates`, pooled of each caption's own
 
 
 @torch.no_grad()
@@ -48,7 +54,6 @@ def fit_concepts(
     synonyms: Mapping[str, Sequence[str]] | None = None,
     templates: Sequence[str] | None = None,
     config: ClosedFormConfig | None = None,
-    world=None,
 ) -> Membranes:
     """Compute one membrane per concept in closed form.
 
@@ -60,41 +65,54 @@ def fit_concepts(
         synonyms: name -> further phrasings.
         templates: captions with one "{}" each; None is a general list.
         config: how to solve.
-        world: `semiperm.canvas.captions` for the embedded model, whose own captions then replace the general lists.
 
     Raises:
-        MembraneError: no concept, a template without "{}", a surrogate equal to the concept.
+        MembraneError: no concept, a template without "{}", a surrogate that is a concept to be erased.
     """
     phrases = _phrases(concepts, synonyms or {})
-    if world is not None and templates is None:
-        phrases, by_concept, preserve = _captions_of(world, phrases, preserve)
-    else:
-        by_concept = dict.fromkeys(phrases, list(TEMPLATES if templates is None else templates))
+    templates = list(TEMPLATES if templates is None else templates)
+    wrong = [t for t in templates if t.count("{}") != 1]
+    if wrong or not templates:
+        raise MembraneError(f"templates {wrong[:2] or 'none'}; expected captions with exactly one '{{}}'")
     for name, own in phrases.items():
-        wrong = [t for t in by_concept[name] if t.count("{}") != 1]
-        if wrong or not by_concept[name]:
+        if names(surrogate, [fold(phrase) for phrase in own]):
             raise MembraneError(
-                f"templates for {name!r}: {wrong[:2] or 'none'}; expected captions with exactly one '{{}}'"
+                f"surrogate {surrogate!r} is {name!r} itself, which is to be erased; expected another concept, or ''"
+                " for none"
             )
-        if surrogate.strip().lower() in (phrase.lower() for phrase in own):
-            raise MembraneError(f"surrogate {surrogate!r} is {name!r} itself; expected another concept, or '' for none")
     kept = _kept(PRESERVE if preserve is None else preserve, [p for own in phrases.values() for p in own])
-    fits = [_fit(space, own, by_concept[name], surrogate) for name, own in phrases.items()]
-    return _joint_membranes(space, phrases, fits, space.encode(kept), surrogate, config or ClosedFormConfig())
+    if len(kept) < _FEW:
+        logger.warning(
+            "only %d captions are left to preserve%s: much else will change with what is erased; give more with"
+            " preserve=... (--preserve), at least %d that name none of it",
+            len(kept),
+            "" if preserve is None else " of those given",
+            _FEW,
+        )
+    space = replace(space, encode=_once(space.encode))
+    fits = [_fit(space, own, templates, surrogate) for own in phrases.values()]
+    return _joint_membranes(space, phrases, fits, kept, surrogate, config or ClosedFormConfig())
 
 
-def _captions_of(captions, phrases: Mapping[str, tuple[str, ...]], preserve: Iterable[str] | None):
-    """On the embedded model: its own synonyms, templates of the concept's domain, and captions to preserve."""
-    phrases, templates = dict(phrases), {}
-    for name, own in list(phrases.items()):
-        try:
-            templates[name] = captions.templates(captions.domain(name))
-        except ValueError:  # not a concept of the canvas
-            templates[name] = list(TEMPLATES)
-        else:
-            phrases[name] = tuple(dict.fromkeys((*own, *captions.phrases(name))))
-    named = [phrase for own in phrases.values() for phrase in own]
-    return phrases, templates, [*_kept(captions.preserve(n=_DRAWN), named)[:_PRESERVED], *(preserve or ())]
+def _once(encode: Callable[[Sequence[str]], TextFeatures]) -> Callable[[Sequence[str]], TextFeatures]:
+    """The same encoder, asked for each caption once: what stands in for the concepts is the same for all of them."""
+    known: dict[str, tuple] = {}
+
+    def cached(captions: Sequence[str]) -> TextFeatures:
+        fresh = [caption for caption in dict.fromkeys(captions) if caption not in known]
+        if fresh:
+            made = encode(fresh)
+            pooled = made.pooled if made.pooled is not None else [None] * len(fresh)
+            known.update(zip(fresh, zip(made.hidden, pooled, made.token_ids, strict=True), strict=True))
+        hidden, pooled, ids = zip(*(known[caption] for caption in captions), strict=True)
+        length = min(h.shape[0] for h in hidden)  # ComfyUI's T5 lets longer texts grow
+        return TextFeatures(
+            torch.stack([h[:length] for h in hidden]),
+            None if pooled[0] is None else torch.stack(pooled),
+            list(ids),
+        )
+
+    return cached
 
 
 def _phrases(concepts: str | Sequence[str], synonyms: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
@@ -110,10 +128,10 @@ def _phrases(concepts: str | Sequence[str], synonyms: Mapping[str, Sequence[str]
 
 
 def _joint_membranes(
-    space: TextSpace, phrases, fits: Sequence[_Fit], others: TextFeatures, surrogate: str, config: ClosedFormConfig
+    space: TextSpace, phrases, fits: Sequence[_Fit], kept: list[str], surrogate: str, config: ClosedFormConfig
 ) -> Membranes:
     """One joint solution for all concepts: each membrane stays silent on the others."""
-    tokens, pooled = space.tokens, space.pooled
+    tokens, pooled, others = space.tokens, space.pooled, space.encode(kept)
     rows, targets = [fit.rows for fit in fits], [fit.targets for fit in fits]
     edits = closed_form_edits(rows, targets, others.hidden.flatten(0, 1), config, _gram(tokens, config))
     pooled_edits = [None] * len(fits)
@@ -126,9 +144,11 @@ def _joint_membranes(
             _gram(pooled, config),
         )
     base = base_model_hash(tokens | pooled)
+    captions = [(fit.captions, fit.surrogates) for fit in fits]
+    ends = functools.partial(_ends, space, others.hidden.shape[1])
+    probes = fit_detectors(space.encode, ends, list(phrases.values()), captions, kept, surrogate, pooled=bool(pooled))
     membranes = []
-    for (name, own), fit, edit, pooled_edit in zip(phrases.items(), fits, edits, pooled_edits, strict=True):
-        probe = fit_probe(fit.concept.hidden, torch.cat((fit.surrogate.hidden, others.hidden)))
+    for (name, own), edit, pooled_edit, probe in zip(phrases.items(), edits, pooled_edits, probes, strict=True):
         fields = {"phrases": own, "surrogate": surrogate, "probe": probe, "base_model": base}
         method = f"closed_form/{config.method}"
         membrane = closed_form_membrane(tokens, edit, name, method=method, **fields)
@@ -139,6 +159,20 @@ def _joint_membranes(
     return Membranes(membranes)
 
 
+def _ends(space: TextSpace, length: int, captions: Sequence[str], phrases: Sequence[str]) -> Tensor:
+    """(n, s): where the last token of each caption's phrase, in each encoder's stretch; -1 where it is cut off."""
+    ends = [*(segment.start for segment in space.segments[1:]), length]
+    until = []
+    for caption, phrase in zip(captions, phrases, strict=True):
+        found = re.search(rf"{re.escape(phrase)}", caption, re.IGNORECASE)
+        until.append(caption[: found.end()] if found else caption)  # a plural that changes the word: at its end
+    columns = []
+    for segment, end in zip(space.segments, ends, strict=True):
+        filled = torch.tensor(segment.prefix_tokens(until))
+        columns.append(torch.where(filled < end - segment.start - 1, segment.start + filled - 1, -1))
+    return torch.stack(columns, dim=1)
+
+
 def _gram(weights: dict[str, Tensor], config: ClosedFormConfig) -> Tensor | None:
     if config.method != "rece":
         return None
@@ -147,15 +181,16 @@ def _gram(weights: dict[str, Tensor], config: ClosedFormConfig) -> Tensor | None
 
 def _kept(preserve: Iterable[str], phrases: Sequence[str]) -> list[str]:
     """The captions that name none of the phrases, and always the unconditional prompt."""
-    named = re.compile("|".join(rf"\b{re.escape(phrase)}\b" for phrase in phrases), re.IGNORECASE)
-    return list(dict.fromkeys(("", *(caption for caption in preserve if not named.search(caption)))))
+    folded = [fold(phrase) for phrase in phrases]
+    return list(dict.fromkeys(("", *(caption for caption in preserve if not names(caption, folded)))))
 
 
 def _fit(space: TextSpace, phrases: Sequence[str], templates: Sequence[str], surrogate: str) -> _Fit:
     """Pair every caption with its surrogate caption, position by position, in each tokenizer's stretch."""
     count = max(_CAPTIONS, len(phrases))
     pairs = [(templates[i % len(templates)], phrase) for i, phrase in _spread(phrases, len(templates), count)]
-    concept = space.encode([_fill(template, phrase) for template, phrase in pairs])
+    captions = [_fill(template, phrase) for template, phrase in pairs]
+    concept = space.encode(captions)
     surrogates = list(dict.fromkeys(_fill(template, surrogate) for template, _ in pairs))
     without = space.encode(surrogates)
     segments = space.segments
@@ -180,7 +215,9 @@ def _fit(space: TextSpace, phrases: Sequence[str], templates: Sequence[str], sur
     if not rows:
         raise MembraneError(f"no caption has room for {phrases[0]!r}: all templates exceed the text encoder's length")
     pooled = None if without.pooled is None else without.pooled[torch.tensor(others, device=without.pooled.device)]
-    return _Fit(torch.cat(rows), torch.cat(targets), concept, TextFeatures(without.hidden, pooled, []))
+    without = TextFeatures(without.hidden, pooled, [])
+    named = [(caption, phrase) for caption, (_, phrase) in zip(captions, pairs, strict=True)]
+    return _Fit(torch.cat(rows), torch.cat(targets), named, surrogates, concept, without)
 
 
 def _spread(phrases: Sequence[str], templates: int, count: int) -> list[tuple[int, str]]:

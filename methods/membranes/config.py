@@ -20,8 +20,12 @@ class MembraneConfig:
 
     Args:
         strength: factor on every gate; 0 leaves every bit of the untouched model, 1 is the trained strength.
-        gate: "auto" (a membrane's probe where it has one, else "paper"), "probe", "paper" (SPM's facilitated
-            transport), "official" (SPM's released inference: squared gates and cross terms), "always".
+        gate: "auto" (a membrane's detector or a phrase of it in the prompt's words, whichever opens wider; "always"
+            where the detector cannot tell, "paper" where there is none), "probe" (the detector alone), "paper" (SPM's
+            facilitated transport), "official" (SPM's released inference: squared gates and cross terms), "always".
+        negative_rows: whether gates may also open in the negative and unconditional rows. There a membrane takes the
+            concept out of what the picture is steered *away* from, so that a negative prompt that names it no longer
+            works: False. True is as SPM's released code does it, and lets a membrane of negative strength act there.
         mode: "auto", "fused", "folded" or "cached"; equal to rounding, "auto" is fastest.
         start, end: the `Window` of the noise schedule in which they act, 0 pure noise, 1 the image; [0, 1] is always.
         check_base: refuse membranes whose `base_model` differs from this model's weights.
@@ -40,6 +44,7 @@ class MembraneConfig:
     start: float = 0.0
     end: float = 1.0
     check_base: bool = True
+    negative_rows: bool = False
 
     def __post_init__(self):
         if not math.isfinite(float(self.strength)):

@@ -155,15 +155,22 @@ def _describe(membrane: Membrane, keys: dict[str, int]) -> dict:
         "pairs": [[*kind, indexes if len(indexes) < len(keys) else None] for kind, indexes in groups.items()],
     }
     if (probe := membrane.probe) is not None:
-        weight = probe.weight.detach().cpu().contiguous()
-        described["probe"] = {
-            "low": probe.low,
-            "high": probe.high,
-            "separation": probe.separation,
-            "dtype": _dtype_name(weight),
-            "weight": base64.b64encode(bytes(weight.view(torch.uint8).tolist())).decode(),
-        }
+        described["probe"] = _describe_probe(probe)
     return described
+
+
+def _describe_probe(probe: GateProbe) -> dict:
+    weight = probe.weight.detach().cpu().contiguous()
+    described: dict[str, object] = {
+        "low": probe.low,
+        "high": probe.high,
+        "separation": probe.separation,
+        "dtype": _dtype_name(weight),
+        "weight": base64.b64encode(bytes(weight.view(torch.uint8).tolist())).decode(),
+    }
+    measured = {"false_closed": probe.false_closed, "false_open": probe.false_open, "checked": probe.checked}
+    described |= {name: value for name, value in measured.items() if value is not None}
+    return described if probe.pooled is None else described | {"pooled": _describe_probe(probe.pooled)}
 
 
 def _dtype_name(tensor: Tensor) -> str:
@@ -279,10 +286,22 @@ def _split(key: str, pair: LowRank, kinds: list[_Kind]) -> list[LowRank]:
 
 
 def _membrane(entry: dict, modules: dict[str, LowRank]) -> Membrane:
-    probe = entry.get("probe")
-    if probe is not None:
-        weight = torch.frombuffer(bytearray(base64.b64decode(probe["weight"])), dtype=_dtype(probe["dtype"]))
-        probe = GateProbe(weight, probe["low"], probe["high"], probe["separation"])
+    probe = None if entry.get("probe") is None else _probe(entry["probe"])
     fields = {name: entry[name] for name in ("concept", "surrogate", "method", "base_model", "metadata")}
     named = bool(entry.get("named", True))
     return Membrane(modules=modules, phrases=tuple(entry["phrases"]), probe=probe, named=named, **fields)
+
+
+def _probe(entry: dict) -> GateProbe:
+    weight = torch.frombuffer(bytearray(base64.b64decode(entry["weight"])), dtype=_dtype(entry["dtype"]))
+    checked, pooled = entry.get("checked"), entry.get("pooled")  # files of semiperm 0.1 have neither
+    return GateProbe(
+        weight,
+        entry["low"],
+        entry["high"],
+        entry["separation"],
+        entry.get("false_closed"),
+        entry.get("false_open"),
+        None if checked is None else (int(checked[0]), int(checked[1])),
+        None if pooled is None else _probe(pooled),
+    )

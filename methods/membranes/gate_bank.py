@@ -1,51 +1,44 @@
 """Gamma (B, K) for the rows a denoiser sees: each is judged by itself, so order, negatives and guidance cannot mix.
 
-`probe` and `always` need only the row's own embedding. `paper` and `official` also need token ids: every
-prompt that was encoded is recorded as (embedding row -> prompt), and a row is looked up by equality. A row
-nobody recorded (embeddings passed in by the user) keeps the feature cosine alone.
+A row's own embedding opens gates by its features (`probe`, `paper`). Its words open them, too, where they are known:
+every prompt that was encoded is recorded as (embedding row -> wording), and a row is looked up by equality. The wider
+of the two counts. A row that nobody recorded (embeddings of unknown origin) keeps the features alone.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..errors import MembraneError
-from ..text_space import TextFeatures
-from .gates import facilitated_transport, official_gamma, probe_gate
-from .types import GateProbe, Membrane
+from ..text_space import TextFeatures, Wording
+from .gates import facilitated_transport, official_gamma, probe_gate, token_overlap
+from .phrases import fold, names
+from .prompt_record import PromptRecord
+from .types import Membrane
 
 logger = logging.getLogger(__name__)
 
-_REMEMBERED = 32  # recorded rows: a run needs two for each image of a batch, and 16 are a large batch
-
-
-@dataclass(eq=False)
-class _Recorded:
-    embedding: Tensor  # (N, d)
-    gamma: Tensor | None  # (K,), or None where no gate needs token ids
-    prompt: str
-    negative: bool
-
-    def same(self, other: _Recorded) -> bool:
-        """Whether both say the same of the same embedding."""
-        if (self.prompt, self.negative) != (other.prompt, other.negative):
-            return False
-        a, b = self.embedding, other.embedding
-        return (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device) and torch.equal(a, b)
-
 
 def resolve_gate(membrane: Membrane, gate: str) -> str:
-    """The gate of one membrane: "auto" is its probe where its file has one, else SPM's own.
+    """The gate of one membrane.
 
-    A membrane that nobody named has no words to compare with, and is always on.
+    "auto" is its detector or a phrase of it, whichever opens wider; where its file has no detector, SPM's own gate
+    "paper"; and where the detector cannot tell (`GateProbe.tells`), "always", with a warning. A membrane that nobody
+    named has no words to compare with, and is always on.
+
+    Returns:
+        "auto" (detector or phrase), "probe", "paper", "official" or "always".
+
+    Raises:
+        MembraneError: "probe" for a membrane without one.
     """
-    if gate == "auto":
-        gate = "probe" if membrane.probe is not None else "paper"
+    probe = membrane.probe
+    if gate == "auto" and probe is None:
+        gate = "paper"
     if gate in ("paper", "official") and not membrane.named:
         logger.warning(
             "nobody said what the membrane %r erases (that is its file's name), so no gate can compare prompts with it:"
@@ -53,11 +46,21 @@ def resolve_gate(membrane: Membrane, gate: str) -> str:
             membrane.concept,
         )
         return "always"
-    if gate == "probe" and membrane.probe is None:
+    if gate == "probe" and probe is None:
         raise MembraneError(
             f"gate='probe', but the membrane for {membrane.concept!r} has no probe; expected gate='paper', 'always' or"
             " 'auto', or a membrane made by erase_concepts"
         )
+    if gate == "auto" and probe is not None and not probe.tells:
+        logger.warning(
+            "the detector of %r cannot tell its prompts from others (separation %s, closed for %s of the prompts that"
+            " name it and were kept out of the fit): gate 'auto' leaves it always on; other words for it behind bars"
+            " ('robot|android') may help",
+            membrane.concept,
+            "unknown" if probe.separation is None else f"{probe.separation:.2f}",
+            "an unknown share" if probe.false_closed is None else f"{100 * probe.false_closed:.1f} %",
+        )
+        return "always"
     return gate
 
 
@@ -66,58 +69,32 @@ class GateBank:
 
     Args:
         encode: phrases -> features, as the denoiser gets its prompts; called only for gates that compare with phrases.
+        negative_rows: whether gates may open in negative and unconditional rows, see `MembraneConfig`.
     """
 
-    def __init__(self, encode: Callable[[Sequence[str]], TextFeatures], membranes: Sequence[Membrane], gate: str):
+    def __init__(
+        self,
+        encode: Callable[[Sequence[str]], TextFeatures],
+        membranes: Sequence[Membrane],
+        gate: str,
+        negative_rows: bool = False,
+    ):
         self.concepts = [m.concept for m in membranes]
         self.kinds = [resolve_gate(m, gate) for m in membranes]
-        self.official = gate == "official"
-        self.recorded: list[_Recorded] = []
+        self.official, self.negative_rows = gate == "official", negative_rows
+        self.recorded = PromptRecord(self._openings)
         self._probes = [m.probe for m in membranes]
+        self._folded = [tuple(map(fold, m.phrases)) for m in membranes]
         self._phrases: list[tuple[Tensor, list[set[int]]] | None] = [None] * len(membranes)
         for k, membrane in enumerate(membranes):
             if self.kinds[k] in ("paper", "official"):
                 features = encode(membrane.phrases)
                 self._phrases[k] = (features.hidden, [set(ids) for ids in features.token_ids])
-        self._needs_ids = any(phrase is not None for phrase in self._phrases)
-        self._table: tuple[Tensor, Tensor] | None = None
 
     def place(self, device: torch.device) -> None:
         """Keep the gates' tensors where the text embeddings are, so that a compiled step copies nothing."""
-        self._probes = [
-            p if p is None or p.weight.device == device else GateProbe(p.weight.to(device), p.low, p.high)
-            for p in self._probes
-        ]
+        self._probes = [p if p is None or p.weight.device == device else p.to(device) for p in self._probes]
         self._phrases = [p if p is None else (p[0].to(device), p[1]) for p in self._phrases]
-
-    def record(self, hidden: Tensor, prompts: Sequence[str], negative: bool, ids: Callable) -> None:
-        """Remember which prompt made which rows; rows repeat for `num_images_per_prompt` in order.
-
-        Args:
-            ids: prompts -> token ids of each, without the special ones.
-        """
-        if hidden.ndim != 3 or hidden.shape[0] % len(prompts):
-            return
-        rows = hidden.detach()[:: hidden.shape[0] // len(prompts)]
-        gamma = None
-        if self._needs_ids:
-            gamma = self._formula(rows, [set(row) for row in ids(prompts)])
-        fresh = [
-            _Recorded(row, None if gamma is None else gamma[i], prompt, negative)
-            for i, (row, prompt) in enumerate(zip(rows, prompts, strict=True))
-        ]
-        kept: list[_Recorded] = []
-        for entry in fresh + self.recorded:  # each once: a compiled step sees as many rows in the next run
-            if not any(entry.same(other) for other in kept):
-                kept.append(entry)
-        self.recorded = kept[:_REMEMBERED]
-        if self._needs_ids:
-            same = [
-                r for r in self.recorded if r.embedding.shape == rows.shape[1:] and r.embedding.device == rows.device
-            ]
-            self._table = torch.stack([r.embedding for r in same]), torch.stack([r.gamma for r in same])
-            for part in self._table:  # other prompts than these are no reason to compile again
-                torch._dynamo.maybe_mark_dynamic(part, 0)
 
     def named(self, gamma: list[float]) -> dict[str, float]:
         """One row of Gamma by concept; the widest gate of membranes that share a name."""
@@ -128,33 +105,57 @@ class GateBank:
             named[concept] = max(value, named.get(concept, value))
         return named
 
-    def recorded_row(self, row: Tensor) -> _Recorded | None:
-        """The newest record whose embedding equals `row` (N, d), or None."""
-        for entry in self.recorded:
-            if entry.embedding.shape == row.shape and torch.equal(entry.embedding.to(row), row):
-                return entry
-        return None
+    def __call__(
+        self,
+        hidden: Tensor,
+        pooled: Tensor | None = None,
+        negative: Sequence[bool] | None = None,
+        recorded: PromptRecord | None = None,
+    ) -> Tensor:
+        """Judge the rows of one call of the denoiser.
 
-    def __call__(self, hidden: Tensor) -> Tensor:
-        gamma = self._formula(hidden, [set()] * hidden.shape[0])
-        if self._table is not None and self._table[0].shape[1:] == hidden.shape[1:]:
-            rows, known = self._table
-            match = (hidden[:, None] == rows.to(hidden)).flatten(2).all(dim=2)  # (B, R)
-            found = known.to(hidden.device)[match.int().argmax(dim=1)]  # newest first
-            gamma = torch.where(match.any(dim=1, keepdim=True), found, gamma)
+        Args:
+            hidden: (B, N, d) its text. pooled: (B, p) or None.
+            negative: which of the B rows guide away from their text (negative or unconditional), in which no gate
+                opens unless `negative_rows`; None goes by what was recorded of their embeddings.
+            recorded: the prompts of the call at hand; None is `self.recorded`.
+        """
+        recorded = self.recorded if recorded is None else recorded
+        gamma = torch.stack([self._features(k, hidden, pooled) for k in range(len(self.kinds))], dim=1)
+        words, recorded_negative = recorded.look_up(hidden)
+        if words is not None:
+            gamma = torch.maximum(gamma, words)
+        shut = recorded_negative if negative is None else _mask(negative, hidden.device)
+        if shut is not None and not self.negative_rows:
+            gamma = gamma.masked_fill(shut[:, None], 0.0)
         return official_gamma(gamma) if self.official else gamma
 
-    def _formula(self, hidden: Tensor, ids: list[set[int]]) -> Tensor:
-        columns = []
-        for kind, probe, phrases in zip(self.kinds, self._probes, self._phrases, strict=True):
-            if kind == "always":
-                columns.append(torch.ones(hidden.shape[0], device=hidden.device))
-            elif kind == "probe":
-                columns.append(probe_gate(hidden, probe))
+    def _features(self, k: int, hidden: Tensor, pooled: Tensor | None) -> Tensor:
+        """(B,): how far the embeddings alone open gate k."""
+        kind, probe, phrases = self.kinds[k], self._probes[k], self._phrases[k]
+        if phrases is not None:
+            concept, concept_ids = phrases
+            length = min(hidden.shape[1], concept.shape[1])  # max_sequence_length may differ between calls
+            concept = concept[:, :length].to(hidden.device)
+            return facilitated_transport(hidden[:, :length], concept, [()] * len(hidden), concept_ids)
+        if kind == "always" or probe is None:
+            return torch.ones(hidden.shape[0], device=hidden.device)
+        return probe_gate(hidden, probe, pooled)
+
+    def _openings(self, wording: Wording) -> list[float]:
+        """(K,): how far the words of a prompt open each gate: by any text of it, the widest opening."""
+        found = []
+        for kind, folded, phrases in zip(self.kinds, self._folded, self._phrases, strict=True):
+            if phrases is not None:
+                overlap = token_overlap(wording.token_ids, phrases[1])
+                found.append(max((value for row in overlap for value in row), default=0.0))
             else:
-                concept, concept_ids = phrases
-                length = min(hidden.shape[1], concept.shape[1])  # max_sequence_length may differ between calls
-                columns.append(
-                    facilitated_transport(hidden[:, :length], concept[:, :length].to(hidden.device), ids, concept_ids)
-                )
-        return torch.stack(columns, dim=1)
+                found.append(float(kind == "auto" and any(names(text, folded) for text in wording.texts)))
+        return found
+
+
+def _mask(negative: Sequence[bool], device: torch.device) -> Tensor:
+    count = sum(negative)
+    if list(negative[:count]) == [True] * count:  # made where it is needed: a compiled step copies nothing
+        return torch.arange(len(negative), device=device) < count
+    return torch.tensor(list(negative), device=device)

@@ -16,6 +16,8 @@ from ..errors import MembraneError
 from .types import GateProbe
 
 GATES = ("probe", "paper", "official", "always")
+# Where the thresholds lie, see `fit_probe`; chosen by hand on withheld words.
+_USUAL, _LOW, _HIGH = 0.99, 0.35, 0.6
 _GAIN = 1e-3  # of a probe's separation, which is a share: a round that adds less is the last; chosen by hand
 
 
@@ -51,10 +53,19 @@ def facilitated_transport(
             " id set per row, encoded at the same length"
         )
     flat = [torch.nn.functional.normalize(h.float().flatten(1), dim=1) for h in (prompt_hidden, concept_hidden)]
-    concept_sets, prompt_sets = [set(ids) for ids in concept_token_ids], [set(ids) for ids in prompt_token_ids]
-    overlap = [[len(c & p) / len(c) if c else 0.0 for c in concept_sets] for p in prompt_sets]
-    similarity = torch.maximum(flat[0] @ flat[1].T, torch.tensor(overlap, device=flat[0].device))
+    similarity = flat[0] @ flat[1].T
+    if any(prompt_token_ids):
+        overlap = token_overlap(prompt_token_ids, concept_token_ids)
+        similarity = torch.maximum(similarity, torch.tensor(overlap, device=flat[0].device))
     return similarity.amax(dim=1).clamp(0.0, 1.0)
+
+
+def token_overlap(
+    prompt_token_ids: Sequence[Collection[int]], concept_token_ids: Sequence[Collection[int]]
+) -> list[list[float]]:
+    """|T(c) and T(p)| / |T(c)| for each of B prompts p and P phrases c, as (B, P) numbers."""
+    concepts, prompts = [set(ids) for ids in concept_token_ids], [set(ids) for ids in prompt_token_ids]
+    return [[len(c & p) / len(c) if c else 0.0 for c in concepts] for p in prompts]
 
 
 def official_gamma(gamma: Tensor) -> Tensor:
@@ -67,11 +78,12 @@ def official_gamma(gamma: Tensor) -> Tensor:
     return rearrange(gamma[:, :, None] * gamma[:, None, :], "b i j -> b (i j)")
 
 
-def probe_gate(hidden: Tensor, probe: GateProbe) -> Tensor:
+def probe_gate(hidden: Tensor, probe: GateProbe, pooled: Tensor | None = None) -> Tensor:
     """gamma = clip((max_t <h_t, weight> - low) / (high - low), 0, 1): exactly 0 for prompts below `low`.
 
     Args:
         hidden: (B, N, d) per-token hidden states.
+        pooled: (B, p) pooled embeddings, judged by `probe.pooled` where there is one; the wider gate counts.
 
     Returns:
         (B,) float32.
@@ -82,7 +94,10 @@ def probe_gate(hidden: Tensor, probe: GateProbe) -> Tensor:
             " (B, N, d) of the text encoder it was fitted on"
         )
     response = (hidden.float() @ probe.weight.to(hidden.device, torch.float32)).amax(dim=1)
-    return ((response - probe.low) / (probe.high - probe.low)).clamp(0.0, 1.0)
+    gamma = ((response - probe.low) / (probe.high - probe.low)).clamp(0.0, 1.0)
+    if probe.pooled is None or pooled is None:
+        return gamma
+    return torch.maximum(gamma, probe_gate(pooled[:, None], probe.pooled))
 
 
 def always(batch: int, device: torch.device | str = "cpu") -> Tensor:
@@ -90,20 +105,32 @@ def always(batch: int, device: torch.device | str = "cpu") -> Tensor:
     return torch.ones(batch, device=device)
 
 
-def fit_probe(concept_hidden: Tensor, other_hidden: Tensor, *, ridge: float = 1e-2, rounds: int = 8) -> GateProbe:
+def fit_probe(
+    concept_hidden: Tensor,
+    other_hidden: Tensor,
+    positions: Tensor | None = None,
+    *,
+    ridge: float = 1e-2,
+    rounds: int = 8,
+) -> GateProbe:
     """Fit the detector of gate "probe": a ridge discriminant whose *largest* response over a caption's tokens decides.
 
     w = argmin mean_i (w.h_i + b - 1)^2 + mean_j (w.h_j + b)^2 + lambda |w|^2
 
-    over one token i of each concept caption and tokens j of the others. Which token carries the concept is not given:
-    each round takes the one with the largest response, and adds every other caption's largest to the tokens j, until
-    the margin stops growing. Between the highest other response and the lowest concept response, `low` lies a third of
-    the way up and `high` two thirds: in the fit set gamma is exactly 0 and exactly 1. Where the sets overlap, `high`
-    is the lowest concept response, so that a concept caption still opens the gate fully.
+    over the tokens i that carry the concept and tokens j of the others. Each round adds every other caption's largest
+    response to the tokens j, until the margin stops growing. Where `positions` do not say which tokens carry it, the
+    first round takes all of them, and each later one the token with the largest response.
+
+    The thresholds lean towards opening, because words that nobody gave respond less than those that were fitted:
+    between the response that all but 1 % of the other captions stay below and the lowest concept response, `low` lies
+    0.35 of the way up and `high` 0.6. Where these overlap, `high` is the lowest concept response, so that a
+    concept caption still opens the gate fully.
 
     Args:
         concept_hidden: (n, N, d), captions that ask for the concept, in many phrasings.
         other_hidden: (m, N, d), captions that do not; the same captions with the surrogate make the best contrast.
+        positions: (n, s) of the tokens that carry the concept, the last of its phrase in each of s text encoders'
+            stretches; None where they are unknown.
         ridge: lambda as a share of the mean squared coordinate, > 0.
         rounds: at most so many refits, >= 1.
 
@@ -124,7 +151,9 @@ def fit_probe(concept_hidden: Tensor, other_hidden: Tensor, *, ridge: float = 1e
         raise MembraneError("the hidden states hold NaN or Inf; encode in float32, or check the text encoder")
     background = other.flatten(0, 1)
     spread = background.T @ background / len(background), background.mean(dim=0)
-    chosen, hard, best = concept.flatten(0, 1), background[:0], None
+    rows = torch.arange(len(concept))
+    chosen = concept.flatten(0, 1) if positions is None else concept[rows[:, None], positions.cpu()].flatten(0, 1)
+    hard, best = background[:0], None
     for _ in range(rounds):
         weight = _discriminant(chosen, hard, spread, ridge).float()  # the precision it is stored and used in
         on, off = ((h.float() @ weight).double() for h in (concept, other))
@@ -132,7 +161,8 @@ def fit_probe(concept_hidden: Tensor, other_hidden: Tensor, *, ridge: float = 1e
         if best is not None and probe.separation <= best.separation + _GAIN:
             break
         best = probe
-        chosen = concept[torch.arange(len(concept)), on.argmax(dim=1)]
+        if positions is None:
+            chosen = concept[rows, on.argmax(dim=1)]
         hard = torch.cat((hard, other[torch.arange(len(other)), off.argmax(dim=1)]))
     return best
 
@@ -149,7 +179,8 @@ def _discriminant(chosen: Tensor, hard: Tensor, spread: tuple[Tensor, Tensor], r
 
 
 def _with_thresholds(weight: Tensor, on: Tensor, off: Tensor) -> GateProbe:
-    lowest, highest, distance = on.min().item(), off.max().item(), (on.mean() - off.mean()).abs().clamp_min(1e-6).item()
-    gap = lowest - highest
-    low, high = (highest + gap / 3, lowest - gap / 3) if gap > 0 else (lowest - distance / 3, lowest)
+    lowest, distance = on.min().item(), (on.mean() - off.mean()).abs().clamp_min(1e-6).item()
+    usual = off.quantile(_USUAL).item()
+    gap = lowest - usual
+    low, high = (usual + _LOW * gap, usual + _HIGH * gap) if gap > 0 else (lowest - distance / 3, lowest)
     return GateProbe(weight, low, high, separation=gap / distance)

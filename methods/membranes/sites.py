@@ -41,6 +41,7 @@ class Plan:
     uniform: bool  # all rows have the same gates, so that weights can be folded
     grad: bool  # whether gradients were wanted when it was made
     negative: tuple[bool, ...] | None = None  # which rows guide away from their text; None where nobody said
+    said: tuple = ()  # what the caller said of its rows: a plan is for calls of which the same is said
     ran: set = field(default_factory=set)  # sites that ran, but for those in compiled graphs
     outputs: dict = field(default_factory=dict)  # site -> cached projection of the text
     fused: dict = field(default_factory=dict)  # site -> (down, up, gamma per row and rank)
@@ -194,7 +195,10 @@ class Site:
             payload = down, up, gamma[:, active.to(y.device)].to(y.dtype)
             if not plan.grad:
                 plan.fused[self] = payload
-        return self._add(y, x, *payload) if payload[0].shape[0] else y
+        if not payload[0].shape[0]:
+            return y
+        down, up, gamma = payload
+        return self._add(y, x, down, up, _perturbed(gamma, plan.negative, len(x)) if len(x) < len(gamma) else gamma)
 
     def _add(self, y: Tensor, x: Tensor, down: Tensor, up: Tensor, gamma_rows: Tensor) -> Tensor:
         """y + ((x D^T) * gamma) U."""
@@ -220,3 +224,22 @@ def _plain(module: nn.Module) -> bool:
     if type(module).forward not in (nn.Linear.forward, nn.Conv2d.forward) or not is_own_forward(module):
         return False
     return ordinary(module.weight)
+
+
+def _perturbed(gamma: Tensor, negative: Sequence[bool] | None, count: int) -> Tensor:
+    """The rows that perturbed attention (PAG) hands to a projection: all but the perturbed ones, or these alone.
+
+    They are the last third of [negative, positive, perturbed], or the last half of [positive, perturbed]; anything else
+    is given back whole, and refused.
+
+    Source: diffusers' PAGCFGIdentitySelfAttnProcessor2_0 and PAGIdentitySelfAttnProcessor2_0.
+    """
+    rows = len(gamma)
+    if negative is None or len(negative) != rows:
+        return gamma
+    third, half = rows // 3, rows // 2
+    if 3 * third == rows and tuple(negative) == (True,) * third + (False,) * (2 * third):
+        return gamma[:count] if count == 2 * third else gamma[-count:] if count == third else gamma
+    if 2 * half == rows and not any(negative) and count == half and torch.equal(gamma[:half], gamma[half:]):
+        return gamma[:half]
+    return gamma

@@ -12,6 +12,10 @@ from torch import Tensor
 
 from ..errors import MembraneError
 
+# Of prompts that name the concept: what a detector may miss and still be relied on. The words themselves are matched
+# beside it; this bounds what else it would let pass of what it was made to know.
+MOST_FALSE_CLOSED = 0.02
+
 
 @dataclass(frozen=True, eq=False)
 class LowRank:
@@ -74,8 +78,12 @@ class GateProbe:
     Args:
         weight: (d,).
         low, high: response thresholds, low < high.
-        separation: lowest concept response minus highest other one in the fit set, as a share of the distance of
-            their means: 1 is ideal, <= 0 means that the fit set overlaps. None if unknown.
+        separation: lowest concept response in the fit set minus the one that all but 1 % of the others stay below, as
+            a share of the distance of their means: 1 is ideal, <= 0 means that they overlap. None if unknown.
+        false_closed: share, of prompts kept out of the fit that name the concept, for which it is not fully open.
+        false_open: share, of prompts kept out of the fit that do not, for which it is not fully closed.
+        checked: how many prompts each of the two was measured on. None: all three unknown.
+        pooled: the detector on the pooled embedding (p,) of the families that read one; the wider gate counts.
 
     Raises:
         MembraneError: a weight that is not finite floats (d,), or low >= high.
@@ -85,12 +93,29 @@ class GateProbe:
     low: float
     high: float
     separation: float | None = None
+    false_closed: float | None = None
+    false_open: float | None = None
+    checked: tuple[int, int] | None = None
+    pooled: GateProbe | None = None
 
     def __post_init__(self):
         if self.weight.ndim != 1 or not self.weight.is_floating_point() or not torch.isfinite(self.weight).all():
             raise MembraneError(f"a probe weight of shape {tuple(self.weight.shape)}; expected finite floats (d,)")
         if not self.low < self.high:
             raise MembraneError(f"probe thresholds low={self.low}, high={self.high}; expected low < high")
+
+    def to(self, device: torch.device | str) -> GateProbe:
+        """The same detector with its weights on this device."""
+        return replace(
+            self, weight=self.weight.to(device), pooled=None if self.pooled is None else self.pooled.to(device)
+        )
+
+    @property
+    def tells(self) -> bool:
+        """Whether it can be trusted to open: its fit set does not overlap, and of the prompts kept out at most
+        `MOST_FALSE_CLOSED` found it closed. What is unknown is trusted."""
+        apart = self.separation is None or self.separation > 0
+        return apart and (self.false_closed is None or self.false_closed <= MOST_FALSE_CLOSED)
 
 
 @dataclass(frozen=True, eq=False)

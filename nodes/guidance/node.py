@@ -10,7 +10,8 @@ from comfy_api.latest import io, ui
 from ...methods.guidance.adavd import AdaVD
 from ...methods.guidance.category import bundled_categories, category_from_text, load_category
 from ...methods.guidance.config import SafeGuidanceConfig as Default
-from ...methods.guidance.nag import NAG, PRESETS as NAG_PRESETS
+from ...methods.guidance.nag import NAG
+from ...methods.guidance.nag import PRESETS as NAG_PRESETS
 from ...methods.guidance.safree import SAFREE
 from ...methods.guidance.sld import PRESETS, SLD
 

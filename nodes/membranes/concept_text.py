@@ -16,6 +16,7 @@ from ...methods.errors import MembraneError
 from ...methods.membranes.concept_fit import T5_POSITIONS, fit_concepts
 from ...methods.membranes.types import Membranes
 from ...methods.text_space import Segment, TextFeatures, TextSpace
+from .wordings import prompt_ids, tokenizer_of
 
 # diffusers' names only, as membrane files have them: ComfyUI knows each UNet projection by its own name, too
 _TOKENS = re.compile(r"^lora_(unet_(down|mid|up)_block.*_attn2_to_[kv]|transformer_context_embedder)$")
@@ -36,10 +37,7 @@ def erase_in(model, clip, concepts: Sequence[str], surrogate: str = "") -> Membr
     concepts = [concept.strip() for concept in concepts if concept.strip(" |")]
     if not concepts:
         raise MembraneError("the concept is empty; write what to erase, one concept a line, e.g. robot|android")
-    world = None
-    if model.get_attachment("semiperm_canvas"):
-        from ...canvas import captions as world
-    return fit_concepts(text_space(model, clip), concepts, surrogate.strip(), world=world)
+    return fit_concepts(text_space(model, clip), concepts, surrogate.strip())
 
 
 def text_space(model, clip) -> TextSpace:
@@ -92,7 +90,7 @@ def encoder_of(model, clip) -> tuple[Callable, list[Segment]]:
             for states, vector in _encoded(clip, part):
                 hidden.append(states[:, :limit])
                 pooled.append(vector)
-            ids += [_ids(clip, first, tokens) for tokens in part]
+            ids += [prompt_ids(clip, first, tokens[first]) for tokens in part]
             if bar is not None:
                 bar.update(len(part))
         vectors = torch.cat(pooled) if t5 and pooled[0] is not None else None
@@ -119,10 +117,6 @@ def _escaped(text: str) -> str:
     return text.replace("(", "\\(").replace(")", "\\)")  # ComfyUI reads brackets as weights
 
 
-def _tokenizer(clip, name: str):
-    return getattr(clip.tokenizer, f"clip_{name}", None) or getattr(clip.tokenizer, name)
-
-
 def _segment(clip, name: str, start: int, causal: bool) -> Segment:
     def prefix_tokens(texts: Sequence[str]) -> list[int]:
         return [len(_before_end(clip, name, clip.tokenize(_escaped(text)))) for text in texts]
@@ -133,11 +127,5 @@ def _segment(clip, name: str, start: int, causal: bool) -> Segment:
 def _before_end(clip, name: str, tokens: dict) -> list[int]:
     """Token ids of a tokenised prompt up to the end-of-text token, the begin-of-text token included."""
     ids = [pair[0] for pair in tokens[name][0]]
-    end = _tokenizer(clip, name).end_token
+    end = tokenizer_of(clip, name).end_token
     return ids[: ids.index(end)] if end in ids else ids
-
-
-def _ids(clip, name: str, tokens: dict) -> list[int]:
-    tokenizer = _tokenizer(clip, name)
-    special = {tokenizer.start_token, tokenizer.end_token}
-    return [i for i in _before_end(clip, name, tokens) if i not in special]

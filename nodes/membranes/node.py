@@ -18,8 +18,9 @@ FileNameIO = io.Custom("STRING,COMBO")
 CATEGORY = "semiperm/membranes"
 
 _GATES = (
-    "When a membrane opens, judged for each prompt of the batch by itself. auto: its probe where it has one, else"
-    " paper. probe: a detector fitted with the membrane. paper: similarity of the prompt to the concept's words."
+    "When a membrane opens, judged for each prompt of the batch by itself. auto: when the prompt has the concept's"
+    " words or its detector fires; always on where the detector cannot tell, paper where there is none. probe: the"
+    " detector alone. paper: similarity of the prompt to the concept's words."
 )
 
 
@@ -195,7 +196,15 @@ class SemipermApplyMembranes(io.ComfyNode):
                     "clip",
                     optional=True,
                     tooltip="The text encoder of your prompts. Needed by the gates paper and official, and by auto for"
-                    " membranes without a probe, such as SPM files.",
+                    " membranes without a detector, such as SPM files.",
+                ),
+                io.Boolean.Input(
+                    "negative_rows",
+                    default=False,
+                    optional=True,
+                    tooltip="Whether gates may open for the negative prompt, too. Off, because a membrane there takes"
+                    " the concept out of what the picture is steered away from: a negative prompt that names it would"
+                    " no longer work. On is as SPM's released code does it.",
                 ),
             ],
             outputs=[

@@ -30,11 +30,13 @@ from ...methods.membranes.types import Membranes
 from ..extra_rows import Rows
 from ..progress import Progress
 from ..root_patch import add_root
+from .wordings import wording_of
 
 logger = logging.getLogger(__name__)
 
 ATTACHMENT = "semiperm_membranes"
 _PLANS = 16  # text batches remembered: split and area conditionings take turns, rarely more than a few
+_NEGATIVE = 1  # in ComfyUI's cond_or_uncond
 _WRAPPER = comfy.patcher_extension.WrappersMP.OUTER_SAMPLE
 _numbers = itertools.count()
 
@@ -50,8 +52,7 @@ def apply_membranes_to(
     Args:
         model: ComfyUI's ModelPatcher of an SD1.x, SD2, SDXL, SD3 or Flux model.
         config: how they act; strength 0 returns the model itself.
-        clip: encodes the concept's phrases for the gates "paper" and "official", whose prompts' token ids are not known
-            here: they compare features alone.
+        clip: encodes the concept's phrases for the gates "paper" and "official".
 
     Raises:
         MembraneError: no membranes, a value outside its range, modules that this model has not, other shapes, another
@@ -63,7 +64,7 @@ def apply_membranes_to(
     targets = _targets(model, membranes)
     if config.check_base:
         check_base_models(membranes, {key: _weight(model, *target) for key, target in targets.items()})
-    bank = GateBank(_encoder(model, clip), membranes, config.gate)
+    bank = GateBank(_encoder(model, clip), membranes, config.gate, config.negative_rows)
     if config.strength == 0:
         return model
     patch = MembranePatch(membranes, config, bank, Progress(model.get_model_object("model_sampling")))
@@ -119,6 +120,12 @@ class MembranePatch:
     def sample(self, executor, *args, **kwargs):
         """Around a whole sampling run: nothing is carried from one to the next, and one that we missed is an error."""
         self._plans, self.plan, self._rows, self._steps, self._called = [], None, {}, [], False
+        self.bank.recorded.begin()
+        for kind, conds in (getattr(executor.class_obj, "conds", None) or {}).items():
+            for cond in conds:
+                wording = wording_of(embedding := cond.get("cross_attn"))
+                if wording is not None:
+                    self.bank.recorded.add(embedding, [wording], kind == "negative")
         patcher = getattr(executor.class_obj, "model_patcher", None)
         # hooks (scheduled LoRA) change weights in place between steps, and inference tensors would not tell
         self.weights_fixed = not getattr(patcher, "hook_patches", None)
@@ -158,9 +165,12 @@ class MembranePatch:
     def _begin(self, context: Tensor, pooled: Tensor | None, options: dict) -> None:
         self._called = True
         # every step brings a new tensor with the same text: the remembered plan takes it for its own
-        plan = next((p for t, p in self._plans if t.shape == context.shape and torch.equal(t, context)), None)
+        rows = Rows(len(context), options.get("cond_or_uncond") or [0], len(context))
+        negative = tuple(rows.chunks[rows.chunk_of(i)] == _NEGATIVE for i in range(len(context)))
+        known = ((t, p) for t, p in self._plans if t.shape == context.shape and p.negative == negative)
+        plan = next((p for t, p in known if torch.equal(t, context)), None)
         if plan is None:
-            plan = self._make(context, options.get("cond_or_uncond") or [0])
+            plan = self._make(context, pooled, negative)
             self._plans = [(context.clone(), plan), *self._plans][:_PLANS]
         plan.hidden, plan.pooled, self.plan = context, pooled, plan
         share, sigma = self.progress(options)
@@ -168,17 +178,21 @@ class MembranePatch:
         if not self._steps or self._steps[-1]["sigma"] != sigma:
             self._steps.append({"share": share, "sigma": sigma, "active": not self.outside})
 
-    def _make(self, context: Tensor, kinds: list[int]) -> Plan:
+    def _make(self, context: Tensor, pooled: Tensor | None, negative: tuple[bool, ...]) -> Plan:
         self.bank.place(context.device)
-        gamma = self.bank(context)
+        gamma = self.bank(context, pooled, negative)
         if not torch.isfinite(gamma).all():
             raise MembraneError("a gate is NaN or Inf: the text conditioning is not finite; check the text encoder")
-        rows = Rows(len(context), kinds, len(context))
         for i, (text, values) in enumerate(zip(context, gamma.tolist(), strict=True)):
-            kind = "negative" if kinds[rows.chunk_of(i)] == 1 else "positive"
-            fired = {"kind": kind, "prompt": None, "source": "embeds", "gamma": self.bank.named(values)}
-            same = (i, kind, float(text.float().sum()), *values)  # a plan that was dropped and made again is no new row
-            self._rows.setdefault(same, fired)
+            entry = self.bank.recorded.find(text, negative[i])
+            fired = {
+                "kind": "negative" if negative[i] else "positive",
+                "prompt": entry.prompt if entry else None,
+                "source": "prompt" if entry else "embeds",
+                "gamma": self.bank.named(values),
+            }
+            # a plan that was dropped and made again is no new row
+            self._rows.setdefault((i, negative[i], float(text.float().sum()), *values), fired)
         gates, gamma = gamma, gamma * self.strength
         return Plan(
             hidden=context,
@@ -190,6 +204,7 @@ class MembranePatch:
             neutral=not bool(gamma.any()),
             uniform=bool((gamma == gamma[:1]).all()),
             grad=torch.is_grad_enabled(),
+            negative=negative,
         )
 
     def report(self) -> dict:

@@ -13,7 +13,7 @@ import comfy.sample
 import torch
 from torch import Tensor
 
-from ...methods.errors import WatermarkError
+from ...methods.errors import ModelError, WatermarkError
 from ...methods.watermark.keys import WatermarkKey
 from ...methods.watermark.mark import KeyedMark, Payload, capacity
 from .content import sample_bound
@@ -40,7 +40,7 @@ def check_sampler(sampler) -> None:
         sampler: ComfyUI's SAMPLER object.
 
     Raises:
-        WatermarkError: an ancestral or SDE sampler, or one that is not known to be deterministic.
+        ModelError: an ancestral or SDE sampler, or one that is not known to be deterministic.
     """
     options = getattr(sampler, "extra_options", None) or {}
     function = getattr(sampler, "sampler_function", None)
@@ -51,7 +51,7 @@ def check_sampler(sampler) -> None:
     else:
         noisy = name not in _DETERMINISTIC or options.get("eta", 0.0) > 0
     if noisy or options.get("s_churn", 0.0) > 0:
-        raise WatermarkError(
+        raise ModelError(
             f"the sampler {name!r} is not known to be deterministic with its settings: noise added while sampling"
             " drowns the mark in the initial noise; expected euler, ddim, heun, dpmpp_2m, uni_pc, deis, ipndm or"
             " another one without noise of its own (s_churn 0, eta 0)"

@@ -6,6 +6,8 @@ import logging
 from collections.abc import Iterable
 from pathlib import Path
 
+from torch import nn
+
 from ...methods.errors import MembraneError
 from ...methods.files import save_safetensors
 from ...methods.membranes.file import load_membranes
@@ -112,7 +114,7 @@ def export_lora(pipe: Pipeline, membranes: Membrane | Iterable[Membrane], path: 
             raise MembraneError(f"{key} matches no module of this {type(denoiser).__name__}; wrong pipeline?")
         where, module = modules[key]
         down, up, _ = pack(membranes, key)
-        tail = (1, 1) if module.weight.ndim == 4 else ()
+        tail = (1, 1) if isinstance(module, nn.Conv2d) else ()
         tensors[f"{attribute}.{where}.lora_A.weight"] = down.reshape(*down.shape, *tail)
         tensors[f"{attribute}.{where}.lora_B.weight"] = up.T.reshape(*up.T.shape, *tail)
     return save_safetensors(tensors, path, {"format": "pt", "concepts": ", ".join(membranes.concepts)})

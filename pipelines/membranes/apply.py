@@ -23,6 +23,7 @@ from ...methods.membranes.packing import pack
 from ...methods.membranes.types import Membrane, Membranes
 from ..family import Pipeline, denoiser_of, family_of
 from ..text import encode_text, module_keys
+from ..weights import shape_of, weights_of
 from .state import MembraneHandle
 
 __all__ = ["apply_membranes", "remove_membranes"]
@@ -33,8 +34,8 @@ def apply_membranes(
 ) -> MembraneHandle:
     """Let membranes act on a loaded pipeline, in place of those it has; nothing changes if anything is wrong.
 
-    y = W x + sum_k gamma_k(row) up_k (down_k x) in every wrapped projection, with gamma per row of the batch: the
-    negative and unconditional rows have gates of their own.
+    y = W x + sum_k gamma_k(row) up_k (down_k x) in every wrapped projection, with gamma per row of the batch. The
+    negative and unconditional rows are left alone (`MembraneConfig.negative_rows`).
 
     Args:
         pipe: SD1.x, SD2, SDXL, SD3 or Flux pipeline (text-to-image, image-to-image, ...), `torch.compile`d or not.
@@ -69,8 +70,8 @@ def apply_membranes(
         _check_shape(key, available[key], pair)
         sites[key] = (available[key], pair)
     if config.check_base:
-        check_base_models(membranes, {key: available[key].weight for key in membranes.module_keys})
-    bank = GateBank(functools.partial(encode_text, pipe), membranes, config.gate)
+        check_base_models(membranes, weights_of(pipe, {key: available[key] for key in membranes.module_keys}))
+    bank = GateBank(functools.partial(encode_text, pipe), membranes, config.gate, config.negative_rows)
     handle = MembraneHandle(pipe, membranes, config, sites, bank)
     handle.replace(pipe)
     return handle
@@ -104,17 +105,13 @@ def _check_keys(membrane: Membrane, available: dict[str, nn.Module], denoiser: n
 
 def _check_shape(key: str, module: Any, pair: tuple[Tensor, Tensor, Tensor]) -> None:
     down, up, _ = pair
-    weight = module.weight
-    shape = (
-        getattr(module, "out_features", getattr(module, "out_channels", weight.shape[0])),
-        getattr(module, "in_features", getattr(module, "in_channels", weight.shape[1])),
-    )
+    shape = shape_of(module)
     pointwise = not hasattr(module, "kernel_size") or (
         set(module.kernel_size) == {1} and set(module.stride) == {1} and module.groups == 1 and not any(module.padding)
     )
     if not pointwise or shape != (up.shape[1], down.shape[1]):
         raise MembraneError(
-            f"{key}: membrane of (out, in) = {(up.shape[1], down.shape[1])} on a {type(module).__name__} with weight"
-            f" {tuple(weight.shape)}; expected the same (out, in) and, for convolutions, a 1x1 kernel: it was made for"
+            f"{key}: membrane of (out, in) = {(up.shape[1], down.shape[1])} on a {type(module).__name__} of {shape};"
+            f" expected the same (out, in) and, for convolutions, a 1x1 kernel: it was made for"
             " another base model"
         )

@@ -11,11 +11,12 @@ import re
 import torch
 from torch import Tensor, nn
 
-from ...methods.errors import MembraneError
+from ...methods.errors import MembraneError, ModelError
 from ...methods.membranes.layouts import AdapterFile, bare_name, refuse_bias
 from ...methods.membranes.types import LowRank
 from ..family import denoiser_of
 from ..text import module_keys
+from ..weights import weights_of
 
 __all__ = ["edited_weights", "placed_pairs"]
 
@@ -113,25 +114,34 @@ def edited_weights(pipe, adapter: AdapterFile, bias: str) -> tuple[dict[str, Ten
 
     Raises:
         MembraneError: names that are no parameter of the denoiser, other shapes, or edits of what is no projection.
+        ModelError: weights that cannot be seen, see `pipelines.weights`.
     """
     denoiser, attribute = denoiser_of(pipe)
     modules = {path: (key, module) for key, (path, module) in module_keys(denoiser, attribute).items()}
     state = denoiser.state_dict()
     before, after = {}, {}
     for name, edited in _diffusers_names(denoiser, adapter).items():
-        if name not in state:
+        where, _, leaf = name.rpartition(".")
+        if leaf == "weight" and where in modules:
+            mine = weights_of(pipe, {where: modules[where][1]})[where]
+        elif name in state:
+            mine = state[name]
+        else:
             raise _no_module(adapter, name, denoiser, next(iter(modules)))
-        mine = state[name]
+        if mine.is_meta:
+            raise ModelError(
+                f"{name} of this {type(denoiser).__name__} is on the meta device (offloaded), so that"
+                f" {str(adapter.path)!r} cannot be held against it; import it before offloading"
+            )
         if mine.shape != edited.shape:
             raise MembraneError(
                 f"{str(adapter.path)!r}: {name} is {tuple(edited.shape)}, this {type(denoiser).__name__} has"
                 f" {tuple(mine.shape)}; wrong base model?"
             )
         # a checkpoint saved in half precision differs from a float32 base by rounding alone: compare what both hold
-        mine, edited = mine.detach().to(edited.dtype), edited.to(mine.device)
-        if torch.equal(mine, edited) or torch.equal(mine, edited.to(state[name].dtype).to(edited.dtype)):
+        own, mine, edited = mine.dtype, mine.detach().to(edited.dtype), edited.to(mine.device)
+        if torch.equal(mine, edited) or torch.equal(mine, edited.to(own).to(edited.dtype)):
             continue
-        where, _, leaf = name.rpartition(".")
         if leaf == "bias" and where in modules:
             moved = float((edited - mine).float().norm() / mine.float().norm().clamp_min(1e-12))
             refuse_bias(adapter, name, f"by {moved:.1%} of its norm", bias)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import torch
 
@@ -14,6 +13,7 @@ from ...methods.membranes.types import Membranes
 from ...methods.text_space import TextSpace
 from ..family import Pipeline
 from ..text import encode_text, segments_of, text_projections
+from ..weights import weights_of
 
 
 @torch.no_grad()
@@ -39,16 +39,16 @@ def erase_concepts(
         pipe: SD1.x, SD2, SDXL, SD3 or Flux pipeline.
         concepts: names; "robot|android|droid" names synonyms too.
         surrogate: what they turn into; "" leaves the phrase out of the caption.
-        preserve: captions that must not change; None is a general list (canvas: its own captions). Captions that
-            name an erased concept are left out.
+        preserve: captions that must not change; None is a general list. Captions that name an erased concept are left
+            out, and a warning says where fewer than 50 remain.
         synonyms: name -> further phrasings.
-        templates: captions with one "{}" each; None is a general list (canvas: its own captions).
+        templates: captions with one "{}" each; None is a general list.
         config: how to solve.
         max_sequence_length: of T5 (SD3, Flux), the one you will generate with; None is the pipeline's default.
 
     Raises:
         ModelError: an unsupported pipeline.
-        MembraneError: no concept, a template without "{}", or a surrogate equal to the concept.
+        MembraneError: no concept, a template without "{}", or a surrogate that is a concept to be erased.
 
     Source: UCE (arXiv 2308.14761), SPEED (arXiv 2503.07392), RECE (arXiv 2407.12383); see `ClosedFormConfig.method`.
 
@@ -57,19 +57,12 @@ def erase_concepts(
     """
     segments = segments_of(pipe)
     last = segments[-1]
-    world: Any = None  # the module of the canvas' captions
-    if getattr(pipe, "semiperm_canvas", False):
-        from ...canvas import captions
-
-        world = captions
     encode = functools.partial(
         encode_text,
         pipe,
         max_sequence_length=max_sequence_length,
         positions=None if last.causal else last.start + T5_POSITIONS,
     )
-    tokens, pooled = ({key: m.weight.detach() for key, m in group.items()} for group in text_projections(pipe))
+    tokens, pooled = (weights_of(pipe, group) for group in text_projections(pipe))
     space = TextSpace(encode, segments, tokens, pooled)
-    return fit_concepts(
-        space, concepts, surrogate, preserve, synonyms=synonyms, templates=templates, config=config, world=world
-    )
+    return fit_concepts(space, concepts, surrogate, preserve, synonyms=synonyms, templates=templates, config=config)

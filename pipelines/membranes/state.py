@@ -11,15 +11,17 @@ from torch import Tensor, nn
 from ...methods.errors import MembraneError
 from ...methods.membranes.config import MembraneConfig
 from ...methods.membranes.gate_bank import GateBank
+from ...methods.membranes.prompt_record import PromptRecord
 from ...methods.membranes.record import membrane_report
 from ...methods.membranes.sites import Folds, Plan, Site, modes_of
 from ...methods.membranes.types import Membranes
 from ...methods.modules import stamp
+from ...methods.text_space import Wording
 from ..handle import Handle, RootHook
 from ..hooks import parameters_of
-from ..run import Run
-from ..scheduler import image_tokens, share_of, sigma_of
-from ..text import token_ids
+from ..rows import Run, said, same_rows
+from ..scheduler import image_tokens, on_host, share_of, sigma_of
+from ..text import wordings
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +43,8 @@ class _Call:
 class _Record:
     """What happened in one call of the pipeline."""
 
-    def __init__(self):
+    def __init__(self, prompts: PromptRecord):
+        self.prompts = prompts
         self.plans: list[Plan] = []  # in the order of their first use
         self.current: Plan | None = None
         self.calls: list[_Step] = []  # none where the whole denoiser is compiled
@@ -74,7 +77,9 @@ class MembraneHandle(Handle):
         self.graphs = False  # whether sites were seen to run in graphs of a denoiser that is not one itself
 
     def new_record(self) -> _Record:
-        return _Record()
+        # what was encoded before counts where its embeddings are still held: they may come back as `prompt_embeds`
+        self.bank.recorded = self.bank.recorded.following()
+        return _Record(self.bank.recorded)
 
     def install(self) -> None:
         super().install()
@@ -139,12 +144,12 @@ class MembraneHandle(Handle):
         """One entry a row."""
         found = []
         for hidden, negative, gates in zip(plan.hidden, plan.negative, plan.gates.tolist(), strict=True):
-            entry = self.bank.recorded_row(hidden)
+            entry = self.run.record.prompts.find(hidden, negative)
             found.append(
                 {
                     "kind": "negative" if negative else "positive",
                     "prompt": entry.prompt if entry else None,
-                    "source": "prompt" if entry else "embeds",
+                    "source": "prompt" if entry and entry.prompt is not None else "embeds",
                     "gamma": self.bank.named(gates),
                 }
             )
@@ -174,19 +179,22 @@ class MembraneHandle(Handle):
             raise MembraneError(
                 "the denoiser was called without encoder_hidden_states: a membrane cannot see the prompt"
             )
+        pooled = inputs.get("pooled_projections")
         timestep, sample = torch.as_tensor(inputs["timestep"]), inputs[self.sample_name]
         tokens, window = image_tokens(self.family, self.denoiser, sample), self.config.window
         if torch.compiler.is_compiling():
-            gamma = self.bank(hidden) * self.strength
+            gamma = self.bank(hidden, pooled, self._traced_negative(len(hidden))) * self.strength
             if not window.whole:
                 gamma = gamma * window.contains(self._share(timestep, tokens)).to(gamma)
             return _Call(timestep, tokens, True, None, gamma.to(hidden.dtype))
         run = self.called()
         if not run.record.calls:
             self.folds.verify()
+        if not window.whole:
+            timestep = on_host(timestep)
         inside = window.whole or bool(window.contains(self._share(timestep, tokens)))
         run.record.calls.append(_Step(timestep, tokens, inside))
-        plan, new = self._plan_of(run, hidden, inputs.get("pooled_projections"))
+        plan, new = self._plan_of(run, hidden, pooled)
         gamma = plan.gamma.to(hidden.dtype)
         return _Call(timestep, tokens, inside, plan, gamma if inside else torch.zeros_like(gamma), new)
 
@@ -209,10 +217,10 @@ class MembraneHandle(Handle):
     def _plan_of(self, run: Run, hidden: Tensor, pooled: Tensor | None) -> tuple[Plan, bool]:
         """The remembered plan of this text batch, or a new one, in whose first call the sites are watched."""
         plans = run.record.plans
-        plan = next((plan for plan in plans[-_PLANS:] if plan.fits(hidden, pooled)), None)
+        plan = next((plan for plan in plans[-_PLANS:] if plan.fits(hidden, pooled) and plan.said == said()), None)
         new = plan is None
         if plan is None:
-            plan = self._new_plan(hidden, pooled)
+            plan = self._new_plan(run, hidden, pooled)
             plans.append(plan)
             run.seen += 1
             for old in plans[:-_PLANS]:
@@ -224,10 +232,13 @@ class MembraneHandle(Handle):
         run.record.current = plan
         return plan, new
 
-    def _new_plan(self, hidden: Tensor, pooled: Tensor | None) -> Plan:
+    def _new_plan(self, run: Run, hidden: Tensor, pooled: Tensor | None) -> Plan:
         grad = torch.is_grad_enabled()
+        # a row of unknown text counts as positive: it is judged
+        negative = tuple(bool(row) for row in self.negative_rows(hidden))
+        self._recognise(run, hidden, negative)
         with torch.set_grad_enabled(grad and hidden.requires_grad):
-            gates = self.bank(hidden)
+            gates = self.bank(hidden, pooled, negative, run.record.prompts)
             gamma = gates * self.strength
         if not torch.isfinite(gamma).all():
             raise MembraneError(
@@ -237,7 +248,7 @@ class MembraneHandle(Handle):
         if self.config.mode == "folded" and not uniform:
             raise MembraneError(
                 f"mode='folded' needs the same gates in all rows of the batch, but they differ: {gamma.tolist()};"
-                " expected gate='always' or mode='auto'"
+                " expected gate='always' with negative_rows=True, or mode='auto'"
             )
         return Plan(
             hidden=hidden,
@@ -249,7 +260,8 @@ class MembraneHandle(Handle):
             neutral=self.strength == 0 or (not grad and not bool(gamma.any())),
             uniform=uniform,
             grad=grad,
-            negative=tuple(bool(row) for row in self.negative_rows(hidden)),
+            said=said(),
+            negative=negative,
         )
 
     def _check_sites(self, call: _Call) -> None:
@@ -268,17 +280,38 @@ class MembraneHandle(Handle):
         if not tensors:
             return
         self._place(tensors[0].device, tensors[0].dtype)
-        prompts = _strings(arguments.get("prompt"))
-        if prompts and arguments.get("prompt_embeds") is None:
-            self.bank.record(tensors[0], prompts, False, self._ids)
-        negatives = _strings(arguments.get("negative_prompt")) or [""]
-        if len(tensors) > 1 and arguments.get("negative_prompt_embeds") is None:
-            self.bank.record(
-                tensors[1], negatives * (max(1, len(prompts)) if len(negatives) == 1 else 1), True, self._ids
-            )
+        self._record(tensors[0], arguments, "", False)
+        if len(tensors) > 1:
+            self._record(tensors[1], arguments, "negative_", True)
 
-    def _ids(self, prompts):
-        return token_ids(self.pipe, prompts)
+    def _record(self, hidden: Tensor, arguments: dict, which: str, negative: bool) -> None:
+        """Remember which rows were encoded just now, and their words where they came from words."""
+        texts = [_strings(arguments.get(f"{which}prompt{n}")) for n in ("", "_2", "_3")]
+        if arguments.get(f"{which}prompt_embeds") is None and (texts[0] or which):
+            count = max(1, len(_strings(arguments.get("prompt")))) if which else len(texts[0])
+            texts[0] = texts[0] or [""]
+            texts = [many * count if len(many) == 1 else many for many in texts]
+            if all(len(many) in (0, len(texts[0])) for many in texts):
+                self.here.record.prompts.add(hidden, wordings(self.pipe, *texts), negative)
+                return
+        self.here.record.prompts.add(hidden, [Wording(None, (), ())] * len(hidden), negative)
+
+    def _recognise(self, run: Run, hidden: Tensor, negative: tuple[bool, ...]) -> None:
+        """The words of rows that a text encoder was seen to read, for a pipeline that nobody listens to."""
+        for text in run.texts:
+            if text.sure or not text.prompts or run.record.prompts.known(hidden):
+                continue
+            for row, prompt in zip(text.rows, text.prompts, strict=True):
+                for number in same_rows(hidden, row[None]).nonzero().flatten().tolist():
+                    words = wordings(self.pipe, [prompt])
+                    run.record.prompts.add(hidden[number : number + 1], words, negative[number])
+
+    def _traced_negative(self, count: int) -> tuple[bool, ...] | None:
+        """In a graph: None goes by what is on record; where guidance is two calls, by the branch that is named."""
+        if self.family.one_call:
+            return None
+        context = vars(self.denoiser).get("cache_context")
+        return (context is not None and context.name == "uncond",) * count
 
     def _place(self, device: torch.device, dtype: torch.dtype) -> None:
         self.bank.place(device)

@@ -17,8 +17,8 @@ from ...methods.errors import TokenMergingError
 from ...methods.modules import same_bits, stamp
 from ...methods.token_merging.merging import MergeRows, merge_tokens
 from ...methods.token_merging.record import MergeRecord
-from ..rows import ExtraRows, chunks_of
-from ..scheduler import image_tokens, share_of, sigma_of
+from ..rows import ExtraRows, chunks_of, said
+from ..scheduler import image_tokens, on_host, share_of, sigma_of
 from .plan import MergePlan, make_plan
 from .reference import Reference
 
@@ -134,14 +134,17 @@ class Merging:
             call.image_tokens = image_tokens(self.family, denoiser, sample)
 
     def _plan(self, run, hidden: Tensor, timestep: Tensor, tokens: int) -> MergePlan | None:
-        scheduler, kept = self.handle.scheduler, run.record
+        scheduler, kept, timestep = self.handle.scheduler, run.record, on_host(timestep)
         share = share_of(scheduler, self.family, timestep, tokens, run.timesteps(scheduler))
         active, plan = self.config.window.contains(share), None
         if active:
-            plan = next((p for p in kept.plans if p.hidden is hidden and same_bits(hidden, p.stamped)), None)
+            plan = next(
+                (p for p in kept.plans if p.hidden is hidden and p.said == said() and same_bits(hidden, p.stamped)),
+                None,
+            )
             if plan is None:
                 plan = make_plan(hidden, self._chunks(run, hidden), *self._made_of())
-                kept.plans = [plan, *kept.plans][:_PLANS]
+                plan.said, kept.plans = said(), [plan, *kept.plans][:_PLANS]
                 run.seen += 1
         extra = plan.extra if plan is not None else 0
         kept.record.step(share, sigma_of(scheduler, self.family, timestep), bool(active), extra)

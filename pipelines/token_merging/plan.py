@@ -26,6 +26,7 @@ class MergePlan:
         rows: which rows are pushed from which, the reference rows included; None: nothing is pushed in this call.
         sources: the row that each reference row takes its other inputs from.
         labels: ("positive" or "negative", image) of each row of the batch.
+        said: of the rows, see `pipelines.rows.said`.
         joined: id -> (tensor, stamp, with the reference rows): kept, so that others recognise the text by identity.
     """
 
@@ -37,6 +38,7 @@ class MergePlan:
     sources: tuple[int, ...] = ()
     labels: tuple = ()
     joined: dict = field(default_factory=dict)
+    said: tuple = ()
 
     @property
     def extra(self) -> int:

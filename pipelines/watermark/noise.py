@@ -18,6 +18,7 @@ estimates at the strength's own level in as many evaluations (canvas, 16 picture
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
@@ -70,7 +71,8 @@ def replace_noise(pipe: Pipeline, noise: Tensor) -> Iterator[None]:
 
 @contextmanager
 def _replaced(target: Any, name: str, wrapper: Callable) -> Iterator[None]:
-    """Shadow a method of one object; where there is none, nothing happens."""
+    """Shadow a method of one object for this thread; where there is none, nothing happens."""
+    thread = threading.get_ident()
     original = getattr(target, name, None)
     if original is None:
         yield
@@ -78,6 +80,8 @@ def _replaced(target: Any, name: str, wrapper: Callable) -> Iterator[None]:
     had, before = name in vars(target), vars(target).get(name)
 
     def method(*args, **kwargs):
+        if threading.get_ident() != thread:  # another pipeline may share the scheduler
+            return original(*args, **kwargs)
         return wrapper(original, *args, **kwargs)
 
     vars(target)[name] = method

@@ -45,7 +45,11 @@ def test_erase_then_evaluate(untrained_canvas, tmp_path):
     assert "UA" in result.output and "robot" in result.output
     got = json.loads(figures.read_text())
     assert got["n"] == 3 and got["method"] == "membrane" and len(got["ua"]) == 3
-    assert set(got["untouched"]) == {"ua", "ira", "cra"} and got["machine"] and got["versions"]["torch"]
+    assert (
+        set(got["untouched"]) == {"ua", "ira", "cra", "kept", "attributes", "negative"}
+        and got["machine"]
+        and got["versions"]["torch"]
+    )
     assert {row["concept"] for row in got["rows"]} == {"robot"}
     run(*arguments, "--concept", "circle", "--resume", tmp_path / "runs.jsonl")
     assert json.loads(figures.read_text())["rows"][0]["concept"] == "circle"
@@ -69,10 +73,21 @@ def test_suite(untrained_canvas, tmp_path):
         figures,
     )
     got = json.loads(figures.read_text())
-    methods = ["untouched", "closed_form/always", "closed_form/gated", "uce/textbook", "negative_prompt"]
+    methods = [
+        "untouched", "closed_form/auto", "closed_form/always", "closed_form/paper", "uce/textbook", "negative_prompt",
+    ]  # fmt: skip
     assert list(dict.fromkeys(row["method"] for row in got["rows"])) == methods
     assert {row["concept"] for row in got["rows"]} == {"robot", "dotted"}
-    assert got["method"] == "closed_form/gated" and "ua" not in got  # an object and a style: no figure over both
+    assert got["method"] == "closed_form/auto" and "ua" not in got  # an object and a style: no figure over both
+
+
+def test_withheld_words(untrained_canvas, tmp_path):
+    figures = tmp_path / "figures.json"
+    run("evaluate", "canvas", "--suite", "--withhold", "--negative", "--concept", "robot", "--each", 1, "--repeats", 1,
+        "--steps", 1, "--json", figures)  # fmt: skip
+    rows = json.loads(figures.read_text())["rows"]
+    assert {row["words"] for row in rows} == {"withheld"} and {row["n"] for row in rows} == {1}
+    assert all(row["negative"][0] is not None for row in rows)
 
 
 @pytest.mark.parametrize("source", ["render", "samples"])

@@ -73,6 +73,8 @@ def test_an_unknown_model_is_one_line(tmp_path):
         (("erase", "canvas", "--concept", "robot", "-o", "x.safetensors", "--dtype", "int8"), "int8"),
         (("generate", "canvas", "a", "b", "-o", "x.png"), "2 prompts"),
         (("generate", "canvas", "a", "-o", "x.jpg"), ".png"),
+        (("generate", "canvas", "a", "-o", "x.png", "--device", "tpu9"), "--device tpu9"),
+        (("generate", "canvas", "a", "-o", "x.png", "--device", "cuda:77"), "there is cpu"),
         (("evaluate", "canvas"), "--membrane"),
         (("evaluate", "canvas", "--suite", "--concept", "elephant"), "elephant"),
         (("evaluate", "canvas", "--suite", "--prompts", "none.csv"), "none.csv"),
@@ -82,6 +84,22 @@ def test_an_unknown_model_is_one_line(tmp_path):
 def test_mistakes_are_one_line(arguments, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert words in fails(*arguments)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "says"),
+    [
+        ("--steps", "1001", "less than or equal to 1000"),
+        ("--seed", "99999999999999999999", "less than or equal to"),
+        ("--guidance", "nan", "nan is not a finite number"),
+        ("--guidance", "inf", "inf is not a finite number"),
+    ],
+)
+def test_numbers_out_of_range_are_told(option, value, says, tmp_path):
+    result = run("generate", "canvas", "a", "-o", tmp_path / "x.png", option, value)
+    assert result.exit_code == 2 and isinstance(result.exception, SystemExit)
+    assert says in result.output and option in result.output
     assert not list(tmp_path.iterdir())
 
 
@@ -150,3 +168,53 @@ def test_erase_inspect_generate_on_a_folder(folder, tmp_path):
     result = run("generate", folder, prompts[1], "--steps", 2, "--seed", 4, "-o", tmp_path / "one.png")
     assert result.exit_code == 0, result.output
     assert (np.asarray(Image.open(tmp_path / "one.png")) == pictures["bare"][1]).all()
+
+
+def test_a_full_disk_is_one_line(folder, tmp_path, monkeypatch):
+    import safetensors.torch
+    from safetensors import SafetensorError
+
+    def full(*_, **__):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    assert "No space left" in fails("erase", folder, "--concept", "robot", "-o", tmp_path / "x.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_single_file_without_a_network_says_what_to_do_at_once(tmp_path, monkeypatch):
+    from huggingface_hub import constants
+    from safetensors.torch import save_file
+    from semiperm.pipelines import loaders
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(loaders, "hub_answers", lambda: False)
+    file = tmp_path / "model.safetensors"
+    save_file({"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(320, 4, 3, 3)}, file)
+    line = fails("generate", file, "a star", "-o", tmp_path / "x.png")
+    assert "does not answer" in line and "diffusers folder" in line
+    assert not constants.HF_HUB_OFFLINE
+
+
+def test_whether_the_hub_answers_is_known_in_time(monkeypatch):
+    import socket
+    import time
+
+    from huggingface_hub import constants
+    from semiperm.pipelines import loaders
+
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(loaders, "_PATIENCE", 0.2)
+    monkeypatch.setattr(socket, "create_connection", lambda *_, **__: time.sleep(30))
+    assert not loaders.hub_answers(), "a look-up that hangs is no answer"
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.undo()
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
+        monkeypatch.setattr("urllib.request.getproxies", dict)
+        assert loaders.hub_answers()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert not loaders.hub_answers()

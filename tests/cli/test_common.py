@@ -24,6 +24,9 @@ def test_split_strength(tmp_path):
     assert common.split_strength(str(odd)) == (odd, 1.0)
     with pytest.raises(common.CliError, match="strength"):
         common.split_strength(f"{file}:much")
+    for strength in ("-2", "1.5", "nan"):
+        with pytest.raises(common.CliError, match="expected 0"):
+            common.split_strength(f"{file}:{strength}")
     with pytest.raises(common.CliError, match="there is no"):
         common.split_strength(f"{file}x:0.5")
 

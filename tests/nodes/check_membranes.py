@@ -5,6 +5,7 @@ diffusers face made of them. Prints JSON.
 """
 
 import json
+from dataclasses import replace
 
 import comfy.sample
 import comfy.samplers
@@ -13,9 +14,10 @@ from comfy.ldm.modules.attention import optimized_attention
 from safetensors.torch import load_file
 from semiperm.methods.errors import SemipermError
 from semiperm.methods.membranes.config import MembraneConfig
+from semiperm.methods.membranes.gates import fit_probe
 from semiperm.methods.membranes.types import Membranes
 from semiperm.nodes.canvas.model import load_canvas
-from semiperm.nodes.membranes.concept_text import erase_in
+from semiperm.nodes.membranes.concept_text import erase_in, text_space
 from semiperm.nodes.membranes.patch import apply_membranes_to, report_of
 
 given = load_file(ARGUMENTS[0])  # noqa: F821
@@ -46,6 +48,10 @@ def difference(a, b):
 found = {}
 plain = sample(model, conditioning(ROBOT))
 membranes = erase_in(model, clip, ["robot"])
+space = text_space(model, clip)
+detector = fit_probe(space.encode([ROBOT, "a robot", "a robot in sketch style on sky"]).hidden,
+                     space.encode([OTHER, "", "a circle", "a circle in sketch style on sky"]).hidden)  # fmt: skip
+membranes = Membranes([replace(membranes[0], probe=detector)])  # the canvas' own captions: one that surely tells
 found["base_model"], found["keys"] = membranes[0].base_model, list(membranes.module_keys)
 erased_model = apply_membranes_to(model, membranes)
 erased = sample(erased_model, conditioning(ROBOT))

@@ -1,4 +1,4 @@
-"""A method stays with its model: whatever wraps, shares, copies or replaces it, the pictures are the same, or an error."""
+"""A method stays with its model: whatever wraps, shares or copies it, the pictures are the same, or it is an error."""
 
 import copy
 import pickle

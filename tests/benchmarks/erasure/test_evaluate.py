@@ -154,7 +154,7 @@ def test_evaluate_has_the_promised_shape(tmp_path):
     methods = {"perfect": perfect, "nothing": contextmanager(lambda pipe, _: iter([{}]))}
     result = erasure.evaluate(pipe, judge, CASES, sets, methods=methods, main="perfect", advance=ticks.append, batch=8)
     json.dumps(result)
-    assert set(result) == {"ua", "ira", "cra", "untouched", "n", "method", "rows"}
+    assert set(result) == {*erasure.SCORES, "untouched", "n", "method", "rows"}
     assert result["n"] == 5 and result["method"] == "perfect"
     assert result["ua"][0] == result["ira"][0] == result["cra"][0] == 1.0
     assert result["untouched"]["ua"][0] == 0.0 and 0 <= result["ua"][1] < 1.0
@@ -183,6 +183,60 @@ def test_objects_and_styles_are_never_pooled():
     assert sum(r["ua"][0] * r["n"] for r in singles) / 4 == pooled["styles"]["ua"][0]
     one = erasure.evaluate(Painter(), judge, CASES, [("robot", "flat")], methods={"perfect": perfect}, main="perfect")
     assert one["ua"] == one["rows"][-1]["ua"] and [r["concept"] for r in one["rows"]] == ["robot+flat"] * 2
+
+
+def test_each_takes_as_many_that_ask_as_others():
+    pick = erasure.chosen(CASES, ["robot"], 1)
+    assert [CASES[i].object == "robot" for i in pick].count(True) == 1 and len(pick) == 2
+    assert erasure.chosen(CASES, ["robot"], None) == [0, 1, 2, 3, 4] and erasure.chosen(CASES, ["robot"], 9) == [
+        *range(5)
+    ]
+    pipe = Painter()
+    erasure.evaluate(pipe, judge, CASES, [("robot",)], methods={"perfect": perfect}, each=1)
+    assert [len(prompts) for prompts, *_ in pipe.calls] == [2, 2]
+
+
+def test_methods_know_the_names_alone_where_words_are_withheld():
+    told = []
+
+    @contextmanager
+    def spy(pipe, words):
+        told.append(words)
+        yield {}
+
+    for words in erasure.WORDS:
+        erasure.evaluate(Painter(), judge, CASES, [("robot", "star")], methods={"spy": spy}, words=words)
+    assert told[0]["robot"] == ("robot", "android", "mechanical man") and told[1] == {
+        "robot": ("robot",),
+        "star": ("star",),
+    }
+    from semiperm.canvas import captions
+
+    for case in erasure.built_in_cases(1, words="withheld"):
+        assert case.object not in case.prompt.split() and case.style not in case.prompt.split(), case
+        assert any(phrase in case.prompt for phrase in captions.phrases(case.object)[1:]), case
+
+
+def test_comparisons_with_the_untouched_pictures():
+    before = [Seen("robot", "flat", "red", "sky"), Seen("robot", "sketch", "red", "fog"), *SEEN[2:]]
+    after = [
+        Seen("nothing", "flat", "red", "sky"),
+        Seen("robot", "sketch", "blue", "fog"),
+        Seen("moon", "neon"),
+        *SEEN[3:],
+    ]
+    found = erasure.comparisons(CASES, after, before, [Seen("robot", "flat"), Seen("star", "sketch")], ["robot"])
+    assert (found["kept"].hits, found["kept"].n) == (2, 3)  # the star became a moon
+    assert (found["attributes"].hits, found["attributes"].n) == (9, 10)
+    assert (found["negative"].hits, found["negative"].n) == (1, 2)
+
+
+def test_the_negative_prompt_names_what_was_erased():
+    pipe = Painter()
+    erasure.evaluate(pipe, judge, CASES, [("robot",)], methods={"nothing": contextmanager(lambda pipe, _: iter([{}]))},
+                     negative=True, words="withheld")  # fmt: skip
+    asked = [(prompts, call["negative_prompt"]) for prompts, _, call in pipe.calls if "negative_prompt" in call]
+    assert asked == [(("a", "b"), ["robot", "robot"])] * 2
 
 
 def test_evaluate_refuses_before_it_paints():

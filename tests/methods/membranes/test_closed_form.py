@@ -338,13 +338,24 @@ def test_probe_separates_its_fit_set_exactly_and_generalises():
     assert (probe_gate(captions(300, True, 3), probe) == 1).float().mean() > 0.95
 
 
-def test_probe_thresholds_are_thirds_of_the_gap():
+def test_probe_thresholds_lie_low_in_the_gap():
     on, off = captions(40, True, 1), captions(80, False, 2)
     probe = fit_probe(on, off)
-    highest = max(float((caption @ probe.weight).max()) for caption in off)
+    highest = torch.stack([(caption @ probe.weight).max() for caption in off]).double().quantile(0.99).item()
     lowest = min(float((caption @ probe.weight).max()) for caption in on)
-    assert probe.low == pytest.approx(highest + (lowest - highest) / 3, abs=1e-5)
-    assert probe.high == pytest.approx(lowest - (lowest - highest) / 3, abs=1e-5)
+    assert probe.low == pytest.approx(highest + (lowest - highest) * 0.35, abs=1e-5)
+    assert probe.high == pytest.approx(highest + (lowest - highest) * 0.6, abs=1e-5)
+
+
+def test_known_positions_tell_the_concept_from_what_its_captions_have_in_common():
+    d, where = 24, torch.randint(0, 9, (60, 1), generator=torch.Generator().manual_seed(1))
+    concept, habit = torch.eye(d)[0], torch.eye(d)[1]
+    on = captions(60, False, 1) + 0.5 * habit
+    on[torch.arange(60), where[:, 0]] += 2 * concept
+    off = captions(200, False, 2)
+    probes = fit_probe(on, off, where, rounds=1), fit_probe(on, off, rounds=1)
+    share = [float(probe.weight @ concept / (probe.weight @ habit)) for probe in probes]
+    assert share[0] > 1.5 * share[1] > 0
 
 
 def test_overlapping_probe_still_opens_for_every_concept_caption():

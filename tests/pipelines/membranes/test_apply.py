@@ -1,6 +1,7 @@
 """What is special to membranes, on small real pipelines of each family; tests/test_contracts.py has the rest."""
 
 import dataclasses
+import inspect
 import logging
 
 import pytest
@@ -69,13 +70,97 @@ def test_closed_gates_are_the_untouched_model(pipe, untouched):
     assert {row["gamma"]["robot"] for row in handle.report()["rows"]} == {0.0}
 
 
+def by_words_alone(pipe, erased):
+    """The same membranes with a detector that sees nothing: gate "auto" is then the phrases."""
+    blind = GateProbe(torch.zeros(encode_text(pipe, ["a"]).hidden.shape[-1]), 1.0, 2.0)
+    return [dataclasses.replace(membrane, probe=blind) for membrane in erased]
+
+
 def test_erasing_moves_the_concept_only(pipe, erased, untouched):
-    handle = apply_membranes(pipe, erased)
+    handle = apply_membranes(pipe, by_words_alone(pipe, erased))
     image = run(pipe)
     by_prompt = {row["prompt"]: row["gamma"]["robot"] for row in handle.report()["rows"]}
     assert by_prompt == {"a photo of a robot": 1.0, "a painting of a house": 0.0, "": 0.0}
     assert not torch.equal(image[0], untouched[0])
     assert distance(image[1], untouched[1]) < 1e-6  # its rows ran in a batch with gated ones
+
+
+@pytest.mark.parametrize(
+    "prompt", ["ROBOT!", "two r\u00f3bots", "the android's (house:1.2), snow", "fog, droid, androids"]
+)
+def test_words_open_gates_in_any_form(pipe, erased, prompt):
+    handle = apply_membranes(pipe, by_words_alone(pipe, erased))
+    run(pipe, [prompt])
+    assert [row["gamma"]["robot"] for row in handle.report()["rows"] if row["kind"] == "positive"] == [1.0]
+
+
+@pytest.mark.parametrize("prompt", ["a robotic arm", "an and roid", "a house"])
+def test_parts_of_words_open_none(pipe, erased, untouched, prompt):
+    handle = apply_membranes(pipe, by_words_alone(pipe, erased))
+    run(pipe, [prompt])
+    assert {row["gamma"]["robot"] for row in handle.report()["rows"]} == {0.0}
+
+
+def test_negative_rows_are_left_alone_unless_asked_for(pipe, erased):
+    named = {"prompts": ["a house", "a cat"]}
+    stack = by_words_alone(pipe, erased)
+    untouched = call(pipe, named["prompts"], negative_prompt=["a robot", "robots"])
+    handle = apply_membranes(pipe, stack)
+    assert torch.equal(call(pipe, named["prompts"], negative_prompt=["a robot", "robots"]), untouched)
+    rows = handle.report()["rows"]
+    assert [row["kind"] for row in rows].count("negative") == 2 and {row["gamma"]["robot"] for row in rows} == {0.0}
+    handle = apply_membranes(pipe, stack, MembraneConfig(negative_rows=True))
+    assert not torch.equal(call(pipe, named["prompts"], negative_prompt=["a robot", "robots"]), untouched)
+    gates = {row["prompt"]: row["gamma"]["robot"] for row in handle.report()["rows"]}
+    assert gates == {"a robot": 1.0, "robots": 1.0, "a house": 0.0, "a cat": 0.0}
+    always = apply_membranes(pipe, stack, MembraneConfig(gate="always"))
+    call(pipe, ["a robot"], negative_prompt=["a robot"])  # the same embedding in both rows: never less than protected
+    positive = [row["gamma"]["robot"] for row in always.report()["rows"] if row["kind"] == "positive"]
+    assert positive and set(positive) == {1.0}
+
+
+def test_any_prompt_of_a_picture_opens_its_gates(pipe, erased):
+    handle = apply_membranes(pipe, by_words_alone(pipe, erased))
+    for name in ("prompt_2", "prompt_3"):
+        if name in inspect.signature(type(pipe).__call__).parameters:
+            call(pipe, ["a house"], negative_prompt=[""], **{name: ["a robot"]})
+            assert [r["gamma"]["robot"] for r in handle.report()["rows"] if r["kind"] == "positive"] == [1.0], name
+
+
+def test_more_prompts_than_any_fixed_memory(sd15):
+    erased = by_words_alone(sd15, erase_concepts(sd15, "robot", **ERASE))
+    with apply_membranes(sd15, erased) as handle:
+        call(sd15, [f"a robot {i}" for i in range(20)], negative_prompt=[f"fog {i}" for i in range(20)])
+        gates = [row["gamma"]["robot"] for row in handle.report()["rows"]]
+        assert gates == [0.0] * 20 + [1.0] * 20
+        call(sd15, ["a cat"], negative_prompt=[""])
+        assert len(handle.bank.recorded.entries) == 2  # what a call recorded ends with it
+
+
+def test_embeddings_that_somebody_keeps_keep_their_words(sd15):
+    erased = by_words_alone(sd15, erase_concepts(sd15, "robot", **ERASE))
+    with apply_membranes(sd15, erased) as handle:
+        embeds, negative = sd15.encode_prompt("a robot", torch.device("cpu"), 1, True)
+        for _ in range(2):
+            call(sd15, None, prompt_embeds=embeds, negative_prompt_embeds=negative)
+            assert [row["gamma"]["robot"] for row in handle.report()["rows"]] == [0.0, 1.0]
+            call(sd15, ["a cat"], negative_prompt=[""])
+        del embeds, negative
+        call(sd15, ["a cat"], negative_prompt=[""])
+        assert len(handle.bank.recorded.entries) == 2
+
+
+def test_a_detector_that_cannot_tell_leaves_its_membrane_on(sd15, caplog):
+    width = encode_text(sd15, ["a"]).hidden.shape[-1]
+    for fields in ({"separation": -0.1}, {"separation": 0.0}, {"separation": 0.5, "false_closed": 0.021}):
+        caplog.clear()
+        doubtful = strong(sd15, probe=GateProbe(torch.zeros(width), 1.0, 2.0, **fields))
+        with caplog.at_level(logging.WARNING), apply_membranes(sd15, doubtful) as handle:
+            run(sd15, ["a cat"])
+        assert "cannot tell" in caplog.text and handle.bank.kinds == ["always"]
+    sure = strong(sd15, probe=GateProbe(torch.zeros(width), 1.0, 2.0, separation=0.5, false_closed=0.02))
+    with apply_membranes(sd15, sure) as handle:
+        assert handle.bank.kinds == ["auto"]
 
 
 @pytest.mark.parametrize("gate", ["paper", "official", "always"])
@@ -92,7 +177,7 @@ def test_modes_agree(pipe, gate):
     prompts = PROMPTS if gate == "always" else PROMPTS[:1]
     images, used = {}, {}
     for mode in ("fused", "cached", "auto", *(["folded"] if gate == "always" else [])):
-        handle = apply_membranes(pipe, stack, MembraneConfig(gate=gate, mode=mode))
+        handle = apply_membranes(pipe, stack, MembraneConfig(gate=gate, mode=mode, negative_rows=True))
         images[mode] = run(pipe, prompts)
         used[mode] = handle.report()["modes"]
     assert used["fused"] == ["fused"] and "cached" in used["cached"]
@@ -155,7 +240,7 @@ def count_folds(monkeypatch):
 
 def test_folds_once_per_prompt(pipe, family, monkeypatch):
     folds = count_folds(monkeypatch)
-    handle = apply_membranes(pipe, strong(pipe), MembraneConfig(gate="always", mode="folded"))
+    handle = apply_membranes(pipe, strong(pipe), MembraneConfig(gate="always", mode="folded", negative_rows=True))
     run(pipe, steps=3)
     run(pipe, ["a dog"], steps=3)
     assert len(folds) == len(handle.sites)
@@ -166,11 +251,11 @@ def test_alternating_gates_do_not_fold_at_every_step(monkeypatch):
     pipe = build("flux")
     folds = count_folds(monkeypatch)
     stack = strong(pipe)
-    handle = apply_membranes(pipe, stack, MembraneConfig(gate="paper"))
+    handle = apply_membranes(pipe, stack, MembraneConfig(gate="paper", negative_rows=True))
     image = run(pipe, PROMPTS[:1], steps=4)
     assert handle.report()["modes"] == ["cached", "folded", "fused"]
     assert len(folds) < 2 * len(handle.sites)
-    apply_membranes(pipe, stack, MembraneConfig(gate="paper", mode="fused"))
+    apply_membranes(pipe, stack, MembraneConfig(gate="paper", mode="fused", negative_rows=True))
     assert distance(image, run(pipe, PROMPTS[:1], steps=4)) < CLOSE[torch.float32]
 
 
@@ -184,15 +269,15 @@ def test_inference_mode(pipe, erased):
 def test_in_place_change_of_the_embeddings_is_seen(pipe):
     denoiser, _ = denoiser_of(pipe)
     handle = apply_membranes(pipe, strong(pipe), MembraneConfig(gate="always"))
+    run(pipe)
     features = encode_text(pipe, PROMPTS)
     with torch.no_grad():
-        handle.select(features.hidden, features.pooled)
-        first = handle.plan
-        handle.select(features.hidden, features.pooled)
-        assert handle.plan is first
+        plans = handle.run.record.plans
+        _, new = handle._plan_of(handle.run, features.hidden, features.pooled)
+        assert new and handle._plan_of(handle.run, features.hidden, features.pooled) == (plans[-1], False)
         features.hidden.mul_(2)
-        handle.select(features.hidden, features.pooled)
-    assert handle.plan is not first
+        _, new = handle._plan_of(handle.run, features.hidden, features.pooled)
+    assert new
 
 
 @pytest.mark.parametrize(

@@ -164,3 +164,20 @@ def test_another_model_is_refused():
 
     with pytest.raises(ModelError, match="not supported"):
         apply_negative_token_merging(Pipe())
+
+
+def test_a_compiled_model_needs_only_what_prepare_encodes(sd):
+    """The first call of all is the compiled one: no tokenizer and no encoder is left for the graph."""
+    torch._dynamo.reset()
+    with apply_negative_token_merging(sd, config(reference_prompt="a cat")) as handle:
+        sd.unet.compile(backend="eager", fullgraph=True)
+        try:
+            with pytest.raises(Exception, match="handle.prepare"):
+                run(sd, [PROMPTS[0]])
+            torch._dynamo.reset()
+            handle.prepare(16, 16)
+            compiled = run(sd, [PROMPTS[0]])
+        finally:
+            sd.unet._compiled_call_impl = None
+            torch._dynamo.reset()
+        torch.testing.assert_close(compiled, run(sd, [PROMPTS[0]]), **CLOSE)

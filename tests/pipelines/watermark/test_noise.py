@@ -192,3 +192,22 @@ def test_the_mark_is_read_in_what_was_inpainted(canvas, drawn):
     assert [r.verdict for r in outside] == ["absent", "absent"]
     for marked, everywhere in zip(inside, whole, strict=True):
         assert marked.log10_p < -6 and marked.log10_p < everywhere.log10_p
+
+
+def test_another_thread_that_shares_the_scheduler_keeps_its_own_noise():
+    """Only the thread of the block has its noise replaced."""
+    import threading
+
+    from semiperm.pipelines.watermark.noise import _replaced
+
+    class Scheduler:
+        def add_noise(self):
+            return "its own"
+
+    shared, found = Scheduler(), []
+    with _replaced(shared, "add_noise", lambda original: "signed"):
+        other = threading.Thread(target=lambda: found.append(shared.add_noise()))
+        other.start()
+        other.join()
+        found.append(shared.add_noise())
+    assert found == ["its own", "signed"] and shared.add_noise() == "its own" and not vars(shared)
