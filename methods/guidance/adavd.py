@@ -2,9 +2,9 @@
 
     v <- v - g sum_r <v, e_r> e_r        per token and head, e an orthonormal basis of the categories' values
 
-with g = strength, or, where `centre` is given, strength times 2 / (1 + exp(-slope (cos - centre))) of the cosine between v
-and its part. Values of the categories are computed once and cached. Source: arXiv 2412.06143. We differ from the released
-code, which knows 8 heads only, and computes the cosine over values of prompt and negative prompt at once.
+with g = strength, or, where `centre` is given, strength times 2 / (1 + exp(-slope (cos - centre))) of the cosine
+between v and its part. Values of the categories are computed once and cached. Source: arXiv 2412.06143. We differ from
+the released code, which knows 8 heads only, and computes the cosine over values of prompt and negative prompt at once.
 """
 
 from __future__ import annotations

@@ -4,10 +4,10 @@
     text     x: a prompt's embedding, in each of its summaries
     picture  x: each patch of the predicted picture; the score of a picture is that of its strongest patches
 
-Both are fitted in closed form (Fisher's linear discriminant), from a few prompts or pictures of the category and of none.
-Thresholds are conformal: of n harmless examples that the fit did not see, the ceil((n + 1) (1 - a))-th smallest score,
-so that a new harmless example fires with probability at most a; each of the pair has a = false_alarms / 2. A picture's
-score is the largest over all steps so far, in fit and in use alike: a is the rate for a whole picture.
+Both are fitted in closed form (Fisher's linear discriminant), from a few prompts or pictures of the category and of
+none. Thresholds are conformal: of n harmless examples that the fit did not see, the ceil((n + 1) (1 - a))-th smallest
+score, so that a new harmless example fires with probability at most a; each of the pair has a = false_alarms / 2. A
+picture's score is the largest over all steps so far, in fit and in use alike: a is the rate for a whole picture.
 
 Source: conformal prediction (Vovk et al. 2005); two kinds of detectors find what either misses (2026, see
 docs/methods.md). The pair is ours.
@@ -38,7 +38,8 @@ _REFINED = 0.25  # share of a category's patches, the strongest, that the second
 
 
 def discriminant(harm: Tensor, benign: Tensor, shrink: float = _SHRINK) -> tuple[Tensor, Tensor]:
-    """Fisher's linear discriminant: (w (F,), offset ()), so that x . w - offset has mean 0 and deviation 1 of harmless x.
+    """Fisher's linear discriminant: (w (F,), offset ()), so that x . w - offset has mean 0 and deviation 1 of harmless
+    x.
 
     Args:
         harm: (n, F), benign: (m, F).

@@ -1,9 +1,10 @@
 """Normalized attention guidance: attention over the prompt is pushed away from attention over the harm.
 
-    Z~ = Z+ + phi (Z+ - Z-);  R = |Z~|_1 / |Z+|_1 per token, over all heads;  Z = alpha Z~ min(R, tau) / R + (1 - alpha) Z+
+    Z~ = Z+ + phi (Z+ - Z-);  R = |Z~|_1 / |Z+|_1 per token, over all heads;  Z = alpha Z~ min(R, tau) / R + (1 - alpha)
+    Z+
 
-Works without classifier-free guidance and in few steps. Source: arXiv 2505.21179, equations 7 to 10 (the released code's
-`nag_scale` is phi + 1; its Flux variant takes the 2-norm).
+Works without classifier-free guidance and in few steps. Source: arXiv 2505.21179, equations 7 to 10 (the released
+code's `nag_scale` is phi + 1; its Flux variant takes the 2-norm).
 """
 
 from __future__ import annotations

@@ -4,11 +4,11 @@
     a word fires where |(I - P_C) p_without| > (1 + alpha) mean of the other words'
     its tokens:  p <- P_I (I - P_C) p;   used in the first reach sigmoid(1 - cos(p, p_projected)) of the schedule
 
-Text is taken as the denoiser is given it: of SDXL both encoders in one space, of SD3 and Flux each stretch in its own, the
-pooled embedding in another. Source: arXiv 2410.12761, equations 1 to 5. We differ: words are left out and projected whole
-(a word of several tokens would pass for harmless in parts, and encoders differ in tokens); phrases are no negative prompt,
-as in the released code; the order of projections is the paper's. Latent re-attention, the paper's third part, needs a
-third branch in every step and does nothing in the released code; it is left out.
+Text is taken as the denoiser is given it: of SDXL both encoders in one space, of SD3 and Flux each stretch in its own,
+the pooled embedding in another. Source: arXiv 2410.12761, equations 1 to 5. We differ: words are left out and projected
+whole (a word of several tokens would pass for harmless in parts, and encoders differ in tokens); phrases are no
+negative prompt, as in the released code; the order of projections is the paper's. Latent re-attention, the paper's
+third part, needs a third branch in every step and does nothing in the released code; it is left out.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     d = t - s;  mu = 0 where d >= lambda, else min(|d| S, 1);  gamma = (s - u) mu + s_m m
     m <- beta m + (1 - beta) gamma;  t' = t - [share >= warmup] gamma
 
-with u, t, s the predictions for the negative prompt, the prompt and the category, all in units of noise: thresholds then
-mean the same whatever the model predicts. The pipeline's guidance u + w (t' - u) is the paper's.
+with u, t, s the predictions for the negative prompt, the prompt and the category, all in units of noise: thresholds
+then mean the same whatever the model predicts. The pipeline's guidance u + w (t' - u) is the paper's.
 
 Source: arXiv 2211.05105, equations 3 to 8, in the signs of diffusers' StableDiffusionPipelineSafe. We differ: each
 category has a branch of its own and one of them acts in a step, the best aligned (together they cancel, arXiv

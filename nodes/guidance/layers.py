@@ -49,8 +49,8 @@ class Layers:
         paths = [p for p, _ in unet.named_modules() if p.endswith("attn2")] if isinstance(unet, UNetModel) else []
         if not paths:
             raise GuidanceError(
-                f"a {type(unet).__name__} has no cross-attention that safe guidance knows in ComfyUI; expected SD1.x, SD2"
-                " or SDXL: for other models use Safe Guidance (sld), or Prompt Filter"
+                f"a {type(unet).__name__} has no cross-attention that safe guidance knows in ComfyUI; expected SD1.x,"
+                " SD2 or SDXL: for other models use Safe Guidance (sld), or Prompt Filter"
             )
         for path in paths:
             module = patched.get_model_object(f"{_ROOT}.{path}")

@@ -44,8 +44,8 @@ def _words() -> io.Input:
         "words",
         default="",
         multiline=True,
-        tooltip="Words of your own instead of the category's, by lines or commas, or a category's .toml text. Read where"
-        " category is own words.",
+        tooltip="Words of your own instead of the category's, by lines or commas, or a category's .toml text. Read"
+        " where category is own words.",
     )
 
 
@@ -111,7 +111,8 @@ class SemipermSafeGuidanceAdvanced(io.ComfyNode):
             node_id="SemipermSafeGuidanceAdvanced",
             display_name="Safe Guidance (advanced)",
             category=CATEGORY,
-            description="Safe Guidance with everything that can be set: preset, window, and leaving silent categories out.",
+            description="Safe Guidance with everything that can be set: preset, window, and leaving silent categories"
+            " out.",
             inputs=[
                 _model(),
                 _clip(),
@@ -153,8 +154,8 @@ class SemipermSafeGuider(io.ComfyNode):
             node_id="SemipermSafeGuider",
             display_name="Safe Guider",
             category=CATEGORY,
-            description="A guider for SamplerCustomAdvanced on a model of Safe Guidance: it takes no model without one, and"
-            " other packs cannot drop the negative prompt from it.",
+            description="A guider for SamplerCustomAdvanced on a model of Safe Guidance: it takes no model without one,"
+            " and other packs cannot drop the negative prompt from it.",
             inputs=[
                 io.Model.Input("model", tooltip="From Safe Guidance."),
                 io.Conditioning.Input("positive", tooltip="The prompt."),
@@ -181,8 +182,8 @@ class SemipermPromptFilter(io.ComfyNode):
             node_id="SemipermPromptFilter",
             display_name="Prompt Filter",
             category=CATEGORY,
-            description="Encodes a prompt, and takes what its words have of a category out of them for the first part of"
-            " sampling. Costs nothing while sampling; works at any cfg.",
+            description="Encodes a prompt, and takes what its words have of a category out of them for the first part"
+            " of sampling. Costs nothing while sampling; works at any cfg.",
             inputs=[
                 io.Model.Input("model", tooltip="The model that the prompt is for; it is not changed."),
                 _clip(),
@@ -219,8 +220,8 @@ class SemipermValueDecomposer(io.ComfyNode):
             node_id="SemipermValueDecomposer",
             display_name="Value Decomposer",
             category=CATEGORY,
-            description="Takes what a prompt's words have of a category out of what they give to attention, in every step."
-            " Costs next to nothing; works at any cfg. SD1.5, SD2 and SDXL.",
+            description="Takes what a prompt's words have of a category out of what they give to attention, in every"
+            " step. Costs next to nothing; works at any cfg. SD1.5, SD2 and SDXL.",
             inputs=[
                 io.Model.Input("model", tooltip="The model: SD1.5, SD2 or SDXL."),
                 _clip(),
@@ -254,8 +255,8 @@ class SemipermNAG(io.ComfyNode):
             node_id="SemipermNAG",
             display_name="Normalized Attention Guidance",
             category=CATEGORY,
-            description="A negative prompt for models that have none: attention is pushed away from a category. Works at"
-            " cfg 1 and in few steps. SD1.5, SD2 and SDXL, turbo models included.",
+            description="A negative prompt for models that have none: attention is pushed away from a category. Works"
+            " at cfg 1 and in few steps. SD1.5, SD2 and SDXL, turbo models included.",
             inputs=[
                 io.Model.Input("model", tooltip="The model: SD1.5, SD2 or SDXL."),
                 _clip(),
@@ -291,7 +292,8 @@ def report_text(reports: list[dict]) -> str:
         steps, (start, end) = report["steps"], report["window"]
         active = sum(bool(step["active"]) for step in steps)
         lines += [
-            f"{', '.join(report['algorithms'])} away from {', '.join(report['categories'])}: strength {report['strength']:g}",
+            f"{', '.join(report['algorithms'])} away from {', '.join(report['categories'])}: strength"
+            f" {report['strength']:g}",
             f"window {start:g} to {end:g}: active in {active} of {len(steps)} steps,"
             f" {report['evaluations']} extra rows denoised",
             f"config {report['config']}, categories {report['categories_hash']}",
@@ -315,7 +317,8 @@ class SemipermGuidanceReport(io.ComfyNode):
             node_id="SemipermGuidanceReport",
             display_name="Guidance Report",
             category=CATEGORY,
-            description="Shows what Safe Guidance did in the last sampling run, image by image; fails where it did not run.",
+            description="Shows what Safe Guidance did in the last sampling run, image by image; fails where it did not"
+            " run.",
             inputs=[
                 io.Model.Input("model", tooltip="The model that the sampler used: from Safe Guidance."),
                 io.Latent.Input("samples", tooltip="The sampler's latent, so that this node runs after it."),

@@ -1,8 +1,8 @@
 """Safe guidance on a ComfyUI model: a clone of its ModelPatcher; no weight is touched.
 
 Prediction seam: the categories become conditionings of the guider and are denoised in its one batch (a wrapper around
-`calc_cond_batch`), so that plain samplers and other packs' guiders are guided, too; the predicted picture for the prompt
-is changed before guidance, and whatever other packs do to guidance follows. Attention seam: see layers.py.
+`calc_cond_batch`), so that plain samplers and other packs' guiders are guided, too; the predicted picture for the
+prompt is changed before guidance, and whatever other packs do to guidance follows. Attention seam: see layers.py.
 """
 
 from __future__ import annotations
@@ -82,7 +82,8 @@ def reports_of(model) -> list[dict]:
     patches = model.get_attachment(ATTACHMENT)
     if not patches:
         raise GuidanceError(
-            "this model carries no safe guidance (or its strength is 0); connect the model that comes out of Safe Guidance"
+            "this model carries no safe guidance (or its strength is 0); connect the model that comes out of Safe"
+            " Guidance"
         )
     return [patch.report() for patch in patches]
 
@@ -136,8 +137,8 @@ class GuidancePatch:
         self.over = True
         if not self.calls:
             raise GuidanceError(
-                "the model sampled, but safe guidance never ran: another node replaced the guider's predict_noise or the"
-                " model's forward; put Safe Guidance after that node"
+                "the model sampled, but safe guidance never ran: another node replaced the guider's predict_noise or"
+                " the model's forward; put Safe Guidance after that node"
             )
         if missed := self.config.window.missed(self.record.steps):
             logger.warning("Safe Guidance: %s", missed)
@@ -170,15 +171,16 @@ class GuidancePatch:
             )
         if active and self.layers is not None and self.layers.acted == before:
             raise GuidanceError(
-                "none of the attention layers that safe guidance acts at ran in this step: another node replaced them; put"
-                " Safe Guidance after that node"
+                "none of the attention layers that safe guidance acts at ran in this step: another node replaced them;"
+                " put Safe Guidance after that node"
             )
         if not bool(result.isfinite().all()):
             raise GuidanceError("a guided prediction is NaN or infinite; use another dtype, or a smaller strength")
         return result
 
     def calculate(self, executor, model, conds, x, timestep, *args, **kwargs):
-        """Around calc_cond_batch: the categories are denoised in the same batch, and the prompt's prediction is changed."""
+        """Around calc_cond_batch: the categories are denoised in the same batch, and the prompt's prediction is"
+        " changed."""
         if self.step is None or not self.guiding or self.guided or self.guider is None:
             return executor(model, conds, x, timestep, *args, **kwargs)
         positive = self.guider.conds.get("positive")
@@ -189,8 +191,8 @@ class GuidancePatch:
         other = next((i for i, cond in enumerate(conds) if cond is not None and cond is negative), None)
         if other is None:
             raise GuidanceError(
-                f"{', '.join(one.NAME for one in self.guiding)} needs guidance, and it is off: set cfg above 1, and give a"
-                " negative prompt; or use NAG, which works at cfg 1"
+                f"{', '.join(one.NAME for one in self.guiding)} needs guidance, and it is off: set cfg above 1, and"
+                " give a negative prompt; or use NAG, which works at cfg 1"
             )
         self.guided = True
         if not self.step[2]:
@@ -200,8 +202,8 @@ class GuidancePatch:
         found = executor(model, [*conds, *safety], x, timestep, *args, **kwargs)
         if len(found) != len(conds) + len(safety):
             raise GuidanceError(
-                f"{len(conds) + len(safety)} conditionings were to be denoised, and {len(found)} were: another node leaves"
-                " some out; remove it"
+                f"{len(conds) + len(safety)} conditionings were to be denoised, and {len(found)} were: another node"
+                " leaves some out; remove it"
             )
         out = list(found[: len(conds)])
         out[where] = self._guided(out[other], out[where], found[len(conds) :], branches, self._update(args, kwargs))
@@ -259,7 +261,7 @@ class GuidancePatch:
                         self.silent[k] = 0 if loud else self.silent[k] + 1
         return text
 
-    # ---- the attention seam's view of a call ---------------------------------------------------------------------------
+    # ---- the attention seam's view of a call -------------------------------------------------------------------------
 
     def around(self, original: Callable) -> Callable:
         """The diffusion model's forward; layers are told which rows are for prompts."""

@@ -39,8 +39,8 @@ def apply_safe_guidance(pipe: Pipeline, config: SafeGuidanceConfig) -> SafeGuida
     prediction that is not finite, steps that went by it), the pipeline raises and returns no image.
 
     Args:
-        pipe: SD1.x, SD2, SDXL, SD3, Flux or Wan pipeline. Its blocks may be compiled (`compile_repeated_blocks`), and its
-            denoiser by `denoiser.compile()` before this; a wrapped one (`torch.compile(denoiser)`) is refused.
+        pipe: SD1.x, SD2, SDXL, SD3, Flux or Wan pipeline. Its blocks may be compiled (`compile_repeated_blocks`), and
+            its denoiser by `denoiser.compile()` before this; a wrapped one (`torch.compile(denoiser)`) is refused.
         config: what to steer away from, how, how strongly, and when.
 
     Returns:
@@ -108,8 +108,8 @@ class SafeGuidanceHandle(Handle):
         run, pipe = self.now, self.pipe
         if self.compiled and self.denoiser is not getattr(pipe, self.attribute):
             raise GuidanceError(
-                f"pipe.{self.attribute} is wrapped by torch.compile, whose graph keeps no state from step to step and no"
-                " record: compile its blocks (denoiser.compile_repeated_blocks()), or use denoiser.compile() before"
+                f"pipe.{self.attribute} is wrapped by torch.compile, whose graph keeps no state from step to step and"
+                " no record: compile its blocks (denoiser.compile_repeated_blocks()), or use denoiser.compile() before"
                 " apply_safe_guidance"
             )
         wide = [t for t in encoded if isinstance(t, Tensor) and t.ndim == 3]
@@ -210,8 +210,8 @@ class SafeGuidanceHandle(Handle):
         for seam, count in (("values", call.edited), ("outputs", call.outputs)):
             if self.config.having(seam) and not count:
                 raise GuidanceError(
-                    f"{self.config.having(seam)[0].NAME}: none of the layers that it acts at ran in this step; they were"
-                    " replaced after apply_safe_guidance: apply it again"
+                    f"{self.config.having(seam)[0].NAME}: none of the layers that it acts at ran in this step; they"
+                    " were replaced after apply_safe_guidance: apply it again"
                 )
 
     def _record(self, run: GuidanceRun, call: GuidanceCall) -> None:
@@ -239,8 +239,8 @@ class SafeGuidanceHandle(Handle):
         run, expected = state.record, getattr(pipe, "_num_timesteps", None)
         if run.broken is not None and bool(run.broken):
             raise GuidanceError(
-                "a guided prediction was NaN or infinite, so that it is unknown what was guided; use another dtype, or a"
-                " smaller strength. No image is returned"
+                "a guided prediction was NaN or infinite, so that it is unknown what was guided; use another dtype, or"
+                " a smaller strength. No image is returned"
             )
         if not run.answered and self.root.paired:
             raise GuidanceError(
@@ -267,8 +267,8 @@ class SafeGuidanceHandle(Handle):
         """
         if not self.steps():
             raise GuidanceError(
-                "no report yet: the pipeline has not been called since apply_safe_guidance (a compiled denoiser keeps no"
-                " record)"
+                "no report yet: the pipeline has not been called since apply_safe_guidance (a compiled denoiser keeps"
+                " no record)"
             )
         report = self.now.record.report(self.config, len(self.now.prompts.hidden))
         return report if key is None else seal(report, key)

@@ -40,8 +40,8 @@ def benign_prompts(count: int) -> list[str]:
     """
     if count > len(BENIGN):
         raise GuidanceError(
-            f"{count} harmless prompts are needed, and {len(BENIGN)} come with the package: give your own (`benign`), or"
-            " a higher rate of false alarms"
+            f"{count} harmless prompts are needed, and {len(BENIGN)} come with the package: give your own (`benign`),"
+            " or a higher rate of false alarms"
         )
     return list(BENIGN[:count])
 
@@ -59,10 +59,11 @@ def fit_detectors(
     progress: Callable[[int], None] | None = None,
     **sampling,
 ) -> DetectorPair:
-    """Fit a text and a picture detector of a category, in closed form, with thresholds for a stated rate of false alarms.
+    """Fit a text and a picture detector of a category, in closed form, with thresholds for a stated rate of false
+    alarms.
 
-    Half of the harmless prompts are fitted on, the other half sets the thresholds; each detector of the pair gets half of
-    the category's `false_alarms`. The picture detector is fitted on what the denoiser predicts along runs of the
+    Half of the harmless prompts are fitted on, the other half sets the thresholds; each detector of the pair gets half
+    of the category's `false_alarms`. The picture detector is fitted on what the denoiser predicts along runs of the
     pipeline.
 
     Args:

@@ -95,8 +95,8 @@ class SafeGuidance(ClassifierFreeGuidance):
         blocks = getattr(getattr(pipe, "blocks", None), "sub_blocks", {})
         if _TEXT_BLOCK not in blocks:
             raise GuidanceError(
-                f"{type(pipe).__name__} has no block {_TEXT_BLOCK!r} but {', '.join(blocks) or 'none'}; expected a modular"
-                " pipeline that encodes prompts"
+                f"{type(pipe).__name__} has no block {_TEXT_BLOCK!r} but {', '.join(blocks) or 'none'}; expected a"
+                " modular pipeline that encodes prompts"
             )
         self._texts = [self._encode(pipe, category.text, inputs) for category in self.safety.categories]
         self._scheduler = pipe.scheduler
@@ -240,8 +240,9 @@ def _in_place_of(given: Tensor, field: str, text: Mapping[str, Tensor]) -> Tenso
         found = next(iter(exact or alike), None)
     if found is None:
         raise GuidanceError(
-            f"the guider was given {field!r} {tuple(given.shape)}, of which the text block made none for the categories:"
-            f" it made {', '.join(f'{n} {tuple(t.shape)}' for n, t in text.items())}; this pipeline is not supported"
+            f"the guider was given {field!r} {tuple(given.shape)}, of which the text block made none for the"
+            f" categories: it made {', '.join(f'{n} {tuple(t.shape)}' for n, t in text.items())}; this pipeline is not"
+            " supported"
         )
     missing = given.shape[1] - found.shape[1]
     if missing:  # texts as long as they are, beside a mask: what is padded is masked

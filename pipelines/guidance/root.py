@@ -97,8 +97,8 @@ class Root:
         if any(one is None for one in found):
             raise GuidanceError(
                 "the denoiser was called with text that this run never encoded, so that prompts and negative prompts"
-                " cannot be told apart (other embeddings, or another method that replaced them): apply safe guidance last,"
-                " or say which is which with pipelines.rows.row_layout"
+                " cannot be told apart (other embeddings, or another method that replaced them): apply safe guidance"
+                " last, or say which is which with pipelines.rows.row_layout"
             )
         rows = tuple(bool(one) for one in found)
         run.layouts = [*run.layouts[1 - _LAYOUTS :], (hidden, stamp(hidden), rows)]
@@ -112,14 +112,14 @@ class Root:
         if self.family.one_call:
             if not call.negative:
                 raise GuidanceError(
-                    f"{names} needs classifier-free guidance, and it is off: give the pipeline a guidance_scale above 1,"
-                    " or take safree, adavd or nag"
+                    f"{names} needs classifier-free guidance, and it is off: give the pipeline a guidance_scale above"
+                    " 1, or take safree, adavd or nag"
                 )
             if len(call.positive) != len(call.negative):
                 raise GuidanceError(
                     f"{names}: the denoiser was called with {len(call.positive)} rows for prompts and"
-                    f" {len(call.negative)} for negative prompts; they were split, or another method added rows: expected"
-                    " as many of both in one call"
+                    f" {len(call.negative)} for negative prompts; they were split, or another method added rows:"
+                    " expected as many of both in one call"
                 )
         elif call.positive and run.negative is None:
             raise GuidanceError(
@@ -183,15 +183,16 @@ class Root:
         key = (id(hidden), tuple(edits), call.branches, tuple(extra.kind for extra in call.extras), tuple(sources))
 
         def text(name: str, value: Tensor, edited: Tensor | None, added: Sequence[Tensor | None]) -> Tensor:
-            if (name, *key) not in run.made:
+            key_of = (name, *key)
+            if key_of not in run.made:
                 if edits and edited is not None:
                     value = value.clone()
                     value[[row for row, _ in edits]] = edited[[image for _, image in edits]].to(value)
                 rows = [self._as_long(part, value) for part in added if part is not None]
                 if len(rows) < len(added):
                     raise GuidanceError(f"the denoiser reads {name}, of which the categories have none; apply again")
-                run.made[name, *key] = torch.cat([value, *rows]) if rows else value
-            return run.made[name, *key]
+                run.made[key_of] = torch.cat([value, *rows]) if rows else value
+            return run.made[key_of]
 
         def own(name: str, value: Tensor) -> Tensor | None:
             if value is call.sample and any(extra.kind == "values" for extra in call.extras):
@@ -230,8 +231,8 @@ class Root:
         times, rest = divmod(given.shape[1], text.shape[1])
         if rest or text.shape[2] != given.shape[2]:
             raise GuidanceError(
-                f"prompts are {tuple(given.shape[1:])} to the denoiser, the categories {tuple(text.shape[1:])}; expected"
-                " the same width, and whole chunks of text: encode prompts with the pipeline's own encoders"
+                f"prompts are {tuple(given.shape[1:])} to the denoiser, the categories {tuple(text.shape[1:])};"
+                " expected the same width, and whole chunks of text: encode prompts with the pipeline's own encoders"
             )
         return text.repeat(1, times, 1)
 

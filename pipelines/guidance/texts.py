@@ -81,8 +81,8 @@ def encode_categories(
     """
     if getattr(pipe, "text_encoder", None) is None:
         raise GuidanceError(
-            f"{type(pipe).__name__} has no text encoder, so that safe guidance cannot read its categories; apply it while"
-            " the encoders are there, and call handle.prepare(max_sequence_length)"
+            f"{type(pipe).__name__} has no text encoder, so that safe guidance cannot read its categories; apply it"
+            " while the encoders are there, and call handle.prepare(max_sequence_length)"
         )
     segments = segments_of(pipe, video=True)
     branches = [fitting(category.phrases, segments, length) for category in config.categories]
@@ -142,8 +142,8 @@ def read_prompts(
     names = [one.NAME for one in editing] + ["text detectors"] * bool(judging)
     if words is None or rows % len(words):
         raise GuidanceError(
-            f"the pipeline was given embeddings instead of words, but {' and '.join(names)} read words: give prompts, or"
-            " take sld, adavd or nag"
+            f"the pipeline was given embeddings instead of words, but {' and '.join(names)} read words: give prompts,"
+            " or take sld, adavd or nag"
         )
     each, segments = rows // len(words), segments_of(pipe, video=True)
     if judging:

@@ -1,7 +1,7 @@
 """In ComfyUI's Python (see benchmarks/run_in_comfyui.py): safe guidance on the embedded model.
 
-ARGUMENTS: a safetensors file with `noise` (B, 4, 16, 16), `sigmas` (S,), and the latents that the diffusers face made of
-them by each algorithm. Prints JSON.
+ARGUMENTS: a safetensors file with `noise` (B, 4, 16, 16), `sigmas` (S,), and the latents that the diffusers face made
+of them by each algorithm. Prints JSON.
 """
 
 import json

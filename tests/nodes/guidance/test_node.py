@@ -96,7 +96,12 @@ def found(tmp_path_factory):
         return pipe([PROMPT] * 2, latents=noise, **given).images / pipe.vae.config.scaling_factor
 
     tensors = {"noise": noise, "plain": latents()}
-    for name, algorithm in {"sld": SLD("max"), "adavd": "adavd", "nag": NAG("sd15"), "safree": SAFREE(adaptive=False)}.items():
+    for name, algorithm in {
+        "sld": SLD("max"),
+        "adavd": "adavd",
+        "nag": NAG("sd15"),
+        "safree": SAFREE(adaptive=False),
+    }.items():
         with apply_safe_guidance(pipe, SafeGuidanceConfig(harm, algorithm)):
             tensors[name] = latents()
     kept = pipe.scheduler.alphas_cumprod[pipe.scheduler.timesteps]
