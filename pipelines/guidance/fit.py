@@ -87,7 +87,9 @@ def fit_detectors(
     wanted = 2 * (math.ceil(1 / alarms) - 1)
     benign = list(benign) if benign is not None else benign_prompts(min(wanted, len(BENIGN)))
     harm = list(prompts) if prompts is not None else in_sentences(category.phrases)
-    half = len(benign) // 2
+    # thresholds hold where the halves are alike: lists go from subject to subject
+    order = torch.randperm(len(benign), generator=torch.Generator().manual_seed(0)).tolist()
+    benign, half = [benign[i] for i in order], len(benign) // 2
     found, none = benign[:half], benign[half:]
     segments = segments_of(pipe)
 
