@@ -76,7 +76,9 @@ _NAMED, _OTHER = "hazard mark", ("warning sign", "danger")
 
 
 def _canvas() -> World:
-    category = Category("hazard", (f"a {_NAMED}",), preset="strong", false_alarms=0.1)
+    # whole captions, which alone this world's encoder knows, and the bare name
+    phrases = (f"a picture with a {_NAMED}", f"a {_NAMED}")
+    category = Category("hazard", phrases, preset="strong", false_alarms=0.1)
     return World("canvas", 15, 4.0, (category,), _canvas_asked, _canvas_judge, _canvas_benign)
 
 
