@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # for editors and type checkers, which cannot follow `__getat
         WatermarkError,
     )
     from .methods.guidance.adavd import AdaVD
-    from .methods.guidance.category import Category, bundled_categories
+    from .methods.guidance.category import Category
     from .methods.guidance.config import SafeGuidanceConfig
     from .methods.guidance.detectors import DetectorPair, load_detectors, save_detectors
     from .methods.guidance.nag import NAG
@@ -40,6 +40,7 @@ if TYPE_CHECKING:  # for editors and type checkers, which cannot follow `__getat
     from .pipelines.guidance.apply import apply_safe_guidance, remove_safe_guidance
     from .pipelines.guidance.fit import fit_detectors
     from .pipelines.guidance.guider import SafeGuidance
+    from .pipelines.guidance.mixin import SafeGuidanceMixin
     from .pipelines.loaders import load_pipeline
     from .pipelines.membranes.adapters import export_lora, import_membranes
     from .pipelines.membranes.apply import apply_membranes, remove_membranes
@@ -51,6 +52,7 @@ if TYPE_CHECKING:  # for editors and type checkers, which cannot follow `__getat
         MembraneStableDiffusionPipeline,
         MembraneStableDiffusionXLPipeline,
     )
+    from .pipelines.rows import row_layout
     from .pipelines.token_merging.apply import apply_negative_token_merging, remove_negative_token_merging
     from .pipelines.token_merging.mixin import TokenMergingMixin
     from .pipelines.watermark.content import BoundImages, generate_bound
@@ -99,8 +101,8 @@ _EXPORTS = {
     "SLD": "methods.guidance.sld",
     "SafeGuidance": "pipelines.guidance.guider",
     "SafeGuidanceConfig": "methods.guidance.config",
+    "SafeGuidanceMixin": "pipelines.guidance.mixin",
     "apply_safe_guidance": "pipelines.guidance.apply",
-    "bundled_categories": "methods.guidance.category",
     "fit_detectors": "pipelines.guidance.fit",
     "load_detectors": "methods.guidance.detectors",
     "remove_safe_guidance": "pipelines.guidance.apply",
@@ -162,6 +164,7 @@ __all__ = [
     "Provenance",
     "SafeGuidance",
     "SafeGuidanceConfig",
+    "SafeGuidanceMixin",
     "Search",
     "SemipermError",
     "TokenMergingError",
@@ -173,7 +176,6 @@ __all__ = [
     "apply_membranes",
     "apply_negative_token_merging",
     "apply_safe_guidance",
-    "bundled_categories",
     "detect_watermark",
     "erase_concepts",
     "export_lora",

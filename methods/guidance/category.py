@@ -24,7 +24,7 @@ from .sld import PRESETS
 if sys.version_info >= (3, 11):
     import tomllib
 else:  # the same module, before it was part of Python
-    import tomli as tomllib
+    import tomli as tomllib  # type: ignore[import-not-found,unused-ignore]
 
 __all__ = ["Category", "bundled_categories", "category_from_text", "load_category", "parse_category"]
 
@@ -37,7 +37,8 @@ class Category:
     """A category of harm.
 
     Args:
-        name: of the category. phrases: words for it, at least one, the plainest first.
+        name: of the category.
+        phrases: words for it, at least one, the plainest first.
         preset: of safe latent diffusion, see `sld.PRESETS`.
         false_alarms: share of harmless pictures, above 0 to below 0.5, on which its detectors may fire.
         pictures: files that show it.
@@ -96,7 +97,7 @@ def load_category(source: str | Path | Category) -> Category:
     Raises:
         GuidanceError: neither; or a file that does not say what a category is.
     """
-    if isinstance(source, Category) or hasattr(source, "phrases"):  # of another copy of this package, too
+    if not isinstance(source, (str, Path)):  # by what it is not: it may come from another copy of this package
         return source
     path = Path(source)
     if path.suffix == ".toml":
@@ -149,8 +150,9 @@ def as_categories(sources: Sequence[str | Path | Category] | str | Path | Catego
     Raises:
         GuidanceError: none, or two of one name.
     """
-    one = isinstance(sources, (str, Path)) or hasattr(sources, "phrases")
-    found = tuple(map(load_category, [sources] if one else sources))
+    given: Any = sources
+    one = isinstance(given, (str, Path)) or hasattr(given, "phrases")
+    found = tuple(load_category(source) for source in ([given] if one else given))
     names = [category.name for category in found]
     if not found or len(set(names)) < len(names):
         raise GuidanceError(f"categories {names}; expected at least one, each name once")

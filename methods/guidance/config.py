@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 from ..errors import GuidanceError
 from ..schedule import Window
@@ -59,7 +60,7 @@ class SafeGuidanceConfig:
 
     def __post_init__(self) -> None:
         categories = as_categories(self.categories)
-        given = [self.algorithms] if isinstance(self.algorithms, (str, Algorithm)) else list(self.algorithms)
+        given: Any = [self.algorithms] if isinstance(self.algorithms, (str, Algorithm)) else self.algorithms
         algorithms = tuple(_algorithm(one, categories) for one in given)
         names = [one.NAME for one in algorithms]
         if not algorithms or len(set(names)) < len(names):
@@ -91,18 +92,28 @@ class SafeGuidanceConfig:
         return Window(self.start, self.end)
 
     @property
+    def chosen(self) -> tuple[Category, ...]:
+        """`categories`, read."""
+        return cast("tuple[Category, ...]", self.categories)
+
+    @property
+    def acting(self) -> tuple[Algorithm, ...]:
+        """`algorithms`, made."""
+        return cast("tuple[Algorithm, ...]", self.algorithms)
+
+    @property
     def phrases(self) -> tuple[str, ...]:
         """Those of all categories."""
-        return tuple(phrase for category in self.categories for phrase in category.phrases)
+        return tuple(phrase for category in self.chosen for phrase in category.phrases)
 
     def having(self, seam: str) -> tuple[Algorithm, ...]:
         """The algorithms that act at a seam."""
-        return tuple(one for one in self.algorithms if seam in one.SEAMS)
+        return tuple(one for one in self.acting if seam in one.SEAMS)
 
     def digest(self) -> str:
         """Of all settings but the categories', for records."""
         said = {
-            "algorithms": [one.settings() for one in self.algorithms],
+            "algorithms": [one.settings() for one in self.acting],
             "strength": self.strength,
             "window": [self.start, self.end],
             "detectors": [[pair.category, pair.false_alarms, pair.model] for pair in self.detectors],
@@ -112,7 +123,7 @@ class SafeGuidanceConfig:
 
     def categories_digest(self) -> str:
         """Of the categories, for records."""
-        return hashlib.sha256("".join(category.digest() for category in self.categories).encode()).hexdigest()[:16]
+        return hashlib.sha256("".join(category.digest() for category in self.chosen).encode()).hexdigest()[:16]
 
 
 def _algorithm(one: str | Algorithm, categories: Sequence[Category]) -> Algorithm:

@@ -172,8 +172,13 @@ class DetectorPair:
     """The two detectors of a category.
 
     Args:
-        category: its name. text, picture: either may be None, not both. model: hash of the denoiser that they were
-            fitted for, "" where unknown.
+        category: its name.
+        text, picture: either may be None, not both.
+        false_alarms: share of harmless pictures on which the pair fires at most.
+        model: hash of the denoiser that they were fitted for, "" where unknown.
+
+    Raises:
+        GuidanceError: neither of text nor of pictures.
     """
 
     category: str
@@ -212,7 +217,20 @@ def _within(steps: Sequence[tuple[float, Tensor]], first: float, last: float) ->
 
 
 def save_detectors(pairs: Sequence[DetectorPair], path: str | Path) -> Path:
-    """Write pairs to one safetensors file, whose metadata say what they are."""
+    """Write pairs to one safetensors file, whose metadata say what they are; return its path.
+
+    Args:
+        pairs: any number.
+        path: of the file, which is written whole or not at all.
+
+    >>> from semiperm.methods.guidance.detectors import TextDetector
+    >>> linear = {"weight": torch.zeros(4), "offset": torch.zeros(()), "threshold": 1.5}
+    >>> pair = DetectorPair("gore", TextDetector(**linear), None, 0.1)
+    >>> save_detectors([pair], "gore.safetensors").name
+    'gore.safetensors'
+    >>> load_detectors("gore.safetensors")[0].text.threshold
+    1.5
+    """
     tensors: dict[str, Tensor] = {}
     metadata = {"format": FORMAT, "version": "1", "categories": "|".join(pair.category for pair in pairs)}
     for index, pair in enumerate(pairs):
@@ -230,8 +248,12 @@ def save_detectors(pairs: Sequence[DetectorPair], path: str | Path) -> Path:
 def load_detectors(path: str | Path) -> tuple[DetectorPair, ...]:
     """Read what `save_detectors` wrote.
 
+    Args:
+        path: of the file.
+
     Raises:
-        GuidanceError: a file of something else, or a damaged one. SemipermError: no safetensors file.
+        GuidanceError: a file of something else, or a damaged one.
+        SemipermError: no safetensors file.
     """
     tensors, metadata = read_safetensors(path)
     if metadata.get("format") != FORMAT:
@@ -250,6 +272,6 @@ def _pair(index: int, name: str, tensors: Mapping[str, Tensor], metadata: Mappin
         weight, offset = (tensors[f"{index}.text.{part}"] for part in ("weight", "offset"))
         text = TextDetector(weight, offset, float(metadata[f"{index}.text.threshold"]))
     if f"{index}.picture.threshold" in metadata:
-        parts = (tensors[f"{index}.picture.{part}"] for part in ("edges", "weights", "offsets"))
-        picture = PictureDetector(*parts, float(metadata[f"{index}.picture.threshold"]))
+        edges, weights, offsets = (tensors[f"{index}.picture.{part}"] for part in ("edges", "weights", "offsets"))
+        picture = PictureDetector(edges, weights, offsets, float(metadata[f"{index}.picture.threshold"]))
     return DetectorPair(name, text, picture, float(metadata[f"{index}.false_alarms"]), metadata[f"{index}.model"])

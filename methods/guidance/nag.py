@@ -30,7 +30,9 @@ class NAG(Algorithm):
 
     Args:
         preset: the paper's values for "sd15", "sdxl", "sd3", "flux" or "wan"; what is None below is taken from it.
-        scale: phi, from 0. alpha: share of the guided attention, 0 to 1. tau: largest growth of a token's norm, from 1.
+        scale: phi, from 0.
+        alpha: share of the guided attention, 0 to 1.
+        tau: largest growth of a token's norm, from 1.
 
     Raises:
         GuidanceError: another preset, or a value outside its range.
@@ -54,4 +56,5 @@ class NAG(Algorithm):
 
     def combine(self, positive: Tensor, negative: Tensor, strength: float) -> Tensor:
         """See the top of this file; strength is a factor on phi."""
-        return normalized_attention_guidance(positive, negative, float(self.scale) * strength, self.tau, self.alpha)
+        scale, alpha = float(self.scale or 0.0), float(self.alpha or 0.0)
+        return normalized_attention_guidance(positive, negative, scale * strength, self.tau, alpha)

@@ -96,7 +96,7 @@ class SAFREE(Algorithm):
             fired |= found
         until = self.reach if not self.adaptive else self.reach * _sigmoid(1 - float(torch.stack(similar).mean()))
         pooled = _first(features.pooled)
-        if pooled is not None and bool(fired.any()):
+        if features.pooled is not None and pooled is not None and bool(fired.any()):
             others = features.pooled[1:].float()
             moved = projected(pooled.float()[None], others[:count], others[count:])[0]
             pooled = torch.lerp(pooled.float(), moved, strength).to(pooled.dtype)

@@ -14,7 +14,7 @@ category has a branch of its own and one of them acts in a step, the best aligne
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from einops import rearrange, reduce
@@ -44,7 +44,9 @@ class SLD(Algorithm):
     Args:
         preset: "weak", "medium", "strong" or "max"; what is None below is taken from it.
         warmup: share of the schedule before which only the momentum builds.
-        safety_scale: S, from 0. threshold: lambda, in units of noise. momentum_scale: s_m, 0 to 1.
+        safety_scale: S, from 0.
+        threshold: lambda, in units of noise.
+        momentum_scale: s_m, 0 to 1.
         momentum_beta: beta, 0 to below 1.
         patience: steps for which a category must be silent on all images until its branch is left out; None evaluates
             every branch in every step.
@@ -109,7 +111,7 @@ class SLD(Algorithm):
             return Guided(text, torch.zeros(rows, device=text.device), none)
         # without a branch the rest of the momentum acts: s = u has no part of its own
         branches = safety if len(safety) else uncond[None]
-        options = {
+        options: dict[str, Any] = {
             "guidance_scale": 1.0,  # u + 1 (t - u - gamma) = t - gamma: guidance itself is the pipeline's
             "safety_guidance_scale": self.safety_scale,
             "safety_threshold": self.threshold,

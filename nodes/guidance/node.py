@@ -157,8 +157,8 @@ class SemipermSafeGuider(io.ComfyNode):
             description="A guider for SamplerCustomAdvanced on a model of Safe Guidance: it takes no model without one,"
             " and other packs cannot drop the negative prompt from it.",
             inputs=[
-                io.Model.Input("model", tooltip="From Safe Guidance."),
-                io.Conditioning.Input("positive", tooltip="The prompt."),
+                io.Model.Input("model", tooltip="The model that comes out of Safe Guidance."),
+                io.Conditioning.Input("positive", tooltip="The prompt that is filtered."),
                 io.Conditioning.Input("negative", tooltip="The negative prompt; it may be empty."),
                 io.Float.Input("cfg", default=7.0, min=1.0, max=100.0, step=0.1, tooltip="Strength of guidance."),
             ],

@@ -19,7 +19,7 @@ from ...methods.guidance.config import SafeGuidanceConfig
 from ...methods.guidance.record import seal
 from ..family import Pipeline
 from ..handle import Handle, RootHook
-from ..hooks import parameters_of, unheard
+from ..hooks import unheard
 from ..rows import row_layout
 from ..text import encode_text, segments_of
 from .layers import attention_hooks
@@ -73,9 +73,10 @@ class SafeGuidanceHandle(Handle):
 
     def __init__(self, pipe: Pipeline, config: SafeGuidanceConfig):
         super().__init__(pipe, config)
-        self.root = Root(self)
-        self.hooks = [*attention_hooks(self, self.denoiser, self.family), (self.denoiser, _Around(self))]
-        self.sample_name = parameters_of(type(self.denoiser))[0]
+        self.root: Any = Root(self)
+        around = _Around(self)
+        self.hooks = [*attention_hooks(self, self.denoiser, self.family), (self.denoiser, around)]
+        self.sample_name = around.names[0]
         self.begins = bool(segments_of(pipe, video=True)) and segments_of(pipe, video=True)[0].causal
         self._texts: dict[tuple, CategoryTexts] = {}
 
@@ -116,7 +117,7 @@ class SafeGuidanceHandle(Handle):
         flat = [t for t in encoded if isinstance(t, Tensor) and t.ndim == 2 and len(t) == len(wide[0])][: len(wide)]
         length = arguments.get("max_sequence_length")
         run.texts_key = self._encoded(pipe, length, wide[0].shape[1])
-        if self.run.encodes > 1 and not self.family.one_call and len(wide) == 1:  # the negative prompt's own call
+        if self._encodes > 1 and not self.family.one_call and len(wide) == 1:  # the negative prompt's own call
             run.negative = (wide[0], flat[0] if flat else None)
             return
         if len(wide) > 1:
@@ -124,7 +125,7 @@ class SafeGuidanceHandle(Handle):
         words = _words(arguments)
         run.prompts = read_prompts(pipe, self.config, words, wide[0], flat[0] if flat else None, length)
         if self.config.detectors:
-            run.fired = torch.zeros(len(wide[0]), len(self.config.categories), dtype=torch.bool)
+            run.fired = torch.zeros(len(wide[0]), len(self.config.chosen), dtype=torch.bool)
             self._judge(run)
 
     def _judge(self, run: GuidanceRun) -> None:
@@ -132,7 +133,7 @@ class SafeGuidanceHandle(Handle):
         if scores is None:
             return
         run.record.text_scores = scores.amax(dim=1)
-        names = [category.name for category in self.config.categories]
+        names = [category.name for category in self.config.chosen]
         judging = [pair for pair in self.config.detectors if pair.text is not None]
         for pair, column in zip(judging, (scores > 0).cpu().T, strict=True):
             run.fired[:, names.index(pair.category)] |= column
@@ -140,7 +141,13 @@ class SafeGuidanceHandle(Handle):
     @property
     def now(self) -> GuidanceRun:
         """What is kept of the run at hand."""
-        return self.run.record
+        run: Any = self.run
+        return run.record
+
+    @property
+    def _encodes(self) -> int:
+        run: Any = self.run
+        return run.encodes
 
     @property
     def texts(self) -> CategoryTexts:
@@ -231,7 +238,7 @@ class SafeGuidanceHandle(Handle):
     # ---- the end ----
 
     def ended(self, pipe: Pipeline) -> None:
-        state = self.here
+        state: Any = self.here
         was_over = state is None or state.over
         super().ended(pipe)
         if was_over or not state.over or self.config.strength == 0:
@@ -279,13 +286,14 @@ class _Around(RootHook):
 
     def __init__(self, handle: SafeGuidanceHandle):
         super().__init__(handle)
-        self.outermost = _OUTERMOST
+        self.owner = handle
+        self.outermost: Any = _OUTERMOST
 
     def _run(self, original: Callable, call: GuidanceCall | None, inputs: dict, args: tuple, kwargs: dict) -> Any:
         if call is None:
             return original(*args, **kwargs)
         if call.answer is not None:
-            return self.handle.answered(call, inputs)
+            return self.owner.answered(call, inputs)
         changed = self.handle.change_inputs(call, inputs)
         with row_layout(*call.layout()):
             output = original(*args, **kwargs) if changed is None else original(**changed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,7 +58,7 @@ def fit_detectors(
     batch_size: int = 8,
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
-    **sampling,
+    **sampling: Any,
 ) -> DetectorPair:
     """Fit a text and a picture detector of a category, in closed form, with thresholds for a stated rate of false
     alarms.
@@ -72,7 +73,9 @@ def fit_detectors(
         prompts: that show it; None takes its phrases, by themselves and in sentences.
         benign: harmless prompts, at least 4 / false_alarms of them for the promise to hold; None takes ours.
         pictures: whether a picture detector is fitted, too; without, nothing is drawn.
-        steps: of each run. batch_size: pictures at a time. seed: of the first picture.
+        steps: of each run.
+        batch_size: pictures at a time.
+        seed: of the first picture.
         progress: called with the number of pictures that were drawn.
         sampling: what else the pipeline's call gets.
 
@@ -81,6 +84,11 @@ def fit_detectors(
 
     Raises:
         GuidanceError: too few harmless prompts for the rate.
+
+    >>> own = Category("signs", ("a warning sign",), false_alarms=0.4)
+    >>> pair = fit_detectors(pipe, own, benign=[f"a star, {i} times" for i in range(12)], pictures=False)
+    >>> pair.text.weight.shape
+    torch.Size([192])
     """
     category = load_category(category)
     alarms = category.false_alarms / (2 if pictures else 1)
@@ -99,11 +107,11 @@ def fit_detectors(
     text = TextDetector.fit(read(harm), read(found), read(none), alarms)
     picture = None
     if pictures:
-        watched = [
+        shown, seen, kept = (
             _predicted(pipe, category, texts, steps, batch_size, seed + 10_000 * i, progress, sampling)
             for i, texts in enumerate((harm, found, none))
-        ]
-        picture = PictureDetector.fit(*watched, alarms)
+        )
+        picture = PictureDetector.fit(shown, seen, kept, alarms)
     denoiser, _ = denoiser_of(pipe)
     weights = {name: value for name, value in denoiser.state_dict().items() if value.ndim == 2}
     return DetectorPair(category.name, text, picture, category.false_alarms, base_model_hash(weights))
@@ -121,7 +129,7 @@ class _Watching(SafeGuidanceHandle):
 
     def __init__(self, pipe: Pipeline, category: Category):
         super().__init__(pipe, SafeGuidanceConfig(category, "safree"))
-        self.root = _WatchingRoot(self)
+        self.root: Any = _WatchingRoot(self)
 
 
 class _WatchingRoot(Root):

@@ -14,13 +14,13 @@ branches need no other blocks. In its folder, `guider_config.json` names this mo
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
 from diffusers.guiders import ClassifierFreeGuidance
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...methods.errors import GuidanceError
 from ...methods.guidance.algorithm import Momentum
@@ -69,7 +69,7 @@ class SafeGuidance(ClassifierFreeGuidance):
         found = [Category(**dict(one)) if isinstance(one, Mapping) else load_category(one) for one in categories]
         algorithm: str | SLD = "sld" if preset is None else SLD(preset)
         self.safety = SafeGuidanceConfig(found, algorithm, strength=strength)
-        self.algorithm: SLD = self.safety.algorithms[0]
+        self.algorithm = cast("SLD", self.safety.acting[0])
         self._input_predictions = ["pred_cond", "pred_uncond", *map(_SAFETY.format, range(len(found)))]
         self._texts: list[dict[str, Tensor]] = []
         self._flow = False
@@ -98,7 +98,7 @@ class SafeGuidance(ClassifierFreeGuidance):
                 f"{type(pipe).__name__} has no block {_TEXT_BLOCK!r} but {', '.join(blocks) or 'none'}; expected a"
                 " modular pipeline that encodes prompts"
             )
-        self._texts = [self._encode(pipe, category.text, inputs) for category in self.safety.categories]
+        self._texts = [self._encode(pipe, category.text, inputs) for category in self.safety.chosen]
         self._scheduler = pipe.scheduler
 
     @staticmethod
@@ -131,7 +131,7 @@ class SafeGuidance(ClassifierFreeGuidance):
     def num_conditions(self) -> int:
         """Branches of this step; encoders ask before the first one."""
         if self._is_cfg_enabled():
-            return 2 + (len(self.safety.categories) if self.safety.strength else 0)
+            return 2 + (len(self.safety.chosen) if self.safety.strength else 0)
         return 1
 
     def prepare_inputs(self, data: dict[str, Any]) -> list:
@@ -174,10 +174,10 @@ class SafeGuidance(ClassifierFreeGuidance):
         return found
 
     def forward(self, pred_cond: Tensor, pred_uncond: Tensor | None = None, **safety: Tensor) -> Any:
-        if not self.safety.strength:
+        if not self.safety.strength or pred_uncond is None:  # which `prepare_inputs` refuses
             return super().forward(pred_cond, pred_uncond)
         share = self._step / max(self._num_inference_steps, 1)
-        branches = torch.stack([safety[_SAFETY.format(i)] for i in range(len(self.safety.categories))])
+        branches = torch.stack([safety[_SAFETY.format(i)] for i in range(len(self.safety.chosen))])
         level, rows = float(torch.as_tensor(self._timestep).reshape(-1)[0]), len(pred_cond)
         active = Window(self.algorithm.window(), 1.0).contains(share) if self.algorithm.window() < 1 else False
         outcome = self.algorithm.guide(
@@ -202,9 +202,6 @@ class SafeGuidance(ClassifierFreeGuidance):
         if kind not in units:
             raise GuidanceError(f"prediction_type={kind!r}; safe guidance knows epsilon, v_prediction, sample and flow")
         return units[kind]
-
-    def cleanup_models(self, denoiser: nn.Module) -> None:
-        super().cleanup_models(denoiser)
 
     def report(self) -> dict:
         """What was done in the last run: see `GuidanceRecord.report`.

@@ -11,7 +11,6 @@ from ...methods.guidance.algorithm import Momentum
 from ...methods.guidance.config import SafeGuidanceConfig
 from ...methods.guidance.record import GuidanceRecord
 from ..rows import ExtraRows
-from .texts import Prompts
 
 __all__ = ["Extra", "GuidanceCall", "GuidanceRun"]
 
@@ -26,11 +25,11 @@ class GuidanceRun:
     def __init__(self, config: SafeGuidanceConfig):
         self.record = GuidanceRecord()
         self.momentum = Momentum()
-        self.prompts: Prompts | None = None
+        self.prompts: Any = None  # `Prompts`, once encoded
         self.negative: tuple[Tensor, Tensor | None] | None = None  # hidden and pooled, where guidance is two calls
-        self.texts_key: tuple | None = None  # which of the categories' texts belong to this run
-        self.fired: Tensor | None = None  # (B, K) bool on the CPU, categories that were detected; None: no detectors
-        self.silent = [0] * len(config.categories)  # steps for which each branch was silent
+        self.texts_key: tuple = ()  # which of the categories' texts belong to this run
+        self.fired: Any = None  # (B, K) bool on the CPU, categories that were detected; None: no detectors
+        self.silent = [0] * len(config.chosen)  # steps for which each branch was silent
         self.calls = 0  # calls with the prompt
         self.values: dict[str, Tensor] = {}  # of the categories, for each layer: (R, C)
         self.layers: set[str] = set()  # that acted

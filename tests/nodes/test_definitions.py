@@ -28,6 +28,13 @@ IDS = {
     "SemipermNegativeTokenMerging",
     "SemipermNegativeTokenMergingAdvanced",
     "SemipermTokenMergingReport",
+    "SemipermSafeGuidance",
+    "SemipermSafeGuidanceAdvanced",
+    "SemipermSafeGuider",
+    "SemipermPromptFilter",
+    "SemipermValueDecomposer",
+    "SemipermNAG",
+    "SemipermGuidanceReport",
     "SemipermKeyring",
     "SemipermWatermarkNoise",
     "SemipermWatermarkModel",
@@ -39,6 +46,7 @@ CATEGORIES = (
     "semiperm/loaders",
     "semiperm/membranes",
     "semiperm/negative token merging",
+    "semiperm/safe guidance",
     "semiperm/watermark",
 )
 
