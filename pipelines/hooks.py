@@ -37,7 +37,6 @@ _branch: ContextVar[str | None] = ContextVar("semiperm_branch", default=None)
 _ours: ContextVar[bool] = ContextVar("semiperm_ours", default=False)  # whether we ourselves call the pipeline
 
 
-@functools.cache
 def parameters_of(cls: type) -> tuple[str, ...]:
     """The names of a module class's inputs, in order: `dict(zip(names, args)) | kwargs` has a call's inputs by name."""
     return tuple(inspect.signature(cls.forward).parameters)[1:]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import socket
 import threading
 import urllib.parse
@@ -10,6 +11,7 @@ import urllib.request
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -68,10 +70,14 @@ def load_pipeline(
 _PATIENCE = 3.0
 
 
+def _hub() -> Any:
+    """The settings of the hub's client, which diffusers brings along and reads at every call."""
+    return importlib.import_module("huggingface_hub.constants")
+
+
 def hub_answers() -> bool:
     """Whether the hub can be reached. With a proxy, which knows better, it is taken to be there."""
-    from huggingface_hub import constants
-
+    constants = _hub()
     if constants.HF_HUB_OFFLINE:
         return False
     url = urllib.parse.urlsplit(constants.ENDPOINT)
@@ -93,8 +99,7 @@ def hub_answers() -> bool:
 @contextlib.contextmanager
 def offline() -> Iterator[None]:
     """Inside, Hugging Face's libraries take what is cached, and fail at once where something is not."""
-    from huggingface_hub import constants
-
+    constants = _hub()
     before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
     try:
         yield

@@ -18,6 +18,7 @@ from .family import denoiser_of, device_of, family_of
 from .hooks import heard, unheard
 from .weights import base_layer
 
+TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")  # of any pipeline
 _CHUNK = 32  # prompts per text-encoder call: it bounds memory; chosen by hand
 _TEXT_TOKEN_MODULES = re.compile(r"(^|\.)(attn2\.to_[kv]|context_embedder)$")
 _TEXT_POOLED_MODULES = re.compile(r"(^|\.)time_text_embed\.text_embedder\.linear_1$")
@@ -70,8 +71,7 @@ def wordings(pipe, prompts: Sequence[str], *others: Sequence[str] | None) -> lis
         others: its `prompt_2` and `prompt_3`, B strings each; None or empty where they repeat the first.
     """
     given = [list(prompts), *(list(other) if other else list(prompts) for other in others)]
-    names = ("tokenizer", "tokenizer_2", "tokenizer_3")
-    tokenizers = [tokenizer for name in names if (tokenizer := getattr(pipe, name, None)) is not None]
+    tokenizers = [tokenizer for name in TOKENIZERS if (tokenizer := getattr(pipe, name, None)) is not None]
     read: list[list[str]] = []  # for each encoder B texts
     for number, tokenizer in enumerate(tokenizers):
         ids = _ids(tokenizer, given[min(number, len(given) - 1)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from ..handle import Handle, RootHook
 from ..hooks import parameters_of
 from ..rows import Run, said, same_rows
 from ..scheduler import image_tokens, on_host, share_of, sigma_of
-from ..text import wordings
+from ..text import TOKENIZERS, wordings
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +75,8 @@ class MembraneHandle(Handle):
         self.hooks = [*zip(modules, self.sites, strict=True), (self.denoiser, RootHook(self))]
         self.sample_name = parameters_of(type(self.denoiser))[0]
         self.folds = Folds()
+        # kept by themselves: the denoiser may outlive the pipeline, and others that share it still have words
+        self.words = SimpleNamespace(**{name: getattr(pipe, name, None) for name in TOKENIZERS})
         self.graphs = False  # whether sites were seen to run in graphs of a denoiser that is not one itself
 
     def new_record(self) -> _Record:
@@ -303,7 +306,7 @@ class MembraneHandle(Handle):
                 continue
             for row, prompt in zip(text.rows, text.prompts, strict=True):
                 for number in same_rows(hidden, row[None]).nonzero().flatten().tolist():
-                    words = wordings(self.pipe, [prompt])
+                    words = wordings(self.words, [prompt])
                     run.record.prompts.add(hidden[number : number + 1], words, negative[number])
 
     def _traced_negative(self, count: int) -> tuple[bool, ...] | None:

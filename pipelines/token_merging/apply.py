@@ -111,12 +111,13 @@ class TokenMergingHandle(Handle):
         Raises:
             TokenMergingError: the pipeline has not run since (or only compiled, which keeps no record).
         """
-        if not self.steps():
+        run = self.run
+        if run is None or not run.record.record.steps:
             raise TokenMergingError(
                 "no report yet: the pipeline has not been called since apply_negative_token_merging (a compiled"
                 " denoiser keeps no record)"
             )
-        return self.run.record.record.report(self.config, len(self.hooks) - 1)
+        return run.record.record.report(self.config, len(self.hooks) - 1)
 
 
 def _layers(

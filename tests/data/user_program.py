@@ -149,7 +149,8 @@ def watermark(picture: Image, image: Tensor) -> None:
     key = ring.get("studio")
     assert_type(sign_noise(pipe, key, batch=2, payload=[Payload(unique_id=1), Payload(unique_id=2)]), Tensor)
     replaced: AbstractContextManager[None] = replace_noise(pipe, image)
-    with replaced:
+    layout: AbstractContextManager[None] = row_layout("negative", "positive")
+    with replaced, layout:
         pass
     config = DetectionConfig(false_positive_rate=1e-9, search=Search(rotation=0))
     found = detect_watermark(pipe, [picture, image], ring, config, mask=picture, scope="studio")

@@ -191,7 +191,7 @@ def close(a, b):
 @pytest.mark.parametrize("mode", ["auto", "fused", "folded", "cached"])
 def test_loras_after_apply_are_seen(mode):
     pipe, other = build("sd15"), build("sd15")
-    config = MembraneConfig(gate="always", mode=mode)
+    config = MembraneConfig(gate="always", mode=mode, negative_rows=True)
     stack = strong(pipe)
     with_lora(other)
     apply_membranes(other, stack, config)

@@ -14,7 +14,7 @@ from semiperm.pipelines.membranes.apply import apply_membranes, remove_membranes
 from semiperm.pipelines.text import module_keys, text_projections
 from tiny_models import FAMILIES, build, call
 
-ALWAYS = MembraneConfig(gate="always")
+ALWAYS = MembraneConfig(gate="always", negative_rows=True)  # as a LoRA acts: on every row
 CLOSE = 1e-5  # PEFT adds in another order
 
 
@@ -203,7 +203,7 @@ def test_a_files_name_is_no_concept(gate, tmp_path, caplog):
     assert not stack[0].named and stack[0].phrases == ()
     with apply_membranes(pipe, stack, ALWAYS):
         right = images(pipe)
-    with apply_membranes(pipe, stack, MembraneConfig(gate=gate)) as handle:
+    with apply_membranes(pipe, stack, MembraneConfig(gate=gate, negative_rows=True)) as handle:
         assert "always on" in caplog.text and "concept=" in caplog.text
         assert torch.equal(images(pipe), right)
         assert all(row["gamma"] == {"my_export_v2-000010": 1.0} for row in handle.report()["rows"])
