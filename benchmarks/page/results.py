@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from . import guidance as results_guidance
 from . import watermark as results_watermark
 from .tables import count, number, paragraphs, percent, source, table
 
@@ -323,6 +324,7 @@ SECTIONS: dict[str, Callable] = {
     "comfyui": comfyui,
     "negative_token_merging": token_merging,
     "sampling": sampling,
+    "guidance": results_guidance.guidance,
     "watermark": results_watermark.watermark,
     "kernels": kernels,
     "kernel_resources": kernel_resources,

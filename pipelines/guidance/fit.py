@@ -88,7 +88,7 @@ def fit_detectors(
     >>> own = Category("signs", ("a warning sign",), false_alarms=0.4)
     >>> pair = fit_detectors(pipe, own, benign=[f"a star, {i} times" for i in range(12)], pictures=False)
     >>> pair.text.weight.shape
-    torch.Size([192])
+    torch.Size([128])
     """
     category = load_category(category)
     alarms = category.false_alarms / (2 if pictures else 1)
