@@ -20,6 +20,7 @@ NAMES = (
     "erase_by_text",
     "negative_token_merging_diversity",
     "negative_token_merging_reference",
+    "safe_guidance",
     "save_and_reload",
     "stack_and_compare",
     "watermark_attack_and_detect",
@@ -343,3 +344,12 @@ def test_the_page_knows_every_workflow(comfy):
     for name in NAMES:
         assert json.loads(comfy.get(f"/api/workflow_templates/semiperm/{name}.json")) == ui(name)
         assert comfy.get(f"/api/workflow_templates/semiperm/{name}.jpg")[:2] == b"\xff\xd8"
+
+
+@pytest.mark.comfy
+def test_safe_guidance_takes_the_mark_away(comfy):
+    from semiperm.canvas import Judge
+
+    before, after = comparison(comfy, "safe_guidance")
+    verdict = Judge.load()([Image.fromarray(before), Image.fromarray(after)])
+    assert verdict.hazard == [True, False] and verdict.object == ["robot", "robot"]
