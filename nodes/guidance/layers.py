@@ -15,6 +15,7 @@ from einops import rearrange
 from torch import Tensor
 
 from ...methods.errors import GuidanceError
+from ..root_patch import add_around
 
 __all__ = ["Layers"]
 
@@ -64,8 +65,7 @@ class Layers:
 
     @staticmethod
     def _around(patched, path: str, make: Callable) -> None:
-        name = f"{_ROOT}.{path}.forward"
-        patched.add_object_patch(name, make(patched.get_model_object(name)))
+        add_around(patched, f"{_ROOT}.{path}.forward", make, outermost=True)
 
     def _values(self, original: Callable, path: str, module) -> Callable:
         def forward(x, *args, **kwargs):
