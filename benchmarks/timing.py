@@ -31,7 +31,16 @@ def machine(device: torch.device, dtype: torch.dtype) -> str:
     precision = str(dtype).removeprefix("torch.")
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, {precision}"
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} of {os.cpu_count()} cores, {precision}"
+    return (
+        f"{platform.machine()} CPU with {vectors()}, {torch.get_num_threads()} of {os.cpu_count()} cores, {precision}"
+    )
+
+
+def vectors() -> str:
+    """The CPU's vector instructions that torch uses: ratios of kernels hold for these alone."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    bfloat16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+    return f"{capability} and its bfloat16 products" if capability.startswith("AVX512") and bfloat16 else capability
 
 
 def versions(*names: str) -> dict[str, str]:

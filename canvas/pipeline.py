@@ -11,6 +11,7 @@ from . import autoencoder, denoiser, text
 from .loop import save_tensors
 
 WEIGHTS = Path(__file__).parent / "weights"
+READER = "reader.safetensors"  # of marks, see methods/watermark/reader.py
 DEFAULT_GUIDANCE = 4.0
 DEFAULT_STEPS = 25
 

@@ -75,7 +75,7 @@ def run(
     if grid is not None and grid.suffix.lower() != ".png":
         raise common.CliError(f"--grid {grid}: the grid is written as .png; give a .png file")
     files = picture_files(images)
-    paths = output_paths(output, files, labels, grid)
+    paths = common.output_paths(output, files, labels, grid)
     through = sorted({one.name for chain in chains for one, _ in chain} - ATTACKS.keys())
     if through and model is None:
         raise common.CliError(f"{', '.join(through)} needs a model; give --model MODEL, such as --model canvas")
@@ -104,26 +104,6 @@ def run(
     console.print(f"{written} pictures in {output}", markup=False)
     if failed:
         raise typer.Exit(1)
-
-
-def output_paths(output: Path, files: list[Path], labels: list[str], grid: Path | None) -> list[list[Path]]:
-    """For each picture one path an attack; pictures of one name are numbered.
-
-    Raises:
-        CliError: a path that is one of the pictures, or not a folder.
-    """
-    if output.exists() and not output.is_dir():
-        raise common.CliError(f"-o {output} is a file; give a folder")
-    stems = [file.stem for file in files]
-    if len({stem.lower() for stem in stems}) < len(stems):  # some file systems tell no case
-        stems = [f"{number:03d}-{stem}" for number, stem in enumerate(stems)]
-    ends = [label.replace(":", "-").replace("+", "_") for label in labels]
-    paths = [[output / f"{stem}-{end}.png" for end in ends] for stem in stems]
-    originals = {file.resolve() for file in files}
-    for path in [*([] if grid is None else [grid]), *(path for row in paths for path in row)]:
-        if path.resolve() in originals:
-            raise common.CliError(f"{path} is one of the pictures to attack and would be replaced; give another name")
-    return paths
 
 
 def to_pixels(image):

@@ -51,10 +51,17 @@ def sampling(
 @app.command("token-merging", epilog="Example: semiperm bench token-merging --json token_merging.json")
 def token_merging(
     seeds: Annotated[int, typer.Option(min=1, help="Noises for each prompt.")] = 2,
+    held_out: Annotated[
+        bool, typer.Option("--held-out", help="Four references that the setting was not chosen on, a row each.")
+    ] = False,
     json_path: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures here.")] = None,
 ):
     """Judge on the canvas whether negative token merging avoids a picture, and spreads a batch; and what it costs."""
     from rich.table import Table
+
+    if held_out:
+        _held_out(json_path)
+        return
 
     from ..benchmarks.token_merging.judged import batches, run
 
@@ -126,6 +133,25 @@ def guidance_cost(
     show(console, rows, caption="time of a whole run, in times the bare one's (median, middle half)")
 
 
+def _held_out(json_path: Path | None) -> None:
+    from rich.table import Table
+
+    from ..benchmarks.token_merging.references import batches, run
+
+    with common.progress("pictures, four at a time", batches()) as advance:
+        rows = run(progress=advance)
+    if json_path is not None:
+        common.write_json(json_path, rows)
+    figures = ("shown", "similarity", "style_kept", "background_kept")
+    table = Table(caption="setting chosen on the calibration reference; every other one is held out")
+    for heading in ("reference", "role", "name", *figures):
+        table.add_column(heading.replace("_", " "))
+    for row in rows:
+        values = [row[name][0] if isinstance(row[name], list) else row[name] for name in figures]
+        table.add_row(row["reference"], row["role"], row["name"], *(f"{value:.3f}" for value in values))
+    common.console().print(table)
+
+
 @app.command("comfyui", epilog="Example: semiperm bench comfyui --path ~/comfy/ComfyUI --json comfyui.json")
 def comfyui(
     path: Annotated[Path, typer.Option(envvar="COMFYUI_PATH", help="The ComfyUI folder.")] = Path("~/comfy/ComfyUI"),
@@ -136,18 +162,11 @@ def comfyui(
     json_path: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures here.")] = None,
 ):
     """Time sampling in ComfyUI with 1, 10 and 100 membranes against the bare graph."""
-    from ..benchmarks.launch import ROOT, run_in_comfyui
+    from .bench_watermark import in_comfyui
 
-    path = path.expanduser()
-    common.existing_file(path / "main.py", "ComfyUI at")
-    python = (python or path.parent / "venv" / "bin" / "python").expanduser()
-    common.existing_file(python, "Python of ComfyUI at")
     console = common.console()
-    try:
-        with console.status("timing; keep the machine quiet"):
-            rows = run_in_comfyui(path, python, ROOT / "benchmarks" / "membranes" / "comfyui.py", rounds)
-    except RuntimeError as error:
-        raise common.CliError(f"ComfyUI's Python failed: {str(error).splitlines()[-1]}") from error
+    with console.status("timing; keep the machine quiet"):
+        rows = in_comfyui(path, python, Path("membranes", "comfyui.py"), rounds)
     if json_path is not None:
         common.write_json(json_path, rows)
     show(console, rows)

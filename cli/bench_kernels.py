@@ -15,15 +15,37 @@ def run(
     resources: Annotated[
         bool, typer.Option("--resources", help="Compile instead, for all GPUs and without one: registers, spills.")
     ] = False,
+    model: Annotated[
+        bool, typer.Option("--model", help="A model of the match's time on an H100 instead; nothing is measured.")
+    ] = False,
     json_path: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures here.")] = None,
 ):
     """Time the kernels, and measure their memory, against the naive algorithms: on the GPU, or else the CPU."""
     console = common.console()
+    if model:
+        _modelled(console, json_path)
+        return
     with console.status("compiling for every GPU" if resources else "timing; keep the machine quiet") as status:
         rows = compiled() if resources else timed(quick, status.update)
     if json_path is not None:
         common.write_json(json_path, rows)
     console.print(resource_table(rows) if resources else time_table(rows))
+
+
+def _modelled(console, json_path: Path | None) -> None:
+    from rich.table import Table
+
+    from ..benchmarks.kernels.model import run as rows_of_model
+
+    rows = rows_of_model()
+    if json_path is not None:
+        common.write_json(json_path, rows)
+    table = Table(caption="a model of an H100, not measured: ours, and in times eager and eager in chunks")
+    for heading in ("shape", "programs", "splits", "ms", "ratio", "chunks ratio"):
+        table.add_column(heading)
+    for row in rows:
+        table.add_row(row["shape"], *(str(row[key]) for key in ("programs", "splits", "ms", "ratio", "chunks_ratio")))
+    console.print(table)
 
 
 def timed(quick: bool, tell) -> list[dict]:

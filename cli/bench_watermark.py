@@ -16,24 +16,42 @@ def run(
         bool, typer.Option("--quick", help="Few latents, pictures and rounds: minutes instead of hours.")
     ] = False,
     parts: Annotated[
-        list[str] | None, typer.Option("--part", metavar="PART", help="latents, canvas or speed. Default: all three.")
+        list[str] | None,
+        typer.Option(
+            "--part",
+            metavar="PART",
+            help="latents, linked, canvas, repaint, everyday, speed or samplers; repeatable. Default: all but it.",
+        ),
+    ] = None,
+    comfyui: Annotated[
+        Path | None, typer.Option("--comfyui", metavar="FOLDER", help="With samplers: also those of this ComfyUI.")
+    ] = None,
+    comfyui_python: Annotated[
+        Path | None,
+        typer.Option("--comfyui-python", metavar="FILE", help="Its Python. Default: that of a venv beside it."),
     ] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes. Default: one for each core.")] = None,
     resume: Annotated[
         Path | None, typer.Option("--resume", metavar="FILE", help="Keep finished work here, and go on from it.")
     ] = None,
-    json_path: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures here.")] = None,
+    json_path: Annotated[
+        Path | None,
+        typer.Option("--json", metavar="FILE", help="Write the figures here; with --part, those of other parts stay."),
+    ] = None,
 ):
     """Test the watermark on latents and on pictures: false positives, secrecy, noise, attacks, forgery, quality, speed.
 
     Other marks stand beside it in the same tables.
     """
-    from ..benchmarks.watermark.run import PARTS, TimingError
+    from ..benchmarks.watermark.run import ON_REQUEST, PARTS, TimingError
     from ..benchmarks.watermark.run import run as measure
 
     parts = parts or list(PARTS)
-    if unknown := set(parts) - set(PARTS):
-        raise common.CliError(f"there is no part {', '.join(sorted(unknown))}; choose among {', '.join(PARTS)}")
+    known = (*PARTS, *ON_REQUEST)
+    if unknown := set(parts) - set(known):
+        raise common.CliError(f"there is no part {', '.join(sorted(unknown))}; choose among {', '.join(known)}")
+    if comfyui is not None and "samplers" not in parts:
+        raise common.CliError("--comfyui measures ComfyUI's samplers; give --part samplers with it")
     with ExitStack() as bars:
 
         def starting(label: str, total: int):
@@ -44,11 +62,37 @@ def run(
             rows = measure(quick, parts, workers, resume, starting)
         except TimingError as error:
             raise common.CliError(f"a process failed: {str(error).splitlines()[-1]}") from error
+    if comfyui is not None:
+        with common.console().status("ComfyUI's samplers"):
+            script, size = Path("watermark", "comfyui_samplers.py"), "quick" if quick else "full"
+            finished = f"{resume.resolve()}.comfyui" if resume else ""
+            rows = [*rows, *in_comfyui(comfyui, comfyui_python, script, finished, size)]
     if json_path is not None:
-        common.write_json(json_path, rows)
+        common.write_json(json_path, [*kept(json_path, parts, rows), *rows])
     console = common.console()
     for table in tables(rows):
         console.print(table)
+
+
+def kept(path: Path, parts: list[str], rows: list[dict]) -> list[dict]:
+    """The rows of a file of figures that belong to parts which did not run.
+
+    Raises:
+        CliError: another kind of file.
+    """
+    import json
+
+    from ..benchmarks.watermark.run import PARTS, TABLES
+
+    if set(parts) == set(PARTS) or not path.exists():
+        return []
+    try:
+        before = [(row["table"], row.get("latents"), row) for row in json.loads(path.read_text(encoding="utf-8"))]
+    except (ValueError, TypeError, KeyError) as error:
+        raise common.CliError(f"--json {path} is there, and no file of this command's figures") from error
+    fresh = {(row["table"], row.get("latents")) for row in rows}
+    mine = {name for part in parts for name in TABLES[part]} - {"null"}
+    return [row for table, latents, row in before if table not in mine and (table, latents) not in fresh]
 
 
 def tables(rows: list[dict]):
@@ -62,12 +106,51 @@ def tables(rows: list[dict]):
         "decoder": decoder_table,
         "quality": quality_table,
         "forgery": forgery_table,
+        "sampler": sampler_tables,
+        "linked": linked_table,
+        "repaint": repaint_table,
+        "everyday": everyday_table,
         "speed": speed_table,
     }
     for name, maker in makers.items():
         if some := [row for row in rows if row["table"] == name]:
             made = maker(some)
             yield from made if isinstance(made, list) else [made]
+
+
+def in_comfyui(path: Path, python: Path | None, script: Path, *arguments) -> list[dict]:
+    """The rows that a script of benchmarks/ prints in ComfyUI's Python."""
+    from ..benchmarks.launch import ROOT, run_in_comfyui
+
+    path = path.expanduser()
+    common.existing_file(path / "main.py", "ComfyUI at")
+    python = (python or path.parent / "venv" / "bin" / "python").expanduser()
+    common.existing_file(python, "Python of ComfyUI at")
+    try:
+        return run_in_comfyui(path, python, ROOT / "benchmarks" / script, *arguments)
+    except RuntimeError as error:
+        raise common.CliError(f"ComfyUI's Python failed: {str(error).splitlines()[-1]}") from error
+
+
+def sampler_tables(rows: list[dict]) -> list:
+    """Of each face: pictures found of those drawn, sampler by sampler, for each number of steps and guidance."""
+    made = []
+    for face in dict.fromkeys(row["face"] for row in rows):
+        some = [row for row in rows if row["face"] == face]
+        settings = sorted({(row["steps"], row["guidance"]) for row in some})
+        heads = (f"{steps}, {guidance:g}" for steps, guidance in settings)
+        table = _table(f"{face}: pictures found at 1e-6 (median log10 p), by steps, guidance", "sampler", *heads)
+        for name in dict.fromkeys(sampler_name(row) for row in some):
+            found = {(row["steps"], row["guidance"]): row for row in some if sampler_name(row) == name}
+            cells = (found.get(setting) for setting in settings)
+            table.add_row(name, *(f"{c['found']}/{c['n']} ({c['log10_p']:.0f})" if c else "" for c in cells))
+        made.append(table)
+    return made
+
+
+def sampler_name(row: dict) -> str:
+    """A sampler with its options."""
+    return " ".join([row["sampler"], *(f"{name}={value}" for name, value in row["options"].items())])
 
 
 def null_table(rows: list[dict]):
@@ -209,6 +292,36 @@ def speed_table(rows: list[dict]):
         times = f"{row['ms']:.2f}", f"{row['best_ms']:.2f}"
         about = what[row["what"]], shape(row), str(row["keys"]), str(row["threads"])
         table.add_row(*about, *times, str(row["peak_mb"]), str(row["extra_mb"]))
+    return table
+
+
+def linked_table(rows: list[dict]):
+    """Pairs of one key's latents, in both formats."""
+    headings = ("shape", "format", "nonce bits", "latents", "largest agreement, sigma", "pairs above 6")
+    table = _table("can pictures of one key be linked", *headings, "nearest neighbour right", "decades of p", "ms")
+    for row in rows:
+        nearest = f"{row['nearest']:.1%}" if "nearest" in row else ""
+        cells = (row[name] for name in ("format", "nonce_bits", "n", "largest", "pairs"))
+        table.add_row(shape(row), *map(str, cells), nearest, str(row["decades"]), str(row["ms"]))
+    return table
+
+
+def repaint_table(rows: list[dict]):
+    """Attack by attack what each way to read finds."""
+    table = _table("repainted and grey pictures: found at p < 1e-3 / 1e-6", "attack", "way", "n", "1e-3", "1e-6")
+    for row in rows:
+        cells = percent(row["tpr"]), percent(row["detected"])
+        table.add_row(row["attack"], row["way"], str(row["n"]), *cells)
+    return table
+
+
+def everyday_table(rows: list[dict]):
+    """Conversion by conversion."""
+    headings = ("conversion", "n", "found at 1e-6", "valid, payload right", "seconds")
+    table = _table("everyday conversions, found without options", *headings)
+    for row in rows:
+        cells = str(row["n"]), percent(row["detected"]), percent(row["exact"]), f"{row['seconds']:.2f}"
+        table.add_row(row["conversion"], *cells)
     return table
 
 

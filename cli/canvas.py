@@ -106,6 +106,41 @@ def train(
     common.console().print(str(out), markup=False)
 
 
+@app.command(epilog="Example: semiperm canvas reader --out weights/reader.safetensors")
+def reader(
+    out: Annotated[Path, typer.Option(help="The reader's .safetensors file.")],
+    workdir: Annotated[Path, typer.Option(help="Folder of pictures and checkpoints; run again to resume.")] = Path(
+        "canvas-training"
+    ),
+    weights: Annotated[
+        Path | None, typer.Option(help="Folder of the model's weights. Default: the shipped ones.")
+    ] = None,
+    pictures: Annotated[int, typer.Option(min=16, help="To learn from, in whole sixteens.")] = 1600,
+    steps: Annotated[int, typer.Option(min=1)] = 1500,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+):
+    """Train the reader of marks: what `detect` asks between inversion's short and long ways. Tied to these weights.
+
+    It draws and edits pictures of the model, without any key, and learns to tell the signs of their noise.
+    """
+    from ..canvas import captions, load_pipeline
+    from ..canvas.render import random_scene
+    from ..pipelines.watermark.reader import train_reader
+
+    def prompt(number: int) -> str:
+        rng = random.Random(f"reader-{number}")  # none of the benchmark's
+        return captions.caption(random_scene(rng, hazard=False), rng, synonyms=True, complete=True)
+
+    common.quiet()
+    try:
+        pipe = load_pipeline() if weights is None else load_pipeline(weights=weights)
+    except FileNotFoundError as error:
+        raise common.CliError(common.one_line(error)) from error
+    with common.progress("pictures", -(-pictures // 16) * 16) as advance:
+        train_reader(pipe, prompt, out, workdir, pictures=pictures, steps=steps, seed=seed, advance=advance)
+    common.console().print(str(out), markup=False)
+
+
 @app.command(epilog="Example: semiperm canvas check --json check.json")
 def check(
     weights: Annotated[Path | None, typer.Option(help="Folder of weights. Default: the shipped ones.")] = None,

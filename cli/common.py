@@ -274,6 +274,26 @@ def load_stack(pipe, texts: list[str], names: list[str] = (), **options):
     return Membranes(stack)
 
 
+def output_paths(output: Path, files: list[Path], labels: list[str], grid: Path | None = None) -> list[list[Path]]:
+    """For each picture one path an attack; pictures of one name are numbered.
+
+    Raises:
+        CliError: a path that is one of the pictures, or not a folder.
+    """
+    if output.exists() and not output.is_dir():
+        raise CliError(f"-o {output} is a file; give a folder")
+    stems = [file.stem for file in files]
+    if len({stem.lower() for stem in stems}) < len(stems):  # some file systems tell no case
+        stems = [f"{number:03d}-{stem}" for number, stem in enumerate(stems)]
+    ends = [label.replace(":", "-").replace("+", "_") for label in labels]
+    paths = [[output / f"{stem}-{end}.png" for end in ends] for stem in stems]
+    originals = {file.resolve() for file in files}
+    for path in [*([] if grid is None else [grid]), *(path for row in paths for path in row)]:
+        if path.resolve() in originals:
+            raise CliError(f"{path} is one of the pictures to attack and would be replaced; give another name")
+    return paths
+
+
 def show_gates(console, membranes) -> None:
     """Print what is known of each membrane's detector, and which gate `auto` is for it."""
     from rich.table import Table

@@ -40,6 +40,17 @@ def run(
             metavar="WIDTHxHEIGHT", help="Of the signed pictures, if it is known; their own and the model's are tried."
         ),
     ] = None,
+    heatmap: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Also write NAME-heatmap.png there: where in each picture the mark agrees."),
+    ] = None,
+    reader: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="A reader trained with MODEL (`canvas reader`). Default: the canvas's own."),
+    ] = None,
+    issued: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Marks that were signed, as `generate --issued` lists them.")
+    ] = None,
     device: common.Device = "auto",
     dtype: common.DType = "auto",
 ):
@@ -56,11 +67,18 @@ def run(
     options = {"search": search, "size": parse_size(size)}
 
     from ..benchmarks.store import Store, digest
+    from ..canvas.pipeline import READER, WEIGHTS
+    from ..methods.watermark.issued import load_issued
     from ..methods.watermark.keyring import load_keyring
 
     ring = load_keyring(keyring)
-    finished = Store(resume, "detect", [digest(keyring), model, options])
+    shipped = WEIGHTS / READER if model == "canvas" else None
+    beside = [digest(path) if path and path.is_file() else None for path in (reader or shipped, issued)]
+    finished = Store(resume, "detect", [digest(keyring), model, options, beside])
+    known = {} if issued is None else {"issued": load_issued(issued)}
     rows, failed, pipe = {}, 0, None
+    maps = [] if heatmap is None else common.output_paths(heatmap, files, ["heatmap"])
+    map_of = {file: path for file, (path,) in zip(files, maps, strict=False)}
     with common.progress("pictures", len(files)) as advance:
         for start in range(0, len(files), BATCH):
             part, pictures, found, digests = files[start : start + BATCH], {}, {}, {}
@@ -68,16 +86,24 @@ def run(
                 try:
                     digests[file] = digest(file) if resume else str(file)
                     found[file] = finished.get(digests[file])
-                    if found[file] is None:
+                    if found[file] is None or (file in map_of and not map_of[file].exists()):
                         pictures[file] = open_picture(file)
                 except (common.CliError, OSError) as error:
                     found[file] = error
             if pictures:
-                pipe = common.load_model(model, device, dtype) if pipe is None else pipe
+                if pipe is None:
+                    pipe = common.load_model(model, device, dtype)
+                    options |= known | reader_of(pipe, model, reader)
                 single = {file: opened.first for file, opened in pictures.items() if opened.count == 1}
-                found |= look(pipe, ring, single, options) if single else {}
-                several = {file: opened for file, opened in pictures.items() if opened.count > 1}
-                found |= {file: look_into(pipe, ring, opened, options) for file, opened in several.items()}
+                seen = {}
+                found |= look(pipe, ring, single, options, seen) if single else {}
+                for file, opened in pictures.items():
+                    if opened.count > 1:
+                        inside = {}
+                        found[file] = look_into(pipe, ring, opened, options, inside)
+                        seen |= dict.fromkeys([file], *inside.values()) if inside else {}
+                for file in map_of.keys() & seen.keys():
+                    write_map(map_of[file], *seen[file])
             for file in part:
                 if isinstance(found[file], Exception):
                     failed += 1
@@ -209,30 +235,54 @@ def _reading():
         raise common.CliError(f"damaged: {common.one_line(error)}") from error
 
 
-def look_into(pipe, ring, opened: Opened, options: dict = {}) -> dict | Exception:  # noqa: B006 (never written to)
-    """The best picture of a file, until one is found; each has its share of the error, so that the p-value is exact."""
+def reader_of(pipe, model: str, path: Path | None) -> dict:
+    """The option that names the reader of a model's marks, where there is one.
+
+    Raises:
+        CliError: a reader of another model.
+    """
+    from ..canvas.pipeline import READER, WEIGHTS
+    from ..pipelines.watermark.reader import reader_for
+
+    if path is None:
+        found = reader_for(pipe, WEIGHTS / READER) if model == "canvas" else None
+        return {} if found is None else {"reader": found}
+    if not path.is_file():
+        raise common.CliError(f"--reader {path}: there is no such file; `semiperm canvas reader` trains one")
+    if (found := reader_for(pipe, path)) is None:
+        raise common.CliError(f"--reader {path} was trained with another model than {model}; train one for it")
+    return {"reader": found}
+
+
+def look_into(pipe, ring, opened: Opened, options: dict, seen: dict) -> dict | Exception:
+    """The best picture of a file, until one is found; each has its share of the error, so that the p-value is exact.
+
+    It alone is left in `seen`, with its result.
+    """
     from ..methods.watermark.detection import DetectionConfig
 
     if opened.count == 1:
-        return look(pipe, ring, {0: opened.first}, options)[0]
+        return look(pipe, ring, {0: opened.first}, options, seen)[0]
     options = {**options, "false_positive_rate": DetectionConfig().false_positive_rate / opened.count}
-    best, evaluations, seen = None, 0, set()
+    best, evaluations, known = None, 0, set()
     frames = enumerate(itertools.chain([opened.first], opened.rest))
     try:
         while part := dict(itertools.islice(frames, BATCH)):
             fresh = {}
             for number, frame in part.items():
                 shown = hashlib.sha256(frame.tobytes()).digest()
-                if shown not in seen:  # still pictures say nothing new
-                    seen.add(shown)
+                if shown not in known:  # still pictures say nothing new
+                    known.add(shown)
                     fresh[number] = frame
-            for number, row in look(pipe, ring, fresh, options).items() if fresh else ():
+            for number, row in look(pipe, ring, fresh, options, seen).items() if fresh else ():
                 if isinstance(row, Exception):
                     return row
                 evaluations += row["model_evaluations"]
                 rank = row["verdict"] != "valid", row["log10_p"]
                 if best is None or rank < best[0]:
                     best = rank, number, row
+            for other in seen.keys() - {best[1]}:
+                del seen[other]
             if best[2]["verdict"] != "absent":
                 break
     except common.CliError as error:
@@ -243,8 +293,11 @@ def look_into(pipe, ring, opened: Opened, options: dict = {}) -> dict | Exceptio
     return row | about | {"frame": number + 1, "frames": opened.count}
 
 
-def look(pipe, ring, pictures: dict, options: dict = {}) -> dict:  # noqa: B006 (never written to)
-    """File -> what was found, or the error; where the pictures fail together, they are looked at one by one."""
+def look(pipe, ring, pictures: dict, options: dict, seen: dict) -> dict:
+    """File -> what was found, or the error; where the pictures fail together, they are looked at one by one.
+
+    In `seen` is left file -> (picture, the whole result).
+    """
     from ..methods.errors import SemipermError
     from ..pipelines.watermark.detect import detect_watermark
 
@@ -256,8 +309,21 @@ def look(pipe, ring, pictures: dict, options: dict = {}) -> dict:  # noqa: B006 
             raise  # torch says RuntimeError when memory runs out on the CPU, and of our own mistakes
         if len(pictures) == 1:
             return dict.fromkeys(pictures, error)
-        return {file: look(pipe, ring, {file: picture}, options)[file] for file, picture in pictures.items()}
+        return {file: look(pipe, ring, {file: picture}, options, seen)[file] for file, picture in pictures.items()}
+    seen |= {file: both for file, both in zip(pictures, zip(pictures.values(), results, strict=True), strict=True)}
     return {file: described(result) for file, result in zip(pictures, results, strict=True)}
+
+
+def write_map(path: Path, picture, result) -> None:
+    """Where the mark of a picture agrees and where it does not, as a PNG."""
+    from PIL import Image
+
+    from ..methods.pictures import picture_of
+    from ..methods.watermark.heatmap import heat_map
+
+    shown = heat_map(picture_of(picture), result)
+    about = {"verdict": result.verdict, "p_value": float(result.p_value), "undone": result.transform}
+    common.write_png(path, Image.fromarray((shown * 255).round().byte().numpy()), about)
 
 
 def described(result) -> dict:

@@ -76,6 +76,10 @@ def run(
     c2pa_key: Annotated[
         Path | None, typer.Option(metavar="FILE", help="The certificate's private key (PEM, no password).")
     ] = None,
+    issued: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="With --sign: add each mark to this list, for `detect --issued`."),
+    ] = None,
     steps: common.Steps = None,
     guidance: common.Guidance = None,
     device: common.Device = "auto",
@@ -93,6 +97,8 @@ def run(
     signing = signing_options(sign, keyring, seed, bind_content, provider, c2pa_cert, c2pa_key)
     guarding = guard_config(guard or [], guard_by, guard_detectors, when_unsafe)
     seal_key = key_of(guard_key)
+    if issued is not None and (signing is None or issued.exists() and not issued.is_file()):
+        raise common.CliError(f"--issued {issued}: expected --sign beside it, and the name of a file")
     for text in membrane or ():
         common.split_strength(text)
     pipe = common.load_model(model, device, dtype)
@@ -111,7 +117,7 @@ def run(
     guardian = guarded(pipe, guarding)
     with common.progress("generating", len(prompt)) as advance:
         for words, path, start in zip(prompt, paths, starts, strict=True):
-            image = drawn(pipe, words, start, signing, sampling)
+            image, noise = drawn(pipe, words, start, signing, sampling)
             record = {"model": model, "prompt": words, **start.origin, **sampling}
             if handle is not None:
                 record |= {"membranes": list(stack.concepts), "fired": handle.report()}
@@ -121,6 +127,11 @@ def run(
                 common.write_png(path, image, record)
             else:
                 common.write_file(path, sealed(image, record, start.provenance, signing.credentials))
+            if issued is not None:
+                from ..methods.watermark.issued import save_issued
+                from ..pipelines.watermark.sign import issued_of
+
+                save_issued(issued_of(pipe, noise, signing.key), issued)
             advance()
     console = common.console()
     for path in paths:
@@ -286,12 +297,13 @@ def payloads_for(pipe, count: int) -> list:
 
 
 def drawn(pipe, prompt: str, start: Start, signing: Signing | None, sampling: dict):
-    """One picture."""
+    """One picture, and the marked noise that it began with."""
     if signing is None or not signing.bind_content:
-        return pipe(prompt, **start.arguments, **sampling).images[0]
+        return pipe(prompt, **start.arguments, **sampling).images[0], start.arguments.get("latents")
     from ..pipelines.watermark.content import generate_bound
 
-    return generate_bound(pipe, signing.key, prompt, **start.arguments, **sampling).images[0]
+    made = generate_bound(pipe, signing.key, prompt, **start.arguments, **sampling)
+    return made.images[0], made.latents
 
 
 def sealed(image, record: dict, provenance, credentials) -> bytes:

@@ -76,6 +76,32 @@ def export_detector(
     common.say(f"{output}: {name}, to detect only")
 
 
+@app.command("test-certificate", epilog="Example: semiperm keys test-certificate -o certificate")
+def test_certificate(
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="DIR", help="The folder of the three files; none may exist yet.")
+    ],
+    name: Annotated[str, typer.Option(help="Of the signer, as viewers show it.")] = "Test signer",
+    days: Annotated[int, typer.Option(min=1, max=366, help="That the certificate holds.")] = 30,
+):
+    """Write a certificate chain for trying out C2PA manifests: chain.pem, its key.pem, and authority.pem.
+
+    Sign with `generate --c2pa-cert DIR/chain.pem --c2pa-key DIR/key.pem`, examine with `provenance --trust
+    DIR/authority.pem`. Anybody can make such a chain under any name: no viewer trusts it.
+    """
+    from ..methods.files import write_file
+    from ..methods.provenance.certificates import trial_chain
+
+    made = trial_chain(name, days)
+    files = {"chain.pem": made.chain, "authority.pem": made.authority, "key.pem": made.private_key}
+    for file in files:
+        if (output / file).exists() or (output / file).is_symlink():
+            raise common.CliError(f"{output / file} exists already; give another folder: no key is written over")
+    for file, content in files.items():
+        write_file(output / file, content, mode=0o600 if file == "key.pem" else None)
+    common.say(f"{output}: chain.pem, key.pem and authority.pem for {name}, {days} days, trusted by nobody")
+
+
 def payload_record(payload) -> dict:
     """A payload as JSON keeps it: numbers of up to 64 bits as hexadecimal text, since many readers round them."""
     return {

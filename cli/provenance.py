@@ -58,7 +58,7 @@ def look(file: Path, keyring: Path, model: str, device: str, dtype: str) -> dict
     from . import detect
 
     ring, opened = load_keyring(keyring), detect.open_picture(file)
-    row = detect.look_into(common.load_model(model, device, dtype), ring, opened)
+    row = detect.look_into(common.load_model(model, device, dtype), ring, opened, {}, {})
     if isinstance(row, Exception):
         raise common.CliError(f"{file}: {common.one_line(row)}") from row
     payload = row["payload"] or {}

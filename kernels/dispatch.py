@@ -1,6 +1,14 @@
-"""Which path a kernel takes: Triton on a GPU (or in Triton's interpreter, on request), else the torch reference.
+"""Which path a kernel takes: Triton on a GPU (or in Triton's interpreter, on request), else plain torch.
 
-`SEMIPERM_KERNELS` is `auto` (default), `triton` or `reference`; a forced path that cannot run raises.
+| device | matrix kernels | elementwise kernels |
+|---|---|---|
+| NVIDIA from sm_80; AMD gfx90a, gfx942, gfx950 | Triton | Triton |
+| other GPUs: Turing spills and has no bfloat16 products, RDNA spills | torch, made for GPUs | Triton |
+| GPUs without Triton (Windows) | torch, made for GPUs | torch |
+| CPU | torch, made for CPUs | torch |
+
+`SEMIPERM_KERNELS` is `auto` (default, the table), `triton` or `reference` (torch, made for the tensor's device); a
+forced path that cannot run raises.
 """
 
 from __future__ import annotations
@@ -22,6 +30,8 @@ except ImportError:  # Windows, macOS and slim installations: the reference runs
 __all__ = [
     "KernelError",
     "check_tensors",
+    "forced",
+    "has_matrix_units",
     "interpreted",
     "jit",
     "kernel_path",
@@ -38,8 +48,23 @@ def jit(function):
     return triton.jit(function) if triton is not None else function
 
 
-def kernel_path(x: Tensor) -> str:
+# AMD's chips with matrix units that Triton reaches without spilling; what benchmarks/kernels/resources.py compiles for.
+_CDNA = ("gfx90a", "gfx942", "gfx950")
+_AMPERE = (8, 0)  # the first NVIDIA capability with bfloat16 products and copies to shared memory beside arithmetic
+
+
+def has_matrix_units(x: Tensor) -> bool:
+    """Whether the kernels' matrix products run on the matrix units of x's device, and spill nothing there."""
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(x.device).gcnArchName.split(":")[0] in _CDNA
+    return torch.cuda.get_device_capability(x.device) >= _AMPERE
+
+
+def kernel_path(x: Tensor, products: bool = False) -> str:
     """Return "triton" or "reference" for an operation on x.
+
+    Args:
+        products: whether the operation's Triton kernel needs matrix units (`has_matrix_units`) to pay.
 
     Raises:
         KernelError: SEMIPERM_KERNELS is none of its three values, or forces Triton where it cannot run.
@@ -50,7 +75,8 @@ def kernel_path(x: Tensor) -> str:
     if wanted == "reference":
         return "reference"
     if wanted == "auto":
-        return "triton" if triton is not None and x.is_cuda else "reference"
+        fits = triton is not None and x.is_cuda and (not products or has_matrix_units(x))
+        return "triton" if fits else "reference"
     if triton is None:
         raise KernelError("SEMIPERM_KERNELS=triton, but Triton is not installed; pip install triton, or unset it")
     if not x.is_cuda and not interpreted():
@@ -59,6 +85,11 @@ def kernel_path(x: Tensor) -> str:
             " semiperm is imported, or unset SEMIPERM_KERNELS"
         )
     return "triton"
+
+
+def forced() -> bool:
+    """Whether SEMIPERM_KERNELS forces Triton, also where it does not pay."""
+    return os.environ.get("SEMIPERM_KERNELS", "auto") == "triton"
 
 
 def interpreted() -> bool:

@@ -150,9 +150,15 @@ def _config(rank: int, dtype: torch.dtype) -> tuple[int, tuple[int, int, int, in
     return block_r, _CONFIGS[block_r]
 
 
+def _up_ranks(block_r: int) -> int:
+    """Ranks of a step of the second kernel, which holds more beside them: half of the first one's wide tiles."""
+    return block_r // 2 if block_r >= 64 else block_r
+
+
 def _precision(dtype: torch.dtype) -> str:
-    """Of dots with h. TF32 holds float16 and bfloat16 exactly, with float32's range; AMD has it on one chip only."""
-    return "ieee" if dtype is torch.float32 or torch.version.hip else "tf32"
+    """Of dots with h. TF32 holds float16 and bfloat16 exactly, with float32's range; AMD has it on one chip only, and
+    three bfloat16 products of halves keep 16 bits."""
+    return "ieee" if dtype is torch.float32 else "bf16x3" if torch.version.hip else "tf32"
 
 
 def _gated_low_rank_triton(y: Tensor, x: Tensor, down: Tensor, up: Tensor, gamma: Tensor) -> Tensor:
@@ -171,7 +177,7 @@ def _gated_low_rank_triton(y: Tensor, x: Tensor, down: Tensor, up: Tensor, gamma
     )  # fmt: skip
     _up_kernel[tiles, triton.cdiv(n_out, block_o), rows](
         y, h, up, gamma, out, n_tokens, n_out, rank, y.stride(0), y.stride(1), stride_gb,
-        BLOCK_N=block_n, BLOCK_R=block_r, BLOCK_O=block_o, PRECISION=_precision(y.dtype), **how,
+        BLOCK_N=block_n, BLOCK_R=_up_ranks(block_r), BLOCK_O=block_o, PRECISION=_precision(y.dtype), **how,
     )  # fmt: skip
     return out
 
@@ -183,7 +189,7 @@ def _last_contiguous(t: Tensor) -> Tensor:
 @torch.library.custom_op("semiperm::gated_low_rank", mutates_args=())
 def _gated_low_rank_op(y: Tensor, x: Tensor, down: Tensor, up: Tensor, gamma: Tensor) -> Tensor:
     with torch.no_grad():
-        if kernel_path(y) == "triton":
+        if kernel_path(y, products=True) == "triton":
             return _gated_low_rank_triton(y, x, down, up, gamma)
         return gated_low_rank_reference(y, x, down, up, gamma).contiguous()
 
@@ -239,7 +245,7 @@ def gated_low_rank(y: Tensor, x: Tensor, down: Tensor, up: Tensor, gamma: Tensor
     Source: SPM (arXiv 2312.16145), eq. 9, for K adapters stacked as one.
     """
     _check(y, x, down, up, gamma)
-    if kernel_path(y) == "reference":
+    if kernel_path(y, products=True) == "reference":
         return gated_low_rank_reference(y, x, down, up, gamma)
     if torch.compiler.is_compiling() or needs_grad(y, x, down, up, gamma):
         return _gated_low_rank_op(y, x, down, up, gamma)
@@ -277,11 +283,23 @@ def compile_cases() -> list[dict]:
         down |= dict.fromkeys(("n_in", "rank", "stride_xb", "stride_xn", "stride_gb"), size)
         up = {"y_ptr": pointer, "h_ptr": "*fp32", "up_ptr": pointer, "gamma_ptr": pointer, "out_ptr": pointer}
         up |= {"n_tokens": "i32"} | dict.fromkeys(("n_out", "rank", "stride_yb", "stride_yn", "stride_gb"), size)
-        tiles, about = {"BLOCK_N": block_n, "BLOCK_R": block_r}, {"num_warps": warps, "num_stages": stages}
+        tiles, about = {"BLOCK_N": block_n}, {"num_warps": warps, "num_stages": stages}
         for stage, kernel, signature, constexprs in (
-            ("down", _down_kernel, down, {"BLOCK_K": block_k, "WIDEN": False}),
-            ("up", _up_kernel, up, {"BLOCK_O": block_o, "PRECISION": "ieee" if kind == "fp32" else "tf32"}),
+            ("down", _down_kernel, down, {"BLOCK_R": block_r, "BLOCK_K": block_k, "WIDEN": False}),
+            (
+                "up",
+                _up_kernel,
+                up,
+                {
+                    "BLOCK_R": _up_ranks(block_r),
+                    "BLOCK_O": block_o,
+                    "PRECISION": "ieee" if kind == "fp32" else "tf32",
+                },
+            ),
         ):
             case = {"name": f"gated_low_rank {stage}, {kind}, R {rank}", "kernel": kernel, "signature": signature}
+            case["products"] = True
+            if stage == "up" and kind != "fp32":
+                case["hip"] = {"PRECISION": "bf16x3"}
             cases.append(case | {"constexprs": tiles | constexprs} | about)
     return cases

@@ -19,6 +19,8 @@ Extra memory: one block of keys in bfloat16 and one tile of scores, whatever N a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from einops import rearrange
 from torch import Tensor
@@ -43,18 +45,43 @@ def best_match_reference(
     pairs: Tensor | None = None,
     key_mask: Tensor | None = None,
     gate: Tensor | None = None,
+    seen: Sequence[Sequence[int]] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`best_match` in plain torch; the arguments are checked there."""
     (batch, tokens, _), (references, length, _) = queries.shape, keys.shape
-    if tokens * references * length <= SMALL:
-        return _best_match_small(queries, keys, pairs, key_mask, gate)
-    score = queries.new_full((batch, tokens), -torch.inf, dtype=torch.float32)
-    index = queries.new_full((batch, tokens), -1, dtype=torch.int64)
+    if seen is None:
+        seen = _seen(batch, references, pairs, gate)
+    (queries, matchable), (keys, matched) = _numbers(queries), _numbers(keys)
+    if matched is not None:
+        key_mask = matched if key_mask is None else key_mask & matched
+    search = _best_match_small if tokens * references * length <= SMALL else _best_match_blocks
+    score, index = search(queries, keys, seen, key_mask)
+    if matchable is not None:
+        score, index = score.masked_fill_(~matchable, -torch.inf), index.masked_fill_(~matchable, -1)
+    return score, index
+
+
+def _seen(batch: int, references: int, pairs: Tensor | None, gate: Tensor | None) -> list[tuple[int, ...]]:
+    """For each row the references that it looks at."""
     active = [True] * batch if gate is None else gate.ne(0).tolist()
     allowed = [[True] * references] * batch if pairs is None else pairs.tolist()
+    return [tuple(r for r in range(references) if on and row[r]) for on, row in zip(active, allowed, strict=True)]
+
+
+def _numbers(x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Tokens, those that hold NaN or Inf as zeros, and which are numbers (B, N); None: all of them."""
+    finite = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32) < torch.inf  # nor NaN
+    return (x, None) if bool(finite.all()) else (x.masked_fill(~finite[:, :, None], 0), finite)
+
+
+def _best_match_blocks(queries, keys, seen, key_mask) -> tuple[Tensor, Tensor]:
+    """Blocks of queries against blocks of keys."""
+    (batch, tokens, _), (references, length, _) = queries.shape, keys.shape
+    score = queries.new_full((batch, tokens), -torch.inf, dtype=torch.float32)
+    index = queries.new_full((batch, tokens), -1, dtype=torch.int64)
     scan = _has_fast_bfloat16(queries)
     for r in range(references):
-        rows = [b for b in range(batch) if active[b] and allowed[b][r]]
+        rows = [b for b in range(batch) if r in seen[b]]
         columns = None if key_mask is None else key_mask[r].nonzero().flatten()
         count = length if columns is None else len(columns)
         for start in range(0, count if rows else 0, KEY_BLOCK):
@@ -73,34 +100,33 @@ def best_match_reference(
     return score, index
 
 
-def _best_match_small(queries, keys, pairs, key_mask, gate) -> tuple[Tensor, Tensor]:
+def _best_match_small(queries, keys, seen, key_mask) -> tuple[Tensor, Tensor]:
     """With one product for all rows, or, where that tile is large, for all rows that look at the same references."""
-    (batch, tokens, _), (references, length, _) = queries.shape, keys.shape
+    (batch, tokens, _), length = queries.shape, keys.shape[1]
     score = queries.new_full((batch, tokens), -torch.inf, dtype=torch.float32)
     index = queries.new_full((batch, tokens), -1, dtype=torch.int64)
-    active = [True] * batch if gate is None else gate.ne(0).tolist()
-    allowed = [[True] * references] * batch if pairs is None else pairs.tolist()
     groups: dict[tuple[int, ...], list[int]] = {}
     for b in range(batch):
-        if active[b] and any(allowed[b]):
-            groups.setdefault(tuple(r for r in range(references) if allowed[b][r]), []).append(b)
+        if len(seen[b]):
+            groups.setdefault(tuple(seen[b]), []).append(b)
     rows, used = sorted(sum(groups.values(), [])), sorted(set().union(*groups))
     if len(groups) > 1 and len(rows) * tokens * len(used) * length <= SMALL:
         groups = {tuple(used): rows}
     if not groups:
         return score, index
-    unit = keys.float()
-    unit = unit * _inverse_norm(unit)[:, :, None]
+    wide = keys.float()
+    scale = _inverse_norm(wide)  # of the products, not of the keys: equal keys stay equal to the last bit (ties)
     for used, rows in groups.items():
         at, of = torch.tensor(rows, device=queries.device), torch.tensor(used, device=queries.device)
         mine = rearrange(queries.index_select(0, at).float(), "b n c -> (b n) c")
-        cosine = mine @ rearrange(unit.index_select(0, of), "r m c -> c (r m)")
+        cosine = mine @ rearrange(wide.index_select(0, of), "r m c -> c (r m)")
+        cosine *= scale.index_select(0, of).flatten()
         if key_mask is not None:
             cosine.masked_fill_(~key_mask.index_select(0, of).flatten(), -torch.inf)
         tiles = rearrange(cosine, "(b n) (r m) -> b n r m", n=tokens, m=length)  # a view: cosine is written to
         for i, b in enumerate(rows):
             for k, r in enumerate(used):
-                if not allowed[b][r]:
+                if r not in seen[b]:
                     tiles[i, :, k] = -torch.inf
         found, column = cosine.max(1)
         found *= _inverse_norm(mine)
@@ -114,34 +140,34 @@ def token_match_merge_reference(
     x: Tensor,
     reference: Tensor,
     strength: Tensor,
-    threshold: float,
+    threshold: Tensor,
     *,
     pairs: Tensor | None = None,
     reference_mask: Tensor | None = None,
     gate: Tensor | None = None,
+    seen: Sequence[Sequence[int]] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`token_match_merge` in plain torch, with strength (B,); the arguments are checked there."""
-    score, index = best_match_reference(x, reference, pairs=pairs, key_mask=reference_mask, gate=gate)
-    amount, length = strength if gate is None else strength * gate, reference.shape[1]
+    """`token_match_merge` in plain torch, with strength (B, R) and threshold (); the arguments are checked there."""
+    score, index = best_match_reference(x, reference, pairs=pairs, key_mask=reference_mask, gate=gate, seen=seen)
+    length, best = reference.shape[1], index.clamp_min(0)
+    amount = strength.gather(1, best // length)
+    amount = amount if gate is None else amount * gate[:, None]
+    hit = (score > threshold) & (amount != 0)
+    merged = x.clone(memory_format=torch.contiguous_format)
     if x.numel() <= SMALL:
-        rows = amount.nonzero().flatten()
-        merged, token = x.clone(memory_format=torch.contiguous_format), x.index_select(0, rows)
-        match = reference.flatten(0, 1).index_select(0, index.index_select(0, rows).clamp_min_(0).flatten())
-        push = (token.float() - match.view(token.shape)).mul_(amount.index_select(0, rows)[:, None, None])
-        hit = (score.index_select(0, rows) > threshold)[:, :, None]
-        merged.index_copy_(0, rows, torch.where(hit, push.add_(token).to(x.dtype), token))
+        rows = hit.any(1).nonzero().flatten()
+        token = x.index_select(0, rows)
+        match = reference.flatten(0, 1).index_select(0, best.index_select(0, rows).flatten())
+        push = (token.float() - match.view(token.shape)).mul_(amount.index_select(0, rows)[:, :, None])
+        pushed = hit.index_select(0, rows)[:, :, None]
+        merged.index_copy_(0, rows, torch.where(pushed, push.add_(token).to(x.dtype), token))
         return merged, score, index
-    amount = amount.float().tolist()
-    merged = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     for b in range(x.shape[0]):
-        merged[b].copy_(x[b])
-        if amount[b] == 0:
-            continue
-        for rows in (score[b] > threshold).nonzero().flatten().split(QUERY_BLOCK):
-            at = index[b].index_select(0, rows)
+        for rows in hit[b].nonzero().flatten().split(QUERY_BLOCK):
+            at = best[b].index_select(0, rows)
             token = x[b].index_select(0, rows).float()
             # indexing two dimensions at once needs no contiguous copy of the references
-            push = (token - reference[at // length, at % length].float()).mul_(amount[b])
+            push = (token - reference[at // length, at % length].float()).mul_(amount[b].index_select(0, rows)[:, None])
             merged[b].index_copy_(0, rows, token.add_(push).to(x.dtype))
     return merged, score, index
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
@@ -15,7 +16,23 @@ from .errors import SemipermError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["Mask", "Picture", "Pictures", "as_exif_says", "as_rgb", "check_pixels", "from_pil", "mask_of", "picture_of"]
+__all__ = [
+    "FITS",
+    "Mask",
+    "Picture",
+    "Pictures",
+    "as_exif_says",
+    "as_rgb",
+    "check_pixels",
+    "fit_to",
+    "from_pil",
+    "mask_of",
+    "picture_and_alpha",
+    "picture_of",
+    "to_aspect",
+]
+
+FITS = ("crop", "pad", "stretch")  # how `fit_to` brings a picture to another shape
 
 # What decoders and resizers in float16 leave beyond 0..1; more is another range, such as -1..1 or 0..255.
 _ROUNDING = 1e-3
@@ -54,6 +71,78 @@ def picture_of(picture) -> Tensor:
         given = f"shape {tuple(picture.shape)}" if isinstance(picture, Tensor) else type(picture).__name__
         raise SemipermError(f"a picture is {given}; expected a PIL image, a tensor (3, H, W) or an array (H, W, 3)")
     return _checked(picture, "a picture's")
+
+
+def picture_and_alpha(picture) -> tuple[Tensor, Tensor | None]:
+    """One picture -> (3, H, W) float32 in 0..1, and its alpha (H, W) in 0..1; None where all of it is opaque.
+
+    What lies under transparent pixels is not seen: they have the mean colour of what is.
+
+    Args:
+        picture: as `picture_of`; PIL images of any mode with transparency, float tensors (4, H, W) and arrays (H, W, 4)
+            have an alpha.
+
+    Raises:
+        SemipermError: as `picture_of`; or everything is transparent.
+    """
+    alpha = None
+    if hasattr(picture, "convert"):
+        if picture.has_transparency_data:
+            picture = picture.convert("RGBA")
+            alpha = from_pil(picture)[3]
+    elif getattr(picture, "ndim", 0) == 3 and picture.shape[-1 if isinstance(picture, np.ndarray) else 0] == 4:
+        array = isinstance(picture, np.ndarray)
+        alpha = torch.from_numpy(picture[..., 3]) if array else picture[3]
+        alpha = mask_of(alpha)
+        picture = picture[..., :3] if array else picture[:3]
+    pixels = picture_of(picture)
+    if alpha is None or bool((alpha == 1).all()):
+        return pixels, None
+    if not bool((alpha > 0).any()):
+        raise SemipermError("every pixel of a picture is transparent (alpha 0), so there is nothing to see")
+    mean = (pixels * alpha).sum((1, 2), keepdim=True) / alpha.sum()
+    return pixels * alpha + mean * (1 - alpha), alpha
+
+
+def to_aspect(images: Tensor, height: int, width: int, fit: str = "crop", fill: Tensor | float = 0.0) -> Tensor:
+    """Pictures or masks (..., H, W) cut or padded to the aspect of height x width, at their own resolution.
+
+    Args:
+        fit: "crop" keeps the largest middle part of that aspect; "pad" puts `fill` around, as little as it takes;
+            "stretch" leaves them as they are, for who then resizes.
+        fill: a number, or what goes with (..., H, W).
+
+    Raises:
+        SemipermError: another fit.
+    """
+    if fit not in FITS:
+        raise SemipermError(f"fit={fit!r}; expected one of {', '.join(FITS)}")
+    if fit == "stretch":
+        return images
+    rows, columns = images.shape[-2:]
+    wanted = round(columns * height / width), round(rows * width / height)
+    if fit == "crop":
+        size = max(1, min(rows, wanted[0])), max(1, min(columns, wanted[1]))
+        top, left = (rows - size[0]) // 2, (columns - size[1]) // 2
+        return images[..., top : top + size[0], left : left + size[1]]
+    size = max(rows, wanted[0]), max(columns, wanted[1])
+    top, left = (size[0] - rows) // 2, (size[1] - columns) // 2
+    whole = images.new_zeros(*images.shape[:-2], *size) + fill
+    whole[..., top : top + rows, left : left + columns] = images
+    return whole
+
+
+def fit_to(images: Tensor, height: int, width: int, fit: str = "crop", fill: Tensor | float = 0.0) -> Tensor:
+    """Pictures (B, C, H, W) or (C, H, W) in 0..1 in another size; only "stretch" gives up their aspect.
+
+    Args: as `to_aspect`.
+    """
+    images = to_aspect(images, height, width, fit, fill)
+    if tuple(images.shape[-2:]) == (height, width):
+        return images
+    batch = images if images.ndim == 4 else images[None]
+    resized = F.interpolate(batch, (height, width), mode="bicubic", antialias=True).clamp(0, 1)
+    return resized if images.ndim == 4 else resized[0]
 
 
 def as_rgb(image):

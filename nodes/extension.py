@@ -2,6 +2,7 @@
 
 from comfy_api.latest import ComfyExtension, io
 
+from . import installation
 from .attacks import node as image_attacks
 from .canvas import node as canvas
 from .guidance import node as guidance
@@ -15,6 +16,7 @@ from .watermark import node as watermark
 class SemipermExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         wordings.listen()
+        installation.check()
         modules = (
             canvas,
             membranes,

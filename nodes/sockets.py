@@ -23,6 +23,12 @@ class Detection:
     digest: str
 
 
+def aliases(*words: str) -> dict:
+    """What else people search a node by, for its `io.Schema`; nothing where this ComfyUI does not know of it."""
+    known = "search_aliases" in getattr(io.Schema, "__dataclass_fields__", {})
+    return {"search_aliases": list(words)} if known else {}
+
+
 def digest(images: Tensor) -> str:
     """Of a batch of pictures, to tell it from others."""
     return hashlib.sha256(repr(tuple(images.shape)).encode() + images.cpu().contiguous().numpy().tobytes()).hexdigest()

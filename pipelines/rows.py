@@ -219,7 +219,8 @@ def with_rows(name: str, value, rows: ExtraRows):
     if not isinstance(value, Tensor) or name in _UNBATCHED or value.ndim == 0 or value.shape[0] != rows.batch:
         return value
     whole = rows.own(name, value)
-    return torch.cat([value, value[list(rows.sources)]]) if whole is None else whole
+    # slices: a list of indices would have to be copied to the device
+    return torch.cat([value, *(value[s : s + 1] for s in rows.sources)]) if whole is None else whole
 
 
 def without_rows(output, rows: ExtraRows):

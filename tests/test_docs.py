@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 from pathlib import Path
+from urllib.parse import quote, unquote
 
 import pytest
 import torch
@@ -55,7 +56,7 @@ def test_links_lead_somewhere(page):
         if target.startswith(("http", "mailto:")):
             continue
         path, _, anchor = target.partition("#")
-        file = (page.parent / path).resolve() if path else page
+        file = (page.parent / unquote(path)).resolve() if path else page
         if not file.exists() or (anchor and anchor not in anchors(file)):
             missing.append(target)
     assert not missing
@@ -200,7 +201,8 @@ def test_the_method_table():
 def test_every_workflow_and_node_has_its_place():
     text = (ROOT / "docs" / "comfyui.md").read_text(encoding="utf-8")
     for file in (ROOT / "workflows").glob("*.json"):
-        assert f"(../workflows/{file.name})" in text and f"(../workflows/{file.stem}.jpg)" in text
+        name = quote(file.stem)
+        assert f"(../workflows/{name}.json)" in text and f"(../workflows/{name}.jpg)" in text
     for folder in (ROOT / "web" / "docs").iterdir():
         assert f"(../web/docs/{folder.name}/en.md)" in text
 

@@ -1,9 +1,11 @@
-"""Write the UI graph and the thumbnail of every workflow from api/<name>.json, the one description of it.
+"""Write the UI graph and the thumbnail of every workflow from api/<name>.json, the one description of it; also the
+texts of all nodes in English (locales/en/nodeDefs.json) and the subgraph blueprints (subgraphs/).
 
     python workflows/build.py http://127.0.0.1:8188
 
 The address is that of a running ComfyUI with semiperm in it: it tells which inputs are widgets, and it renders the
-thumbnails by running the workflows. `--no-pictures` writes the graphs only.
+thumbnails by running the workflows; those for checkpoints that are not here get a drawing of their graph.
+`--no-pictures` writes the graphs only. Names that follow choose among the workflows.
 """
 
 import io
@@ -14,6 +16,8 @@ import urllib.parse
 import urllib.request
 from pathlib import Path
 
+from blueprints import BLUEPRINTS, blueprint
+
 HERE = Path(__file__).resolve().parent
 WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 THUMBNAIL_WIDTH = 400
@@ -22,8 +26,14 @@ TITLE_BAR = 30
 
 # Stage -> its node classes, or titles of single nodes; the stages stand from left to right, each in a group of its own.
 STAGES = {
-    "Model and prompts": ("SemipermLoadCanvas", "CLIPTextEncode", "EmptyLatentImage"),
-    "Membranes": ("SemipermEraseConcept", "SemipermLoadMembrane", "SemipermApplyMembranes", "SemipermSaveMembrane"),
+    "Model and prompts": ("SemipermLoadCanvas", "CheckpointLoaderSimple", "CLIPTextEncode", "EmptyLatentImage"),
+    "Membranes": (
+        "SemipermEraseConcept",
+        "SemipermSolveMembranes",
+        "SemipermLoadMembrane",
+        "SemipermApplyMembranes",
+        "SemipermSaveMembrane",
+    ),
     "Reference": ("The reference picture", "Decode the reference"),
     "Negative token merging": ("SemipermNegativeTokenMerging", "SemipermNegativeTokenMergingAdvanced"),
     "Safe guidance": (
@@ -41,7 +51,16 @@ STAGES = {
         "KSamplerSelect",
         "RandomNoise",
     ),
-    "Sampling": ("KSampler", "CFGGuider", "BasicScheduler", "SamplerCustomAdvanced", "VAEDecode"),
+    "Mask": ("SolidMask", "MaskComposite"),
+    "Sampling": (
+        "KSampler",
+        "CFGGuider",
+        "BasicScheduler",
+        "LatentUpscale",
+        "SamplerCustomAdvanced",
+        "SetLatentNoiseMask",
+        "VAEDecode",
+    ),
     "Detection": ("SemipermAttackSuite", "ImageBatch", "PrimitiveStringMultiline", "SemipermDetectWatermark"),
     "Pictures": (
         "ImageStitch",
@@ -53,7 +72,7 @@ STAGES = {
         "SemipermGuidanceReport",
     ),
 }
-COLORS = ("#3f789e", "#8a5ea8", "#7a7f3a", "#9b4f6b", "#3a7f7a", "#4f8a5b", "#6b5ea8", "#a1763f", "#5e6ea8")
+COLORS = ("#3f789e", "#8a5ea8", "#7a7f3a", "#9b4f6b", "#3a7f7a", "#857a52", "#4f8a5b", "#6b5ea8", "#a1763f", "#5e6ea8")
 SIZES = {  # of nodes that show a text field or a picture
     "CLIPTextEncode": (340, 120),
     "PrimitiveStringMultiline": (300, 120),
@@ -62,9 +81,10 @@ SIZES = {  # of nodes that show a text field or a picture
     "SemipermDetectWatermark": (560, 760),
     "SemipermEraseConcept": (340, 300),
     "SemipermKeyring": (420, 230),
-    "SemipermMembraneReport": (380, 520),
+    "SemipermMembraneReport": (440, 520),
     "SemipermSaveMembrane": (340, 160),
     "SemipermSaveWithProvenance": (560, 520),
+    "SemipermSolveMembranes": (360, 520),
     "SemipermTokenMergingReport": (400, 300),
     "SemipermGuidanceReport": (420, 300),
     "SemipermSafeGuidance": (340, 220),
@@ -78,45 +98,65 @@ KEYS = (
     "\n\nThe keyring `my_keys.json` is made in `user/__semiperm/keyrings` when there is none. It is the secret: keep a "
     "copy, give it to nobody. The workflow holds its name alone."
 ) + SWITCH.replace(" and concept", "")
+CHECKPOINT = (
+    "\n\nChoose your file in *Load Checkpoint* (`CheckpointLoaderSimple`); any fine-tune of {family} will do. Prompts "
+    "that do not name the concept keep every bit. If other words bring it back, add them behind a bar, or take the "
+    "preset *strict*. Everything else that can be set is in *Solve Membranes* and *Apply Membranes*."
+)
 NOTES = {
-    "erase_by_text": "## Erase by text\nThe same prompt and seed twice: by the model as it is (left), and by a clone "
+    "Erase a style, SD 1.5": "## Erase a style, Stable Diffusion 1.5\nThe same "
+    "prompt and seed twice, at 512x512: by the checkpoint as it is (left), and "
+    "without the painter (right). Solving takes seconds, and another strength "
+    "is not solved again." + CHECKPOINT.format(family="SD 1.x"),
+    "Erase a style, SDXL": "## Erase a style, SDXL\nThe same prompt and seed "
+    "twice, at 1024x1024 (512x512 draws badly here): by the checkpoint as it is "
+    "(left), and without the painter (right). Solving takes seconds to a minute, "
+    "and another strength is not solved again." + CHECKPOINT.format(family="SDXL"),
+    "Erase by text": "## Erase by text\nThe same prompt and seed twice: by the model as it is (left), and by a clone "
     "from which *Erase Concept* took the robot (right). No file and no training: the membrane is computed from the "
-    "model's own weights. *Membrane Report* tells what fired; a prompt without a robot gives the untouched picture."
-    + SWITCH,
-    "erase_by_file": "## Erase by file\n*Load Membrane* reads `models/semiperm` and `models/loras`; the two canvas "
+    "model's own weights; another strength is not solved again. *Membrane Report* tells what fired; a prompt without a "
+    "robot gives the untouched picture." + SWITCH,
+    "Erase by file": "## Erase by file\n*Load Membrane* reads `models/semiperm` and `models/loras`; the two canvas "
     "files of this workflow ship with semiperm. The right picture has the same prompt and seed as the left one, with "
     "the membrane applied." + SWITCH + " A membrane belongs to one base model: make yours with *Erase Concept* and "
     "*Save Membrane*.",
-    "stack_and_compare": "## Stack and compare\nColumns: before, the robot membrane alone, robot and sketch stacked. "
+    "Stack and compare": "## Stack and compare\nColumns: before, the robot membrane alone, robot and sketch stacked. "
     "The upper prompt asks for both concepts; the lower one for neither, and its three pictures are equal to the bit. "
     "Further files stack by the input *membranes* of *Load Membrane*." + SWITCH + " The files must be of that model.",
-    "save_and_reload": "## Save and reload\n*Erase Concept* also returns the membranes it made: *Save Membrane* "
-    "writes them to `models/semiperm`, and the file, loaded again, gives the same picture to the bit. From then on you "
+    "Save and reload": "## Save and reload\n*Solve Membranes* computes membranes with everything that can be set; "
+    "*Apply Membranes* says how they act, and changes without solving again. *Save Membrane* writes them to "
+    "`models/semiperm`, and the file, loaded again, gives the same picture to the bit. From then on you "
     "need this node no more: in any workflow press **R** (refresh the node definitions) and choose the file, whose "
     "name *Save Membrane* shows, in *Load Membrane*." + SWITCH,
-    "negative_token_merging_reference": "## Away from a picture\nLeft the reference, a mascot. Middle: a prompt that "
+    "Away from a picture": "## Away from a picture\nLeft the reference, a mascot. Middle: a prompt that "
     "means the mascot without naming it. Right: the same prompt and seed, pushed away from the reference by *Negative "
     "Token Merging*: another object, in the style and before the background that were asked for. The words at "
     "*reference* say what the reference shows. *Load Image* may take the place of the sampled reference."
     + SWITCH
     + " Begin with *Negative Token Merging*, whose settings are the paper's.",
-    "negative_token_merging_diversity": "## A batch apart\nFour pictures of one prompt: above by the model as it is, "
+    "A batch apart": "## A batch apart\nFour pictures of one prompt: above by the model as it is, "
     "below with the same seeds and *Negative Token Merging* without an image: each picture is pushed away from what it "
     "has in common with the others. No extra picture is denoised for it."
     + SWITCH
     + " Begin with *Negative Token Merging*, whose settings are the paper's.",
-    "safe_guidance": "## Safe guidance\nThe same prompt and seed twice: by the model as it is (left), and steered away "
+    "Safe guidance": "## Safe guidance\nThe same prompt and seed twice: by the model as it is (left), and steered away "
     "from a category of harm by *Safe Guidance* (right): the canvas's hazard, a mark in a corner. The right latent goes "
     "through *Guidance Report* to its decoder, so that no picture is decoded of a run in which protection did not run. "
-    "cfg must be above 1."
-    + SWITCH.replace("and concept", "and category"),
-    "watermark_sign": "## Sign\nThe same prompt and seed twice: by the model as it is (left), and with the signs of "
+    "cfg must be above 1." + SWITCH.replace("and concept", "and category"),
+    "Sign": "## Sign\nThe same prompt and seed twice: by the model as it is (left), and with the signs of "
     "its noise set by your key (middle): another picture of the same quality. *Detect Watermark* finds the mark again "
     "and shows where (right); *Save With Provenance* writes down what was found, beside the workflow." + KEYS,
-    "watermark_detect": "## Detect\n*SamplerCustomAdvanced* draws one picture from *Watermark Noise* and one from "
+    "Sign with hires fix": "## Sign, with hires fix\nBoth passes have the MODEL of *Watermark Model*: the "
+    "second one adds noise to the enlarged picture, and signs it. The last pass's mark is what *Detect "
+    "Watermark* finds (middle: the first pass; right: where the mark is). If a later pass had the unsigned "
+    "model, *Watermark Model* would refuse to run." + KEYS,
+    "Sign an inpainting": "## Sign an inpainting\nA picture without a mark (left) gets a new right side "
+    "(middle), whose noise is signed. *Detect Watermark* is given the same mask, and counts nothing else "
+    "(right). For a photo of your own put *Load Image* and *VAE Encode* before *Set Latent Noise Mask*." + KEYS,
+    "Detect": "## Detect\n*SamplerCustomAdvanced* draws one picture from *Watermark Noise* and one from "
     "*RandomNoise*; *Detect Watermark* tells them apart. p is the chance that a picture without a mark looks so "
     "marked. For pictures of your own put *Load Image* before *Detect Watermark*." + KEYS,
-    "watermark_attack_and_detect": "## Attack and detect\n*Attack Suite* does to a signed picture what happens to "
+    "Attack and detect": "## Attack and detect\n*Attack Suite* does to a signed picture what happens to "
     "pictures on their way, one attack a line; *Detect Watermark* tells what of the mark is left, and where: green "
     "agrees with the mark, red does not. Turned pictures need *search*, which takes longer." + KEYS,
 }
@@ -257,17 +297,84 @@ def render(server: str, api: dict, path: Path) -> None:
     image.resize(size, Image.Resampling.LANCZOS).save(path, quality=90)
 
 
-def main(server: str, pictures: bool) -> None:
+def draw(graph: dict, path: Path) -> None:
+    """A drawing of the graph as the thumbnail, for a workflow that cannot run here."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    boxes = [group["bounding"] for group in graph["groups"]]
+    left, top = (min(box[i] for box in boxes) for i in (0, 1))
+    right, bottom = (max(box[i] + box[i + 2] for box in boxes) for i in (0, 1))
+    scale, margin = 2 * THUMBNAIL_WIDTH / (right - left), 8  # drawn at twice the size
+    image = Image.new("RGB", (2 * THUMBNAIL_WIDTH, round((bottom - top) * scale) + 2 * margin), "#202020")
+    pen, font = ImageDraw.Draw(image), ImageFont.load_default(14)
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        return (x - left) * scale, (y - top) * scale + margin
+
+    for group in graph["groups"]:
+        x, y, w, h = group["bounding"]
+        pen.rectangle((*at(x, y), *at(x + w, y + h)), outline=group["color"], width=3)
+        pen.text(at(x + 12, y + 8), group["title"], fill=group["color"], font=font)
+    nodes = {node["id"]: node for node in graph["nodes"]}
+    for _, source, out, target, into, _ in graph["links"]:
+        a, b = nodes[source], nodes[target]
+        start, end = (
+            (a["pos"][0] + a["size"][0], a["pos"][1] + 20 * out + 14),
+            (b["pos"][0], b["pos"][1] + 20 * into + 14),
+        )
+        pen.line((*at(*start), *at(*end)), fill="#8a8a8a", width=2)
+    for node in nodes.values():
+        (x, y), (w, h) = node["pos"], node["size"]
+        if node["type"] != "MarkdownNote":
+            ours = node["type"].startswith("Semiperm")
+            pen.rectangle((*at(x, y - TITLE_BAR), *at(x + w, y + h)), fill="#4a3a55" if ours else "#353535")
+            pen.text(at(x + 10, y - TITLE_BAR + 4), node["title"], fill="white", font=font)
+    image.resize((THUMBNAIL_WIDTH, image.height // 2), Image.Resampling.LANCZOS).save(path, quality=90)
+
+
+def english(object_info: dict) -> dict:
+    """nodeDefs.json of our nodes: what the page shows of them, for translators to begin with."""
+    found = {}
+    for name, info in object_info.items():
+        if not name.startswith("Semiperm"):
+            continue
+        inputs = {
+            key: {"name": spec[1].get("display_name") or key, "tooltip": spec[1]["tooltip"]}
+            for kind in ("required", "optional")
+            for key, spec in info["input"].get(kind, {}).items()
+        }
+        named = zip(info["output_name"], info["output_tooltips"], strict=True)
+        outputs = {str(i): {"name": name, "tooltip": text} for i, (name, text) in enumerate(named)}
+        about = {"display_name": info["display_name"], "description": info["description"]}
+        found[name] = about | {"inputs": inputs, "outputs": outputs}
+    return found
+
+
+def write(path: Path, content: dict) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def main(server: str, pictures: bool, names: list[str]) -> None:
     object_info = json.loads(get(f"{server}/object_info"))
+    write(HERE.parent / "locales" / "en" / "nodeDefs.json", english(object_info))
+    for name, parts in BLUEPRINTS.items():
+        nodes = {key: ui_node(key, node, object_info[node["class_type"]]) for key, node in parts.api.items()}
+        write(HERE.parent / "subgraphs" / f"{name}.json", blueprint(name, parts, nodes))
     for source in sorted((HERE / "api").glob("*.json")):
+        if names and source.stem not in names:
+            continue
         api = json.loads(source.read_text(encoding="utf-8"))
         graph = build(source.stem, api, object_info)
-        (HERE / source.name).write_text(json.dumps(graph, indent=1) + "\n", encoding="utf-8")
-        if pictures:
+        write(HERE / source.name, graph)
+        if any(node["class_type"] == "CheckpointLoaderSimple" for node in api.values()):
+            draw(graph, HERE / f"{source.stem}.jpg")
+        elif pictures:
             render(server, api, HERE / f"{source.stem}.jpg")
 
 
 if __name__ == "__main__":
     if len(sys.argv) < 2:
         raise SystemExit(__doc__)
-    main(sys.argv[1].rstrip("/"), "--no-pictures" not in sys.argv)
+    chosen = [name for name in sys.argv[2:] if not name.startswith("--")]
+    main(sys.argv[1].rstrip("/"), "--no-pictures" not in sys.argv, chosen)

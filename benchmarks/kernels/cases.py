@@ -6,11 +6,13 @@ The naive algorithms are written from their formulas in eager torch, in the tens
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...kernels.dual_context_attention import dual_context_attention
 from ...kernels.gated_low_rank import gated_low_rank
 from ...kernels.keyed_correlation import keyed_correlation
 from ...kernels.normalized_attention_guidance import normalized_attention_guidance
@@ -39,6 +41,11 @@ class Operation:
     @property
     def shape(self) -> str:
         return " ".join(f"{letter}{number}" for letter, number in zip(self.letters, self.size, strict=True))
+
+    @property
+    def peers(self) -> dict[str, Callable]:
+        """Further algorithms that are timed beside the naive one."""
+        return {}
 
     def check(self, inputs: tuple, ours: tuple, naive: tuple | None) -> None:
         """Raise KernelBenchmarkError unless the answers are equal, token by token, to the rounding of their dtype."""
@@ -94,6 +101,18 @@ class TokenMatchMerge(Operation):
         pushed = (1 + self.strength) * token - self.strength * match
         return torch.where((score > self.threshold)[..., None], pushed, token), score, index
 
+    @property
+    def peers(self) -> dict[str, Callable]:
+        """The five lines that anyone would write first: 1,024 queries at a time, and no row that is not pushed."""
+        return {"naive, in chunks": self._chunked}
+
+    def _chunked(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        normal, keys = F.normalize(x[1:], dim=-1), F.normalize(x[0], dim=-1).T
+        found = [(part @ keys).max(-1) for part in normal.flatten(0, 1).split(1024)]
+        score, index = (torch.cat(parts).view(x[1:].shape[:2]) for parts in zip(*found, strict=True))
+        pushed = (1 + self.strength) * x[1:] - self.strength * x[0][index]
+        return torch.where((score > self.threshold)[..., None], pushed, x[1:]), score, index
+
     def check(self, inputs, ours, naive) -> None:
         """Our winner is as good as the naive one, to ties; tokens with the same winner are merged alike."""
         (x,) = inputs
@@ -101,7 +120,7 @@ class TokenMatchMerge(Operation):
         if naive is None:  # too large for the naive algorithm: some tokens stand for all
             some = torch.linspace(0, x.shape[1] - 1, 64, device=x.device).long()
             naive, ours, queries = self.naive(x, some), tuple(t[:, some] for t in ours), queries[:, some]
-        (merged, score, index), (wanted, top, best) = ours, (t[1:] for t in naive)
+        (merged, score, index), (wanted, top, best) = ours, (t[-len(queries) :] for t in naive)
         self.require("an index", float(((index < 0) | (index >= len(reference))).sum()), 0)  # out of range
         won, lost = (F.cosine_similarity(queries.float(), reference[at].float(), dim=-1) for at in (index, best))
         self.require("the winner", float((lost - won).max()), TIE[x.dtype])
@@ -161,6 +180,34 @@ class NormalizedAttentionGuidance(Operation):
 
     def work(self, element) -> tuple[int, int]:
         return 3 * math.prod(self.size) * element, 0
+
+
+class DualContextAttention(Operation):
+    """Joint attention of an image's tokens N, which both contexts share, and P words in each of two contexts."""
+
+    name, letters, bound = "dual_context_attention", "BHNDP", "arithmetic"
+    phi = 4.0
+
+    def inputs(self, device, dtype) -> tuple[Tensor, ...]:
+        batch, heads, tokens, width, words = self.size
+        lengths = (tokens, tokens, tokens, words, words, words, words)
+        return tuple(_noise(n, batch, heads, size, width).to(device, dtype) for n, size in enumerate(lengths))
+
+    def kernel(self, q, k, v, k_positive, v_positive, k_negative, v_negative) -> tuple[Tensor, Tensor]:
+        positive, negative = (k_positive, v_positive), (k_negative, v_negative)
+        return dual_context_attention(q, (k, v), positive, negative, phi=self.phi)[:2]
+
+    def naive(self, q, k, v, k_positive, v_positive, k_negative, v_negative) -> tuple[Tensor, Tensor]:
+        """torch's attention twice, as the released code attends."""
+        return tuple(
+            F.scaled_dot_product_attention(q, torch.cat((k, own_k), 2), torch.cat((v, own_v), 2))
+            for own_k, own_v in ((k_positive, v_positive), (k_negative, v_negative))
+        )
+
+    def work(self, element) -> tuple[int, int]:
+        batch, heads, tokens, width, words = self.size
+        moved = batch * heads * width * (5 * tokens + 4 * words) * element
+        return moved, 4 * batch * heads * tokens * width * (tokens + 2 * words)
 
 
 class SafeGuidanceStep(Operation):
@@ -246,6 +293,7 @@ def small_cases() -> list[Operation]:
         GatedLowRank(3, 77, 40, 56, 5),
         KeyedCorrelation(3, 5, 256, 3),
         NormalizedAttentionGuidance(3, 77, 72),
+        DualContextAttention(2, 3, 77, 40, 13),
         SafeGuidanceStep(3, 4, 9, 7),
     ]
 
@@ -258,6 +306,7 @@ def timed_cases(device: torch.device, quick: bool) -> list[Operation]:
     if quick:
         cases = [TokenMatchMerge(4, 1024, 640), GatedLowRank(2, 1024, 640, 640, 20)]
         cases.append(KeyedCorrelation(2, 64, 2048, 4))
+        cases.append(DualContextAttention(1, 4, 1024, 64, 77))
         return cases + [NormalizedAttentionGuidance(2, 1024, 640), SafeGuidanceStep(4, 4, 64, 64)]
     if device.type == "cuda":
         cases = [TokenMatchMerge(4, 4096, 640), TokenMatchMerge(4, 4096, 3072), TokenMatchMerge(2, 32760, 1536)]
@@ -269,6 +318,8 @@ def timed_cases(device: torch.device, quick: bool) -> list[Operation]:
     cases += [
         KeyedCorrelation(*((16, 1024) if device.type == "cuda" else (4, 64)), length, 4) for length in (2048, 8192)
     ]
+    # a layer of Flux at 1024 pixels; SD3's at 512 on a CPU
+    cases.append(DualContextAttention(*((1, 24, 4096, 128, 512) if device.type == "cuda" else (1, 24, 1024, 64, 154))))
     return cases + [NormalizedAttentionGuidance(2, 4096, 640), SafeGuidanceStep(4, 4, 128, 128)]
 
 

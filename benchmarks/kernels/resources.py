@@ -27,13 +27,21 @@ KERNELS = (
     "keyed_correlation",
     "normalized_attention_guidance",
     "safe_guidance_step",
+    "dual_context_attention",
 )
 TARGETS = {
+    "sm_75": ("cuda", 75, 32),
     "sm_80": ("cuda", 80, 32),
+    "sm_89": ("cuda", 89, 32),
     "sm_90": ("cuda", 90, 32),
     "sm_100": ("cuda", 100, 32),
+    "sm_120": ("cuda", 120, 32),
+    "gfx90a": ("hip", "gfx90a", 64),
     "gfx942": ("hip", "gfx942", 64),
+    "gfx1100": ("hip", "gfx1100", 32),
 }
+# Here kernels with products take torch (kernels/dispatch.py), and are not compiled.
+WITHOUT_PRODUCTS = ("sm_75", "gfx1100")
 
 
 class ResourceError(RuntimeError):
@@ -41,7 +49,7 @@ class ResourceError(RuntimeError):
 
 
 def resources(targets: Iterable[str] = tuple(TARGETS), kernels: Iterable[str] = KERNELS) -> list[dict]:
-    """Compile every kernel's `compile_cases()` and read what the assembler allotted.
+    """Compile every kernel's `compile_cases()` and read what the assembler allotted, on every path that `auto` takes.
 
     Pointers count as aligned to 16 bytes, as torch allocates, and sizes of type "i32:16" as multiples of 16.
 
@@ -67,7 +75,12 @@ def resources(targets: Iterable[str] = tuple(TARGETS), kernels: Iterable[str] = 
     ran_with = versions("torch", "triton") | {"ptxas": _ptxas_version()}
     modules = [importlib.import_module(f"...kernels.{name}", __package__) for name in kernels]
     cases = [case for module in modules for case in module.compile_cases()]
-    jobs = [(case, target) for case in cases for target in targets]
+    jobs = [
+        (case, target)
+        for case in cases
+        for target in targets
+        if not (case.get("products") and target in WITHOUT_PRODUCTS)
+    ]
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:  # much of the time is the assembler's, a process
         rows = list(pool.map(_row, *zip(*jobs, strict=True)))
     return [row | {"versions": ran_with} for row in rows]
@@ -87,10 +100,11 @@ def _row(case: dict, target: str) -> dict:
         if kind.startswith("*") or kind.endswith(":16")
     }
     types = {name: kind.removesuffix(":16") for name, kind in types.items()}
-    source = ASTSource(case["kernel"], types, case["constexprs"], aligned)
+    constexprs = case["constexprs"] | (case.get("hip", {}) if TARGETS[target][0] == "hip" else {})
+    source = ASTSource(case["kernel"], types, constexprs, aligned)
     options = {"num_warps": case["num_warps"], "num_stages": case["num_stages"]}
     compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
-    config = " ".join(f"{name}={value}" for name, value in (case["constexprs"] | options).items())
+    config = " ".join(f"{name}={value}" for name, value in (constexprs | options).items())
     read = _amd if TARGETS[target][0] == "hip" else _nvidia
     return {"name": case["name"], "target": target, "config": config, **read(compiled)}
 

@@ -75,6 +75,8 @@ def _rows(case: Operation, device: torch.device, dtype: torch.dtype, quick: bool
     contestants = {"kernel": case.kernel} | ({"naive": case.naive} if timed else {})
     peaks = {"naive": peak_bytes(case.naive, *inputs) if timed else naive_peak}
     own_peaks = {"naive": peak, COMPILED: None}
+    for name, peer in case.peers.items() if timed else ():
+        contestants[name], peaks[name], own_peaks[name] = peer, peak_bytes(peer, *inputs), peak
     if timed and not quick and (compiled := _compiled(case.naive, inputs)) is not None:
         contestants[COMPILED], contestants[_OURS[COMPILED]] = compiled, _compiled(case.kernel, inputs)
         peaks[COMPILED] = peak_bytes(compiled, *inputs) if device.type == "cuda" else None
@@ -82,12 +84,12 @@ def _rows(case: Operation, device: torch.device, dtype: torch.dtype, quick: bool
             own_peaks[COMPILED] = peak_bytes(contestants[_OURS[COMPILED]], *inputs)
     seconds, outputs = _interleaved(contestants, inputs, device, rounds=1 if not timed else 5 if quick else 15)
     for baseline in peaks:
-        case.check(inputs, outputs[_OURS[baseline]], outputs.get(baseline))
+        case.check(inputs, outputs[_OURS.get(baseline, "kernel")], outputs.get(baseline))
 
     moved, flops = case.work(dtype.itemsize)
     rows = []
     for baseline, peak_of_baseline in peaks.items():
-        own, theirs = seconds[_OURS[baseline]], seconds.get(baseline)
+        own, theirs = seconds[_OURS.get(baseline, "kernel")], seconds.get(baseline)
         ours = statistics.median(own)
         ratios = [mine / other for mine, other in zip(own, theirs or (), strict=bool(theirs))]
         row = {

@@ -104,6 +104,15 @@ def world():
     return pipe, PipelineInverter(pipe), Judge.load()
 
 
+@lru_cache(maxsize=1)
+def the_reader():
+    """The shipped reader of marks; None where it is another world's."""
+    from ...canvas.pipeline import READER, WEIGHTS
+    from ...pipelines.watermark.reader import reader_for
+
+    return reader_for(world()[0], WEIGHTS / READER)
+
+
 def asked(start: int, count: int) -> list[tuple[str, dict[str, str]]]:
     """(prompt, what it asks for) of the pictures `start` to `start + count`."""
     from ...canvas import captions

@@ -14,7 +14,8 @@ from scipy import stats
 from torch import Tensor
 
 from ...methods.watermark import mark as watermark
-from ...methods.watermark.keys import KEY_IDS, WatermarkKey
+from ...methods.watermark import reading
+from ...methods.watermark.keys import FORMAT, KEY_IDS, WatermarkKey
 from ...methods.watermark.peers.gaussian_shading import GaussianShading
 from ...methods.watermark.peers.pseudorandom_code import PseudorandomCode
 from ...methods.watermark.peers.ring_id import RingID
@@ -29,10 +30,10 @@ def seeded(*about) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
-def key_of(*about) -> WatermarkKey:
+def key_of(*about, since: int = FORMAT) -> WatermarkKey:
     """A key of the same kind: no secret, but a benchmark has to be repeatable."""
     stream, mac = (hashlib.sha256(repr((part, *about)).encode()).digest() for part in ("stream", "mac"))
-    return WatermarkKey(f"benchmark {about}", stream[0] % KEY_IDS, "", stream, mac)
+    return WatermarkKey(f"benchmark {about}", stream[0] % KEY_IDS, "", stream, mac, since=since)
 
 
 @dataclass(frozen=True)
@@ -77,11 +78,13 @@ class Keyed:
             ident = min(64, (self.bits - layout.bound) // 2)
             rest = {"version": 0, "key_id": 0, "time": 0, "model": 0}
             layout = replace(layout, **rest, unique_id=ident, mac=self.bits - layout.bound - ident)
-        watermark.capacity = lambda shape: layout
+        for module in (watermark, reading):
+            module.capacity = lambda shape: layout
         try:
             yield layout
         finally:
-            watermark.capacity = asked
+            for module in (watermark, reading):
+                module.capacity = asked
 
     def sample(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
         """(B, ...) marked latents, each with a nonce of its own, and all with the same payload."""
@@ -95,8 +98,8 @@ class Keyed:
     def find(self, latents: Tensor) -> Found:
         """What one latent says, given with its batch."""
         with self._carrying(latents.shape[1:]) as layout:
-            reading = watermark.read(latents, [self.key])[0]
-            return Found(reading.p_value, bool(reading.mac_ok) and reading.payload == self._payload(layout))
+            said = watermark.read(latents, [self.key])[0]
+            return Found(said.p_value, bool(said.mac_ok) and said.payload == self._payload(layout))
 
 
 class Baseline:

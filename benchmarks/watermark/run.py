@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -39,7 +40,18 @@ SPEEDS = (
     ("bank", (4, 64, 64), 2, 5, 1),
     ("bank", (16, 128, 128), 2, 5, 0),
 )
-PARTS = ("latents", "canvas", "speed")
+PARTS = ("latents", "linked", "canvas", "repaint", "everyday", "speed")  # by default
+ON_REQUEST = ("samplers",)
+# The tables of each part; "null" rows are told apart by the latents they are of.
+TABLES = {
+    "latents": ("null", "classifier", "channel"),
+    "linked": ("linked",),
+    "canvas": ("attack", "guidance", "quality", "decoder", "forgery", "null"),
+    "repaint": ("repaint",),
+    "everyday": ("everyday",),
+    "speed": ("speed",),
+    "samplers": ("sampler",),
+}
 
 
 class TimingError(RuntimeError):
@@ -57,21 +69,23 @@ def run(
 
     Args:
         quick: fewer latents, pictures, trials and rounds: about a minute on two cores instead of about 100.
-        parts: out of PARTS: latents alone, the canvas's pictures, time and memory.
+        parts: out of PARTS and ON_REQUEST: latents alone, pairs of them, the canvas's pictures, repainted ones,
+            everyday's conversions, time and memory; which of diffusers' samplers keep the mark.
         workers: processes; None is one for each core, 1 stays in this process.
         resume: file of finished units: what the same code has computed is not computed again.
         starting: called with a label and a number of pieces before they start; returns what is told of finished ones.
 
     Returns:
-        The rows of `statistics.rows`, of `canvas_rows.rows`, and {"table": "speed", "what",
-        "shape", "keys", "threads", "rounds", "ms": median, "best_ms", "peak_mb": of the process, "extra_mb": beyond
-        what it had before}; each with "machine" and "versions".
+        The rows of `statistics.rows`, `linked.rows`, `canvas_rows.rows`, `repaint.rows`, `everyday.rows`,
+        `samplers.rows`, and {"table": "speed", "what", "shape", "keys", "threads", "rounds", "ms": median, "best_ms",
+        "peak_mb": of the process, "extra_mb": beyond what it had before}; each with "machine" and "versions".
 
     Raises:
         ValueError: an unknown part. TimingError: a timing's process failed.
     """
-    if unknown := set(parts) - set(PARTS):
-        raise ValueError(f"there is no part {', '.join(sorted(unknown))}; expected some of {', '.join(PARTS)}")
+    if unknown := set(parts) - {*PARTS, *ON_REQUEST}:
+        known = ", ".join((*PARTS, *ON_REQUEST))
+        raise ValueError(f"there is no part {', '.join(sorted(unknown))}; expected some of {known}")
     found = []
     if "latents" in parts:
         units = watermark_statistics.plan(quick)
@@ -82,6 +96,11 @@ def run(
 
         units = watermark_canvas.plan(quick)
         found += watermark_canvas_rows.rows(units, computed(units, workers, resume, starting("canvas", len(units))))
+    for name in ("linked", "repaint", "everyday", "samplers"):
+        if name in parts:
+            module = import_module(f".{name}", __package__)
+            units = module.plan(quick)
+            found += module.rows(units, computed(units, workers, resume, starting(name, len(units))))
     if "speed" in parts:
         speeds = [(*case[:3], case[3 + quick]) for case in SPEEDS if case[3 + quick]]
         advance = starting("speed; keep the machine quiet", len(speeds))
@@ -97,6 +116,9 @@ def compute(unit: dict) -> dict:
     """The result of one unit of any part."""
     if unit["task"] in watermark_statistics.TASKS:
         return watermark_statistics.compute(unit)
+    if unit["task"] in TABLES:
+        with torch.no_grad():
+            return import_module(f".{unit['task']}", __package__).compute(unit)
     from . import canvas as watermark_canvas
 
     return watermark_canvas.compute(unit)

@@ -19,7 +19,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from ...methods.watermark.fields import codeword, fields_of, first_field
+from ...methods.watermark.fields import fields_of, first_field
 from ...methods.watermark.mark import capacity
 from ...methods.watermark.statistics import LARGEST, level_counts, quantise
 from ..erasure.evaluate import wilson
@@ -111,11 +111,11 @@ def _single(latents: Tensor, keys: Sequence, generator: torch.Generator) -> Iter
     """
     shape = tuple(latents.shape[1:])
     fields, ties = fields_of(shape), torch.rand(len(latents), generator=generator, dtype=torch.float64)
-    number = 2 * fields.length + 7  # any one: stream 1, Walsh function 3, negative
+    number = 2 * fields.length // fields.blocks + 7  # any one: stream 1, Walsh function 3, negative
     for row, key, tie in zip(quantise(latents), keys, ties.tolist(), strict=True):
-        positions, signs = first_field(fields, [key], "")
-        field = row[positions[0]].astype(np.int64)
-        score = int(field @ (1 - 2 * codeword(fields, signs[0, 1], number).astype(np.int64)))
+        first = first_field(fields, key, "")
+        field = row[first.positions].astype(np.int64)
+        score = int(field @ (1 - 2 * first.bits(number).astype(np.int64)))
         mass = score_law(field)
         middle = len(mass) // 2
         yield float(mass[middle + score + 1 :].sum() + tie * mass[middle + score])

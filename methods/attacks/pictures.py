@@ -252,9 +252,13 @@ def _brightness_jitter(picture: Tensor, reach: float, generator: Generator) -> T
     return picture * (low + (high - low) * _draw(torch.rand, picture, 1, generator=generator))
 
 
+def _grey(pixels: Tensor, _: float = 0, __: Generator = None) -> Tensor:
+    weights = pixels.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1)  # of ITU-R 601-2, as Pillow's
+    return (pixels * weights).sum(1, keepdim=True).expand_as(pixels).clone()
+
+
 def _contrast(pixels: Tensor, factor: float, _: Generator) -> Tensor:
-    grey = (pixels * pixels.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)
-    mean = grey.mean((2, 3), keepdim=True)
+    mean = _grey(pixels)[:, :1].mean((2, 3), keepdim=True)
     return mean + factor * (pixels - mean)
 
 
@@ -295,6 +299,7 @@ ATTACKS: dict[str, Attack] = {
         Attack("noise-legacy", 0.05, _each(_noise_legacy), "noise that wraps at 256, as in released codes", 0, 1, 0),
         Attack("brightness", 1.5, _brightness, "times this factor, clipped", 0, 10, 1),
         Attack("brightness-jitter", 6, _each(_brightness_jitter), "times 1 - s .. 1 + s, as in papers", 0, 10, 0),
+        Attack("grey", None, _grey, "without its colours"),
         Attack("contrast", 1.5, _contrast, "distance from the mean grey times this factor", 0, 10, 1),
         Attack("rotate", 10, _rotate, "degrees counter-clockwise, size kept, black corners", -360, 360, 0),
         Attack("flip", None, lambda x, s, g: x.flip(3), "left and right exchanged"),

@@ -20,6 +20,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from ..errors import WatermarkError
+from ..packages import install_command
 from .picture_file import parse
 from .record import ALGORITHM, Provenance, extract
 
@@ -35,7 +36,8 @@ def _c2pa():
         import c2pa
     except (ImportError, OSError) as error:  # OSError: its native library is for another system
         raise WatermarkError(
-            "C2PA manifests need the package c2pa-python, which is not installed; run `pip install c2pa-python`"
+            "C2PA manifests need the package c2pa-python, which this Python lacks; run"
+            f" `{install_command('c2pa-python')}`"
         ) from error
     return c2pa
 

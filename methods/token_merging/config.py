@@ -6,10 +6,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import TokenMergingError
-from ..pictures import Mask, Picture, mask_of, picture_of
+from ..pictures import FITS, Mask, Picture, mask_of, picture_and_alpha
 from ..schedule import Window
 
 _CHOICES = {
@@ -17,6 +19,7 @@ _CHOICES = {
     "matching": ("reference", "output"),
     "diversity": ("symmetric", "first"),
     "compat": (None, "official"),
+    "fit": FITS,
 }
 
 
@@ -26,12 +29,16 @@ class NegativeTokenMergingConfig:
 
     Args:
         reference: image(s) to push away from: PIL images or float tensors (3, H, W) in 0..1, one or several; any
-            size. None is diversity mode: the images of a batch push each other away.
+            size. An alpha, also as a fourth channel, is a mask: transparent is not avoided. None is diversity mode: the
+            images of a batch push each other away.
         mask: where in the reference to look, for each image or one for all: PIL image or float tensor (H, W), white
-            is what to avoid. None is everywhere.
-        strength: how far, 0 is exactly the untouched model, below 0 pulls towards the reference. In the paper
-            0.9; strong prompts want 2 to 3.
+            is what to avoid; of another size than its image, it is stretched onto it. None is everywhere.
+        strength: how far, 0 is exactly the untouched model, below 0 pulls towards the reference; one for all references
+            or one each: a token is pushed by the strength of the reference that it matches best, so that 0 keeps what
+            is like that one. In the paper 0.9; strong prompts want 2 to 3.
         threshold: least cosine, -1 to 1, at which a token is pushed; -1 pushes every token.
+        fit: how a reference of another aspect is brought to the picture's: "crop" (the middle that has it), "pad" (all
+            of it, with borders that are not avoided) or "stretch".
         start, end: the `Window` of the noise schedule in which it pushes, 0 pure noise, 1 the image. The default is the
             paper's.
         rows: "conditional" (guidance then amplifies the push) or "all" rows of the batch, as released.
@@ -55,7 +62,7 @@ class NegativeTokenMergingConfig:
 
     reference: Picture | Sequence[Picture] | None = None
     mask: Mask | Sequence[Mask] | None = None
-    strength: float = 0.9
+    strength: float | Sequence[float] = 0.9
     threshold: float = 0.65
     start: float = 0.0
     end: float = 0.2
@@ -69,6 +76,7 @@ class NegativeTokenMergingConfig:
     matching: str = "reference"
     diversity: str = "symmetric"
     compat: str | None = None
+    fit: str = "crop"
 
     def __post_init__(self):
         for name, choices in _CHOICES.items():
@@ -77,30 +85,43 @@ class NegativeTokenMergingConfig:
         if self.compat == "official":
             released = {"matching": "output", "diversity": "first", "rows": "all"}
             self._set(**released, cross_attention=True, noise_reference=False)
-        if not math.isfinite(self.strength):
-            raise TokenMergingError(f"strength={self.strength}; expected a finite number, 0 to do nothing")
         if not -1.0 <= self.threshold <= 1.0:
             raise TokenMergingError(f"threshold={self.threshold}; expected a cosine from -1 to 1")
         if self.max_downscale < 1:
             raise TokenMergingError(f"max_downscale={self.max_downscale}; expected 1 (full resolution only) or more")
         Window(self.start, self.end)
-        images, masks = as_images(self.reference), as_masks(self.mask)
+        images, alphas = as_images(self.reference)
+        masks = as_masks(self.mask)
+        if self.reference is not None and not images:
+            raise TokenMergingError("reference has no image in it; expected one or more, or None for diversity mode")
         if masks and not images:
             raise TokenMergingError("a mask without a reference; it says where in the reference to look")
         if masks and len(masks) not in (1, len(images)):
             raise TokenMergingError(f"{len(masks)} masks for {len(images)} references; expected one each, or one")
+        masks = masks * (len(images) if len(masks) == 1 else 1)
+        if masks or any(alpha is not None for alpha in alphas):
+            masks = masks or tuple(torch.ones(image.shape[1:]) for image in images)
+            masks = tuple(map(_visible, masks, images, alphas))
+        self._set(strength=_strength_of(self.strength, len(images)))
         if self.reference_prompt is not None and not images:
             raise TokenMergingError("a reference_prompt without a reference; diversity mode has no reference row")
         if isinstance(self.blocks, str):
             raise TokenMergingError(
                 f"blocks={self.blocks!r}; expected a sequence of path prefixes, e.g. ('up_blocks',)"
             )
-        self._set(reference=images or None, mask=masks * (len(images) if len(masks) == 1 else 1) or None)
+        self._set(reference=images or None, mask=masks or None)
         self._set(blocks=None if self.blocks is None else tuple(self.blocks))
 
     def _set(self, **values) -> None:
         for name, value in values.items():
             object.__setattr__(self, name, value)
+
+    @property
+    def strengths(self) -> tuple[float, ...]:
+        """Of each reference; in diversity mode of all images."""
+        if isinstance(self.strength, Sequence):
+            return tuple(self.strength)
+        return (self.strength,) * (len(self.reference) if isinstance(self.reference, tuple) else 1)
 
     @property
     def mode(self) -> str:
@@ -112,9 +133,29 @@ class NegativeTokenMergingConfig:
         return Window(self.start, self.end)
 
 
-def as_images(value) -> tuple[Tensor, ...]:
-    """PIL images or tensors (3, H, W), (R, 3, H, W), one or a sequence -> float tensors (3, H, W) in 0..1."""
-    return tuple(map(picture_of, _items(value, 4)))
+def _strength_of(strength, references: int) -> float | tuple[float, ...]:
+    """One number for all, also where all have the same, or one each."""
+    each = tuple(map(float, strength)) if isinstance(strength, Sequence) else (float(strength),)
+    if len(each) not in (1, references):
+        raise TokenMergingError(f"{len(each)} strengths for {references} references; expected one each, or one")
+    if not all(map(math.isfinite, each)):
+        raise TokenMergingError(f"strength={strength}; expected finite numbers, 0 to do nothing")
+    return each[0] if len(set(each)) == 1 else each
+
+
+def _visible(mask: Tensor, image: Tensor, alpha: Tensor | None) -> Tensor:
+    """A mask of its image's size, where that can be seen."""
+    mask = F.adaptive_max_pool2d(mask[None], image.shape[1:])[0]  # no white pixel is lost
+    visible = mask if alpha is None else mask * alpha
+    if not bool((visible > 0.5).any()):
+        raise TokenMergingError("a mask is white only where its picture is transparent, so nothing would be avoided")
+    return visible
+
+
+def as_images(value) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
+    """PIL images or tensors (3 or 4, H, W), (R, 3 or 4, H, W), one or a sequence -> float tensors (3, H, W), alphas."""
+    found = [picture_and_alpha(item) for item in _items(value, 4)]
+    return tuple(image for image, _ in found), tuple(alpha for _, alpha in found)
 
 
 def as_masks(value) -> tuple[Tensor, ...]:

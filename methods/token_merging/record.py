@@ -38,6 +38,15 @@ class MergeRecord:
         """How many layer outcomes were added."""
         return sum(count for _, count in self._sums.values())
 
+    def nothing(self, config: NegativeTokenMergingConfig) -> str | None:
+        """What is wrong where no token was pushed in any active step; None where one was. Waits for the GPU."""
+        if not self._sums or any(bool(total.any()) for total, _ in self._sums.values()):
+            return None
+        return (
+            f"no token of any picture was like the reference (cosine above threshold={config.threshold:g}), so nothing"
+            " was pushed and the pictures are the untouched model's: lower the threshold"
+        )
+
     def report(self, config: NegativeTokenMergingConfig, layers: int) -> dict:
         """What was pushed, in the same words in every face.
 
@@ -46,8 +55,9 @@ class MergeRecord:
             layers: how many attention layers were reached.
 
         Returns:
-            {"mode", "references", "strength", "threshold", "window", "layers", "rows": [{"kind": "positive" or
-            "negative", "image", "pushed": mean share of tokens}], "steps": [{"share", "sigma", "active"}],
+            {"mode", "references", "strength" (a list where references have their own), "threshold", "window", "layers",
+            "rows": [{"kind": "positive" or "negative", "image", "pushed": mean share of tokens}],
+            "steps": [{"share", "sigma", "active"}],
             "extra_rows": denoised beside the batch, over all steps}.
         """
         shares: dict[Row, list[Tensor]] = {}
@@ -58,7 +68,7 @@ class MergeRecord:
         return {
             "mode": config.mode,
             "references": len(config.reference or ()),
-            "strength": config.strength,
+            "strength": list(config.strength) if isinstance(config.strength, tuple) else config.strength,
             "threshold": config.threshold,
             "window": [config.start, config.end],
             "layers": layers,

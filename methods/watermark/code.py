@@ -9,6 +9,10 @@ only the ratios of the soft values count. Blocks this short and rates this low a
 from __future__ import annotations
 
 import hashlib
+import heapq
+import itertools
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -85,14 +89,7 @@ class Code:
         Raises:
             WatermarkError: another number of soft values.
         """
-        llr = np.asarray(llr, np.float32)
-        if llr.shape != (self.channel_bits,):
-            raise WatermarkError(f"soft values of shape {llr.shape} were given; expected ({self.channel_bits},)")
-        rows = np.zeros((-(-self._rows // GENERATORS) * GENERATORS, self.steps), np.float32)
-        rows.reshape(-1)[: self.channel_bits] = llr
-        rows = reduce(rows, "(round generator) step -> generator step", "sum", generator=GENERATORS)
-        rows = rows[: min(self._rows, GENERATORS)]
-        gains = rows.T @ _signs()[: len(rows)]  # (steps, 2^CONSTRAINT): of every register content
+        gains = self._gains(llr)
         states = 1 << MEMORY
         metric = np.full(states, -np.inf, np.float32)
         metric[0] = 0
@@ -106,8 +103,51 @@ class Code:
         for step in reversed(range(self.steps)):
             bits[step] = state >> (MEMORY - 1)
             state = (2 * state + int(taken[step, state])) & (states - 1)
-        weight = float(np.abs(llr).sum(dtype=np.float64))
+        weight = float(np.abs(np.asarray(llr, np.float32)).sum(dtype=np.float64))
         return bits[: self.payload_bits], 0.5 + 0.5 * float(metric[0]) / weight if weight else 0.5
+
+    def candidates(self, llr: np.ndarray) -> Iterator[np.ndarray]:
+        """All payloads as of `decode`, the likeliest first, as many as are asked for.
+
+        A search back from the closed end, best first: the forward metrics say exactly how good the best way on is
+        (tree-trellis list decoding, Soong and Huang 1991).
+        """
+        gains, states = self._gains(llr), 1 << MEMORY
+        metrics = np.full((self.steps + 1, states), -np.inf, np.float32)
+        metrics[0, 0] = 0
+        for step in range(self.steps):
+            paths = (np.concatenate([metrics[step], metrics[step]]) + gains[step]).reshape(states, 2)
+            metrics[step + 1] = paths.max(1)
+        ways = itertools.count()  # of equal ones the first: ways themselves have no order
+        heap = [(-float(metrics[-1, 0]), next(ways), self.steps, 0, 0.0, None)]
+        while heap:
+            _, _, step, state, behind, later = heapq.heappop(heap)
+            while step:
+                later = (state >> (MEMORY - 1), later)
+                step -= 1
+                both = []
+                for register in (2 * state, 2 * state + 1):
+                    before, after = register & (states - 1), behind + float(gains[step, register])
+                    both.append((float(metrics[step, before]) + after, before, after))
+                (_, state, behind), other = sorted(both, reverse=True)
+                if other[0] > -math.inf:
+                    heapq.heappush(heap, (-other[0], next(ways), step, other[1], other[2], later))
+            bits = []
+            while later is not None:
+                bit, later = later
+                bits.append(bit)
+            yield np.array(bits[: self.payload_bits], np.uint8)
+
+    def _gains(self, llr: np.ndarray) -> np.ndarray:
+        """(steps, 2^CONSTRAINT) what every register content at every step agrees with."""
+        llr = np.asarray(llr, np.float32)
+        if llr.shape != (self.channel_bits,):
+            raise WatermarkError(f"soft values of shape {llr.shape} were given; expected ({self.channel_bits},)")
+        rows = np.zeros((-(-self._rows // GENERATORS) * GENERATORS, self.steps), np.float32)
+        rows.reshape(-1)[: self.channel_bits] = llr
+        rows = reduce(rows, "(round generator) step -> generator step", "sum", generator=GENERATORS)
+        rows = rows[: min(self._rows, GENERATORS)]
+        return rows.T @ _signs()[: len(rows)]
 
 
 def code_for(payload_bits: int, channel_bits: int) -> Code:

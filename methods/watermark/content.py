@@ -67,7 +67,8 @@ def perceptual_hash(pixels: Tensor) -> Tensor:
     ].flatten(1)
 
 
-_STREAMS = {1: ("binding", "content"), 2: ("binding 2", "content 2")}  # keystream and directions, by format
+# Keystream and directions, by format. A new layout needs no new names: its nonces are longer.
+_STREAMS = {1: ("binding", "content"), 2: ("binding 2", "content 2"), 3: ("binding 2", "content 2")}
 
 
 def content_bits(
@@ -95,14 +96,15 @@ def content_agreement(features: Tensor, others: Tensor) -> Tensor:
     return 1 - torch.arccos(cosine) / math.pi
 
 
-def _positions(key: WatermarkKey, shape: tuple[int, ...], scope: str) -> np.ndarray:
-    fields = fields_of(shape)
-    return split(fields, first_field(fields, [key], scope)[0][0])[1]
+def _positions(key: WatermarkKey, shape: tuple[int, ...], scope: str, form: int) -> np.ndarray:
+    fields = fields_of(shape, form)
+    return split(fields, first_field(fields, key, scope).positions)[1]
 
 
 def _signs(key: WatermarkKey, reading: Reading, features: Tensor, shape: tuple[int, ...], scope: str):
     """(n,) positions of the binding and (n,) uint8 sign bits there that say what the features are of."""
-    positions, form = _positions(key, shape, scope), reading.format or FORMAT
+    form = reading.format or FORMAT
+    positions = _positions(key, shape, scope, form)
     bits = key.stream(_STREAMS[form][0], shape, reading.nonce, len(positions), scope=scope)
     return positions, bits ^ content_bits(key, reading.nonce, features, len(positions), scope, form=form)
 
@@ -162,6 +164,7 @@ def draw_bound(
     rounds: int = ROUNDS,
     embedding: Embedding = perceptual_hash,
     scope: str = "",
+    holds: Callable[[Tensor], Sequence[bool]] | None = None,
 ) -> list[BoundPicture]:
     """Draw pictures, write what they show into their noise and draw them again, until they stay; the best of each.
 
@@ -175,6 +178,8 @@ def draw_bound(
         advice: what the caller can do where a picture never stays.
         rounds: redraws at most, at least 1.
         embedding: pictures (B, 3, H, W) in 0..1 -> (B, D); detection needs the same one.
+        holds: f(pictures (b, 3, H, W)) -> whether a detector finds each valid; where it does not, it is drawn again.
+            None asks nobody.
 
     Raises:
         WatermarkError: a picture that shows something else in every round.
@@ -182,22 +187,24 @@ def draw_bound(
     noise, pending = noise.clone(), list(range(len(noise)))
     best: list[BoundPicture | None] = [None] * len(noise)
     bound: list[Tensor | None] = [None] * len(noise)  # the features that each picture's noise says
+    held = [False] * len(noise)
     for redrawn in range(rounds + 1):
         pictures, pixels = draw(noise, pending)
-        for i, picture, shown in zip(pending, pictures, embedding(pixels), strict=True):
+        found = holds(pixels) if redrawn and holds is not None else [bool(redrawn)] * len(pending)
+        for i, picture, shown, fine in zip(pending, pictures, embedding(pixels), found, strict=True):
             stayed = float(content_agreement(bound[i], shown)) if redrawn else 0.0
-            if best[i] is None or stayed > best[i].content_agreement:
-                best[i] = BoundPicture(picture, noise[i].clone(), stayed, redrawn + 1)
+            if best[i] is None or (fine, stayed) > (held[i], best[i].content_agreement):
+                best[i], held[i] = BoundPicture(picture, noise[i].clone(), stayed, redrawn + 1), fine
             best[i], bound[i] = replace(best[i], draws=redrawn + 1), shown
-        pending = [i for i in pending if best[i].content_agreement < ENOUGH]
+        pending = [i for i in pending if best[i].content_agreement < ENOUGH or not held[i]]
         if not pending or redrawn == rounds:
             break
         noise[pending] = bind(noise[pending], torch.stack([bound[i] for i in pending]), key, scope)
-    if lost := [i for i, one in enumerate(best) if one.content_agreement < LEAST]:
+    if lost := [i for i, one in enumerate(best) if one.content_agreement < LEAST or not held[i]]:
         raise WatermarkError(
             f"the content of {len(lost)} of {len(best)} pictures (the first: number {lost[0] + 1}) changed whenever it"
             f" was bound, at best {max(best[i].content_agreement for i in lost):.0%} of its bits stayed; expected"
-            f" {LEAST:.0%}: {advice}"
+            f" {LEAST:.0%}, and that the detector finds it valid: {advice}"
         )
     return best
 

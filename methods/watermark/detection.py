@@ -18,31 +18,18 @@ from ..errors import WatermarkError
 from .content import Embedding, content_p_value, perceptual_hash
 from .edits import cells_inside, without_flats
 from .fields import MINIMUM
+from .issued import Issued, read_issued
 from .keys import FORMAT, WatermarkKey
+from .ladder import LADDER
 from .mark import Payload, Reading, read
+from .reader import STEPS, Reader
 from .search import Inverter, Search
 from .search import run as search_edits
 from .statistics import levelled
-from .views import AS_GIVEN, LARGEST, large_enough, resized, signed_sizes, views, whole_cells
+from .views import AS_GIVEN, LARGEST, large_enough, latent_mask, resized, signed_sizes, views, whole_cells
 
-LADDER = (0, 1, 5, 10, 25)  # inversion steps; each rung costs more than all before it together
-# Where inversion asks the denoiser, as a share of the noise schedule. Told t = 0 it says nothing of the noise that a
-# picture still carries; on the canvas signs agree best when it is told .05 to .1 at first (one step: .785 of signs at
-# .05, .740 at 0, .631 at .96, the end of the step). 5 steps so find .793, diffusers' DDIMInverseScheduler .721.
-FIRST = 0.05
-_LAST = 0.961  # where DDIM's first step of 25 stands; the signs hardly depend on it
-# Of a step's number, so that steps lie closer together near the picture. It matters little: with 5 steps .7994 of signs
-# agree on the canvas at 1 (even steps), .8014 at 1.5, .8015 at 2 (24 pictures).
-_POWER = 1.5
+_SOON = 2  # rungs that are cheap: all views are looked at so before the reader looks, and then more steps
 CONTENT = 3e-3  # of pictures that show something unrelated, this many are taken for the one that was signed
-
-
-def inversion_times(steps: int) -> list[float]:
-    """steps + 1 shares of the noise schedule, from 0 (the picture) towards the noise, closer together at first.
-
-    Inverters ask the denoiser at each of them, but at `FIRST` or later.
-    """
-    return [_LAST * (i / steps) ** _POWER for i in range(steps + 1)]
 
 
 @dataclass(frozen=True)
@@ -96,6 +83,8 @@ class DetectionConfig:
         size: (height, width) that was signed, in pixels. None tries the picture's own and, where the inverter knows
             it, the model's; a search then divides its budget among them.
         embedding: as when the content was bound.
+        reader: of the model's pictures (reader.py): one rung more, after the first two of the ladder.
+        issued: marks that were signed (issued.py): each rung looks for them, at half of its share of the error.
 
     Raises:
         WatermarkError: a value out of range.
@@ -108,6 +97,8 @@ class DetectionConfig:
     search: Search | bool | None = None
     size: tuple[int, int] | None = None
     embedding: Embedding = perceptual_hash
+    reader: Reader | None = None
+    issued: Sequence[Issued] = ()
 
     def __post_init__(self):
         if not 0 < self.false_positive_rate < 1:
@@ -125,8 +116,14 @@ class DetectionConfig:
         if size is not None and (len(size) != 2 or min(size) < 1):
             raise WatermarkError(f"the signed size is {size}; expected (height, width) in pixels")
         search = Search() if self.search is True else self.search or None
-        for name, value in (("ladder", ladder), ("size", size), ("search", search)):
+        for name, value in (("ladder", ladder), ("size", size), ("search", search), ("issued", tuple(self.issued))):
             object.__setattr__(self, name, value)
+
+    @property
+    def rungs(self) -> tuple[int | None, ...]:
+        """Inversion steps of each look at a picture, None for the reader's."""
+        reader = (None,) if self.reader is not None else ()
+        return (*self.ladder[:_SOON], *reader, *self.ladder[_SOON:])
 
     @property
     def log10_rate(self) -> float:
@@ -142,6 +139,7 @@ class _Look:
     noise: Tensor
     pixels: Tensor  # as they were read
     transform: str
+    inverted: bool  # by a step at least, or as far as the ladder goes
 
 
 @dataclass(eq=False)
@@ -165,10 +163,16 @@ class _Case:
         return min(self.looks, key=lambda look: (not look.reading.mac_ok, look.log10_p))
 
     def settled(self, log10_rate: float) -> bool:
-        """Present, and no further rung could say more: authenticated, or decoded where there is no MAC key."""
+        """Present, and no further rung could say more: authenticated, or decoded where there is no MAC key.
+
+        Where content is bound, latents as they are say too little of its few signs (.64 of them are right on the
+        canvas, .79 after one step): what was decided by them alone is looked at once more.
+        """
         if not self.looks:
             return False
         last = self.looks[-1].reading
+        if last.bound and last.mac_ok and not self.looks[-1].inverted:
+            return False
         decoded = last.payload is not None and last.mac_ok is not False
         return decoded and self.log10_p <= log10_rate
 
@@ -184,11 +188,11 @@ def detect_in(
     """Look for the mark of any key in pictures, taking more inversion steps only where fewer do not settle it.
 
     A picture leaves the ladder once the mark is present and its payload authenticated, or without a MAC key decoded.
-    With R rungs each is tested at rate / R, so p = min(1, R min_r p_r) holds wherever the climb stops (Bonferroni:
-    rungs see the same picture and are not independent). A picture with areas of one colour (bars, erased boxes) has
-    two climbs, as it is and with these filled and not counted. What it may have looked like when it was signed
-    (views.py: other sizes, its EXIF orientation) has a climb each, four at most. With a search half of the rate is the
-    ladders' and half is shared by all edits that the search can undo.
+    With R rungs, the reader's among them, each is tested at rate / R, so p = min(1, R min_r p_r) holds wherever the
+    climb stops (Bonferroni: rungs see the same picture and are not independent). A picture with areas of one colour
+    (bars, erased boxes) has two climbs, as it is and with these filled and not counted. What it may have looked like
+    when it was signed (views.py) has a climb each, four at most. With a search half of the rate is the ladders' and
+    half is shared by all edits that the search can undo.
 
     Args:
         pixels: (3, H, W) in 0..1 each, of any sizes, or two: as they lie in the file, and turned as its EXIF says;
@@ -212,7 +216,7 @@ def detect_in(
     seen = [detector.cases(readings) for readings in files]
     several = max(map(len, seen), default=0)
     # All views up to a few steps before any of them goes higher, which takes ten times as long.
-    for rungs in filter(None, (config.ladder[:2], config.ladder[2:]) if several > 1 else (config.ladder,)):
+    for rungs in filter(None, (config.rungs[:_SOON], config.rungs[_SOON:]) if several > 1 else (config.rungs,)):
         for turn in range(several):
             left = [cases for cases in seen if not any(case.settled(config.log10_rate) for case in cases)]
             for part in _batches([cases[turn] for cases in left if turn < len(cases)], config.batch_size):
@@ -227,23 +231,6 @@ def detect_in(
             detector.undo_edits(case, readings[0], search)
         results.append(detector.result(case))
     return results
-
-
-def latent_mask(mask: Tensor, height: int, width: int) -> Tensor:
-    """(H, W) of a picture -> (height, width) bool of its latent, as inpainting pipelines do: the nearest pixel, at .5.
-
-    Cells on the mask's border still agree with the mark in part, so they count.
-
-    Raises:
-        WatermarkError: not two-dimensional, or no cell is inside.
-    """
-    if mask.ndim != 2:
-        raise WatermarkError(f"the mask has shape {tuple(mask.shape)}; expected (H, W) of the picture")
-    inside = (mask >= (0.5 if mask.is_floating_point() or mask.dtype == torch.bool else 128)).float()[None, None]
-    inside = torch.nn.functional.interpolate(inside, size=(height, width))[0, 0] > 0
-    if not inside.any():
-        raise WatermarkError(f"the mask holds no cell of the {height} x {width} latent; expected a larger area")
-    return inside
 
 
 def _filled(pixels: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -290,26 +277,50 @@ class _Detector:
             self._elements[shape] = self.inverter.encode([pixels])[0].numel()
         return self._elements[shape]
 
-    def climb(self, cases: list[_Case], rungs: Sequence[int], *, filled: bool = False) -> None:
+    def climb(self, cases: list[_Case], rungs: Sequence[int | None], *, filled: bool = False) -> None:
         """Up these rungs of the ladder, with areas of one colour as they are or filled."""
         config, inverter = self.config, self.inverter
         pictures = [case.filled[0] if filled and case.filled else case.pixels for case in cases]
         latents, pending = inverter.encode(pictures), list(range(len(cases)))
         inside = self._inside(cases, latents, filled)
-        share = len(config.ladder) * (1 if config.search is None else 2)
+        share = len(config.rungs) * (1 if config.search is None else 2)
         for steps in rungs:
-            noise = levelled(inverter.invert(latents[pending], steps), inside[pending])
-            for row, i, reading in zip(noise, pending, read(noise, self.keys, scope=config.scope), strict=True):
+            if steps is None:
+                noise = self._votes(latents[pending], inside[pending])
+            else:
+                noise = levelled(inverter.invert(latents[pending], steps), inside[pending])
+            readings = self._read(noise, votes=steps is None)
+            for row, i, reading in zip(noise, pending, readings, strict=True):
                 case = cases[i]
                 tries = share * case.views * (2 if case.filled else 1)  # told by the picture alone, whichever climb
                 said = case.transform
                 if filled:
                     said = "plain areas filled" if said == AS_GIVEN else f"{said}, plain areas filled"
-                case.looks.append(_Look(reading.log10_p + math.log10(tries), reading, row, pictures[i], said))
-                case.evaluations += steps
+                log10_p, inverted = reading.log10_p + math.log10(tries), steps != 0 or config.rungs == (0,)
+                case.looks.append(_Look(log10_p, reading, row, pictures[i], said, inverted))
+                case.evaluations += sum(STEPS) if steps is None else steps
             pending = [i for i in pending if not cases[i].settled(config.log10_rate)]
             if not pending:
                 return
+
+    def _votes(self, latents: Tensor, inside: Tensor) -> Tensor:
+        """What the reader says of the signs, 0 in cells that do not count."""
+        reader = cast("Reader", self.config.reader)
+        votes = reader([self.inverter.invert(latents, steps).float() for steps in STEPS])
+        return votes * inside[:, None].to(votes)
+
+    def _read(self, noise: Tensor, *, votes: bool) -> list[Reading]:
+        """What each latent says, compared with what was issued where that is known, each at half of the error."""
+        about = {"scope": self.config.scope, "votes": votes}
+        found = read(noise, self.keys, thorough=True, **about)
+        if not self.config.issued:
+            return found
+        known = read_issued(noise, self.config.issued, self.keys, **about)
+        halves = []
+        for both in zip(found, known, strict=True):
+            halved = [replace(one, log10_p=one.log10_p + math.log10(2)) for one in both if one is not None]
+            halves.append(min(halved, key=lambda one: one.log10_p))
+        return halves
 
     def _inside(self, cases: list[_Case], latents: Tensor, filled: bool) -> Tensor:
         """(B, h, w) bool: the latent cells that count."""
@@ -345,7 +356,7 @@ class _Detector:
                 continue
             case.evaluations += undone.evaluations
             log10_p = undone.reading.log10_p + math.log10(2 * len(sizes) * undone.tries)
-            case.looks.append(_Look(log10_p, undone.reading, undone.noise, undone.picture, undone.transform))
+            case.looks.append(_Look(log10_p, undone.reading, undone.noise, undone.picture, undone.transform, True))
 
     def result(self, case: _Case) -> DetectionResult:
         """What all looks at a picture say together."""

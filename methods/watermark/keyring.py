@@ -13,6 +13,7 @@ import os
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -25,8 +26,9 @@ __all__ = ["Keyring", "load_keyring", "save_keyring", "update_keyring"]
 _T = TypeVar("_T")
 
 FORMAT = "semiperm-watermark-keyring"
-FORMAT_VERSION = 2  # 1 had no content secret; it is derived where such a file is read
-_READABLE = (1, 2)
+# 1 had no content secret; it is derived where such a file is read. 2 did not say since which format a key has been.
+FORMAT_VERSION = 3
+_READABLE = (1, 2, 3)
 
 
 class Keyring:
@@ -111,7 +113,11 @@ class Keyring:
 def _decode(record: dict, version: int) -> WatermarkKey:
     named = (record[name] for name in ("name", "key_id", "created"))
     texts = record["stream_key"], record["mac_key"], record["content_key"] if version > 1 else None
-    return WatermarkKey(*named, *(None if text is None else base64.b64decode(text, validate=True) for text in texts))
+    parts = [None if text is None else base64.b64decode(text, validate=True) for text in texts]
+    key = WatermarkKey(*named, *parts, since=record["since"] if version > 2 else version)
+    # A key of a file of version 1 that was written again as 2: no secret of its own says so.
+    derived = version == 2 and key.mac_key is not None and replace(key, content_key=None).content_key == key.content_key
+    return replace(key, since=1) if derived else key
 
 
 def load_keyring(path: str | os.PathLike) -> Keyring:
@@ -243,7 +249,7 @@ def _check_nothing_lost(ring: Keyring, path: Path) -> None:
     for old in load_keyring(path) if path.exists() else ():
         new = keys.get((old.name, old.stream_key))
         lacks = new is None or (old.mac_key, old.content_key) not in ((None, None), (new.mac_key, new.content_key))
-        if lacks:
+        if lacks or new.since > old.since:  # then its old pictures would not be read
             raise WatermarkError(
                 f"saving to {path} would lose key {old.name!r} or its secrets; load that keyring and add to it, or"
                 " choose another file"
@@ -262,6 +268,7 @@ def _write(ring: Keyring, path: Path) -> None:
             "stream_key": text(key.stream_key),
             "mac_key": text(key.mac_key),
             "content_key": text(key.content_key),
+            "since": key.since,
         }
         for key in ring
     ]

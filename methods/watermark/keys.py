@@ -5,9 +5,10 @@ authentication code inside a payload, and only a holder of `content_key` can wri
 `Keyring.detector()` drops these two, for a detector that is given away.
 
 Formats of pictures: in format 1 what a picture shows was written with `stream_key`, and the code did not say which
-format it was; in format 2 it is written with `content_key`, and the code is of a message that names the format. Keys
-made before format 2 had two secrets; their content secret is derived from the MAC secret, and their old pictures are
-read as well. Keys made since read and write format 2 alone.
+format it was; in format 2 it is written with `content_key`, and the code is of a message that names the format; in
+format 3 the nonce lies otherwise and is longer (fields.py). A key knows the format it was made in, and reads pictures
+of that and all later ones; it writes the newest. Keys made before format 2 had two secrets; their content secret is
+derived from the MAC secret.
 """
 
 from __future__ import annotations
@@ -20,11 +21,17 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from ..errors import WatermarkError
+from ..packages import install_command
 
 KEY_IDS = 4096  # the 12 bits that a large payload has for it
-FORMAT = 2  # of the pictures that are signed
+FORMAT = 3  # of the pictures that are signed
 CONTENT_PURPOSES = ("binding 2", "content 2")  # of keystreams that come from the content secret
 _SECRET = 32  # bytes: the key of ChaCha20, and of HMAC-SHA256
+
+
+def layout_of(form: int) -> int:
+    """The newest format whose latents are laid out as those of this one: 1 and 2 differ in their seals alone."""
+    return max(2, form)
 
 
 def _cryptography():
@@ -36,7 +43,8 @@ def _cryptography():
         from cryptography.hazmat.primitives.kdf.hkdf import HKDF, HKDFExpand
     except ImportError as error:
         raise WatermarkError(
-            "watermark keys need the package `cryptography`, which is not installed; run `pip install cryptography`"
+            "watermark keys need the package `cryptography`, which this Python lacks; run"
+            f" `{install_command('cryptography')}`"
         ) from error
     return hashes, hmac, Cipher, ChaCha20, HKDF, HKDFExpand
 
@@ -50,7 +58,7 @@ def _expanded(secret: bytes, info: str) -> bytes:
 class WatermarkKey:
     """One signing or detecting key; its repr hides the secrets.
 
-    Without `content_key` a key that has a MAC secret gets one that is derived from it: it was made before format 2.
+    Without `content_key` a key that has a MAC secret gets one that is derived from it.
 
     Args:
         name: what people call it, not empty.
@@ -59,6 +67,7 @@ class WatermarkKey:
         stream_key: 32 secret bytes: positions, signs, presence.
         mac_key: 32 secret bytes, or None in a detector's copy, which can read marks but not authenticate them.
         content_key: 32 secret bytes: what a picture shows. None in a detector's copy.
+        since: the format of pictures, 1..3, that was the newest when the key was made: older ones it never signed.
 
     Raises:
         WatermarkError: a field of the wrong type, length or range, or a content secret without the MAC's.
@@ -70,12 +79,18 @@ class WatermarkKey:
     stream_key: bytes = field(repr=False)
     mac_key: bytes | None = field(default=None, repr=False)
     content_key: bytes | None = field(default=None, repr=False)
+    since: int = FORMAT
 
     def __post_init__(self):
         if not isinstance(self.name, str) or not self.name.strip():
             raise WatermarkError(f"a key is named {self.name!r}; expected a name that is not empty")
         if not isinstance(self.key_id, int) or isinstance(self.key_id, bool) or not 0 <= self.key_id < KEY_IDS:
             raise WatermarkError(f"key {self.name!r} has the id {self.key_id!r}; expected 0..{KEY_IDS - 1}")
+        if not isinstance(self.since, int) or isinstance(self.since, bool) or not 1 <= self.since <= FORMAT:
+            raise WatermarkError(
+                f"key {self.name!r} was made for pictures of format {self.since!r}; this release reads 1..{FORMAT}:"
+                " update the package"
+            )
         if not isinstance(self.created, str):
             raise WatermarkError(f"key {self.name!r} has a creation time that is not text; expected ISO 8601")
         for part in ("stream_key", "mac_key", "content_key"):
@@ -92,8 +107,12 @@ class WatermarkKey:
     @property
     def formats(self) -> tuple[int, ...]:
         """Formats of pictures that this key may have signed, the newest first."""
-        old = self.mac_key is not None and self.content_key == _expanded(self.mac_key, "semiperm watermark content")
-        return (FORMAT, 1) if old else (FORMAT,)
+        return tuple(range(FORMAT, self.since - 1, -1))
+
+    @property
+    def layouts(self) -> tuple[int, ...]:
+        """`layout_of` these formats, each once."""
+        return tuple(dict.fromkeys(map(layout_of, self.formats)))
 
     @classmethod
     def new(cls, name: str, key_id: int) -> WatermarkKey:

@@ -14,18 +14,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ...kernels.keyed_correlation import keyed_correlation
 from ..errors import WatermarkError
 from .edits import ROUNDS, Edit, Family, cells_inside, crops, shifts, turns, without_flats
-from .fields import fields_of, first_field_bytes
-from .keys import WatermarkKey
+from .fields import Fields, fields_of, first_field_bytes, fit
+from .keys import FORMAT, WatermarkKey
 from .mark import Reading, read
 from .statistics import levelled, quantise
 
@@ -160,7 +159,7 @@ class _Hunt:
     # Known once the first picture is encoded:
     cell: int = 0  # pixels along a latent cell
     shape: tuple[int, ...] = ()  # of the latent
-    laid: tuple[Tensor, Tensor] | None = None  # the keys' first fields there
+    laid: list[tuple[Fields, Tensor, Tensor]] = field(default_factory=list)  # the keys' first fields there, by layout
 
     def refined(self) -> Iterator[_Candidate]:
         """The best of each family with finer moves around it; where its coarse grid shows something, at once.
@@ -214,8 +213,12 @@ class _Hunt:
         if out and tuple(out[0][0].shape) != self.shape:
             self.shape = tuple(out[0][0].shape)
             self.cell = frame[0] // self.shape[-2]
-            places, signs = first_field_bytes(fields_of(self.shape), self.keys, self.scope)
-            self.laid = torch.from_numpy(places), torch.from_numpy(signs)
+            self.laid = []
+            for form in (FORMAT, 2):
+                fields, keys = fields_of(self.shape, form), [key for key in self.keys if form in key.layouts]
+                if keys:
+                    places, signs = first_field_bytes(fields, keys, self.scope)
+                    self.laid.append((fields, torch.from_numpy(places), torch.from_numpy(signs)))
         return out
 
     def read(self, noises: Sequence[Tensor], edits: Sequence[Edit]) -> list[_Found]:
@@ -229,12 +232,11 @@ class _Hunt:
     def scores(self, noise: Tensor, inside: Tensor, moves: list[tuple[int, int]]) -> np.ndarray:
         """(len(moves),) the best nonce's score of the best key, in standard deviations, at each move of cells."""
         values = np.zeros(self.shape, np.int8)
-        if self.laid is None or not inside.any():
+        if not self.laid or not inside.any():
             return np.zeros(len(moves))
         values[:, inside.numpy()] = quantise(noise[None, :, inside])[0].reshape(len(values), -1)
         moved = torch.from_numpy(np.stack([_moved(values, move).reshape(-1) for move in moves]))
-        peak, _, energy = keyed_correlation(moved, *self.laid)
-        return (peak / energy.clamp(min=1).sqrt()).amax(1).numpy()
+        return np.max([fit(fields, moved, *laid).amax(1).numpy() for fields, *laid in self.laid], axis=0)
 
     def settled(self, candidate: _Candidate) -> bool:
         """Present and decoded, so that no other edit could say more."""

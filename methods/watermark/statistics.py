@@ -25,8 +25,12 @@ _NORMAL_MEDIAN = 0.6745  # of the magnitude of a standard normal variable
 _FLOOR = 0.1
 
 
-def quantise(latents: Tensor) -> np.ndarray:
+def quantise(latents: Tensor, *, votes: bool = False) -> np.ndarray:
     """(B, ...) latents -> (B, n) int8 signed weights, scaled by the median magnitude of each image.
+
+    Args:
+        votes: logarithms of odds are given (reader.py): they are the best weights themselves, and are scaled by their
+            mean magnitude, to four quarters of it.
 
     Raises:
         WatermarkError: not floating point, or NaN or Inf inside.
@@ -37,10 +41,10 @@ def quantise(latents: Tensor) -> np.ndarray:
     if not np.isfinite(flat).all():
         raise WatermarkError("the latents hold NaN or Inf; check the VAE's precision (fp32 or bf16 instead of fp16)")
     magnitude = np.abs(flat)
-    scale = np.median(magnitude, axis=1) / _NORMAL_MEDIAN
+    scale = magnitude.mean(axis=1) if votes else np.median(magnitude, axis=1) / _NORMAL_MEDIAN
     scale = np.where(scale > 0, scale, magnitude.mean(axis=1))  # mostly zeros: an erased or padded latent
     scale = np.where(scale > 0, scale, 1)
-    weight = np.minimum(_OFFSET + np.rint(4 * magnitude / scale[:, None]), LARGEST)
+    weight = np.minimum((0 if votes else _OFFSET) + np.rint(4 * magnitude / scale[:, None]), LARGEST)
     return (np.sign(flat) * weight).astype(np.int8)
 
 

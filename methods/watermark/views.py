@@ -18,7 +18,17 @@ from torch import Tensor
 from ..errors import WatermarkError
 from .fields import MINIMUM
 
-__all__ = ["AS_GIVEN", "LARGEST", "View", "large_enough", "resized", "signed_sizes", "views", "whole_cells"]
+__all__ = [
+    "AS_GIVEN",
+    "LARGEST",
+    "View",
+    "large_enough",
+    "latent_mask",
+    "resized",
+    "signed_sizes",
+    "views",
+    "whole_cells",
+]
 
 AS_GIVEN = "as given"
 LARGEST = 4  # times the area that the model draws: what is larger was not signed as it is, and would take minutes
@@ -139,3 +149,20 @@ def whole_cells(picture: Tensor, multiple: int) -> Tensor:
             f" expected at least {multiple} x {multiple}"
         )
     return picture[..., :height, :width]
+
+
+def latent_mask(mask: Tensor, height: int, width: int) -> Tensor:
+    """(H, W) of a picture -> (height, width) bool of its latent, as inpainting pipelines do: the nearest pixel, at .5.
+
+    Cells on the mask's border still agree with the mark in part, so they count.
+
+    Raises:
+        WatermarkError: not two-dimensional, or no cell is inside.
+    """
+    if mask.ndim != 2:
+        raise WatermarkError(f"the mask has shape {tuple(mask.shape)}; expected (H, W) of the picture")
+    inside = (mask >= (0.5 if mask.is_floating_point() or mask.dtype == torch.bool else 128)).float()[None, None]
+    inside = torch.nn.functional.interpolate(inside, size=(height, width))[0, 0] > 0
+    if not inside.any():
+        raise WatermarkError(f"the mask holds no cell of the {height} x {width} latent; expected a larger area")
+    return inside

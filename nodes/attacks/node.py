@@ -6,6 +6,7 @@ from einops import rearrange
 
 from ...methods.attacks.pictures import ATTACKS, SUITE, attack
 from ...methods.errors import WatermarkError
+from ..sockets import aliases
 
 
 def attacked(images: torch.Tensor, attacks: str, seed: int) -> tuple[torch.Tensor, str]:
@@ -71,6 +72,7 @@ class SemipermAttackSuite(io.ComfyNode):
                     tooltip="What was done to each picture, one a line: for the labels of Detect Watermark.",
                 ),
             ],
+            **aliases("jpeg attack", "robustness", "crop rotate blur", "image degradation"),
         )
 
     @classmethod

@@ -28,7 +28,7 @@ HEADS = 4  # of the text encoder; its other sizes are read from the weights
 
 
 def load_canvas(weights: Path | None = None):
-    """Return (ModelPatcher, CLIP, VAE); the first two carry the attachment `semiperm_canvas`.
+    """Return (ModelPatcher, CLIP, VAE); the first two carry the attachment `semiperm_canvas`, the model its size, too.
 
     Args:
         weights: folder with unet, text_encoder, vae .safetensors and tokenizer/; None takes the shipped one.
@@ -42,6 +42,7 @@ def load_canvas(weights: Path | None = None):
     model = _model(_read(folder / "unet.safetensors"))
     clip = _clip(_read(folder / "text_encoder.safetensors"), folder / "tokenizer")
     model.set_attachments("semiperm_canvas", True)
+    model.set_attachments("semiperm_native", autoencoder.CONFIG["sample_size"])  # for Detect Watermark
     clip.patcher.set_attachments("semiperm_canvas", True)
     return model, clip, _vae(_read(folder / "vae.safetensors"))
 

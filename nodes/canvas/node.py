@@ -2,6 +2,8 @@
 
 from comfy_api.latest import io
 
+from ..sockets import aliases
+
 
 class SemipermLoadCanvas(io.ComfyNode):
     @classmethod
@@ -27,6 +29,7 @@ class SemipermLoadCanvas(io.ComfyNode):
                     display_name="VAE", tooltip="The autoencoder, for VAE Decode; a latent of 128x128 is 16x16."
                 ),
             ],
+            **aliases("demo model", "toy model", "embedded model", "test checkpoint"),
         )
 
     @classmethod

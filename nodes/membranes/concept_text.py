@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Sequence
 
@@ -13,10 +14,14 @@ from einops import rearrange
 from torch import Tensor
 
 from ...methods.errors import MembraneError
+from ...methods.membranes.closed_form import ClosedFormConfig
 from ...methods.membranes.concept_fit import T5_POSITIONS, fit_concepts
 from ...methods.membranes.types import Membranes
 from ...methods.text_space import Segment, TextFeatures, TextSpace
+from ..base_weights import base_weights
 from .wordings import prompt_ids, tokenizer_of
+
+logger = logging.getLogger(__name__)
 
 # diffusers' names only, as membrane files have them: ComfyUI knows each UNet projection by its own name, too
 _TOKENS = re.compile(r"^lora_(unet_(down|mid|up)_block.*_attn2_to_[kv]|transformer_context_embedder)$")
@@ -24,12 +29,23 @@ _POOLED = re.compile(r"^lora_transformer_time_text_embed_text_embedder_linear_1$
 _CHUNK = 32  # captions per text-encoder call, as on diffusers
 
 
-def erase_in(model, clip, concepts: Sequence[str], surrogate: str = "") -> Membranes:
+def erase_in(
+    model,
+    clip,
+    concepts: Sequence[str],
+    surrogate: str = "",
+    preserve: Sequence[str] = (),
+    config: ClosedFormConfig | None = None,
+) -> Membranes:
     """Compute one membrane per concept for this MODEL and CLIP, in closed form; nothing is applied.
+
+    Computed of the checkpoint's own weights: a LoRA on the model changes nothing.
 
     Args:
         concepts: names; "robot|android" names a synonym too.
         surrogate: what they turn into; "" leaves the phrase out of the caption.
+        preserve: captions that must not change, in place of a general list; () takes that.
+        config: how to solve.
 
     Raises:
         MembraneError: no concept, a surrogate equal to the concept, or an unsupported model.
@@ -37,7 +53,10 @@ def erase_in(model, clip, concepts: Sequence[str], surrogate: str = "") -> Membr
     concepts = [concept.strip() for concept in concepts if concept.strip(" |")]
     if not concepts:
         raise MembraneError("the concept is empty; write what to erase, one concept a line, e.g. robot|android")
-    return fit_concepts(text_space(model, clip), concepts, surrogate.strip())
+    space, kept = text_space(model, clip), [caption.strip() for caption in preserve if caption.strip()]
+    made = fit_concepts(space, concepts, surrogate.strip(), kept or None, config=config)
+    logger.info("solved %d membrane%s: %s", len(made), "" if len(made) == 1 else "s", ", ".join(made.concepts))
+    return made
 
 
 def text_space(model, clip) -> TextSpace:
@@ -46,11 +65,11 @@ def text_space(model, clip) -> TextSpace:
     Raises:
         MembraneError: an architecture without known text projections, or a CLIP that does not belong to it.
     """
-    tokens, pooled = {}, {}
+    tokens, pooled, weights = {}, {}, base_weights(model)
     for key, target in comfy.lora.model_lora_keys_unet(model.model, {}).items():
         group = tokens if _TOKENS.match(key) else pooled if _POOLED.match(key) else None
         if group is not None:
-            group[key] = comfy.utils.get_attr(model.model, target).detach()
+            group[key] = weights[target]
     if not tokens:
         raise MembraneError(
             f"a {type(model.model).__name__} model has no known text projections; expected SD1.x, SD2, SDXL, SD3 or"

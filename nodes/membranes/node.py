@@ -1,4 +1,4 @@
-"""Membranes in ComfyUI: load, erase from text, apply, save, report. The work is done elsewhere; these are the sockets.
+"""Membranes in ComfyUI: load, apply, save, report; solve_node.py has those that make them. The work is done elsewhere.
 
 The modules that need `comfy` itself are imported when a node runs, so that the definitions can be read without it.
 """
@@ -9,13 +9,14 @@ from ...methods.errors import SemipermError
 from ...methods.membranes.config import MembraneConfig
 from ...methods.membranes.file import save_membranes
 from ...methods.membranes.types import Membranes
-from ..sockets import MembranesIO
+from ..sockets import MembranesIO, aliases
 from .files import membrane_names, membrane_path, new_membrane_file, read_membranes
+from .inputs import CATEGORY, strength_input
 from .report_plot import report_plot, report_text
+from .solve_node import SemipermEraseConcept, SemipermSolveMembranes
 
 # A saved name may be wired into a text input and, in the same graph, into Load Membrane's list.
 FileNameIO = io.Custom("STRING,COMBO")
-CATEGORY = "semiperm/membranes"
 
 _GATES = (
     "When a membrane opens, judged for each prompt of the batch by itself. auto: when the prompt has the concept's"
@@ -25,17 +26,9 @@ _GATES = (
 
 
 def _control(gates: list[str], about_gates: str) -> list[io.Input]:
-    """The inputs that Erase Concept and Apply Membranes have in common."""
+    """How membranes act."""
     return [
-        io.Float.Input(
-            "strength",
-            default=1.0,
-            min=-2.0,
-            max=4.0,
-            step=0.05,
-            tooltip="How far an open membrane moves the model. 1 is as made, 0 is exactly the untouched model, below 0"
-            " pushes towards the concept.",
-        ),
+        strength_input(),
         io.Combo.Input("gate", options=gates, default="auto", tooltip=about_gates),
         io.Float.Input(
             "start",
@@ -102,6 +95,7 @@ class SemipermLoadMembrane(io.ComfyNode):
                     tooltip="All membranes of the file, behind those that came in. For Apply Membranes.",
                 )
             ],
+            **aliases("SPM", "load spm", "concept eraser file", "unlearning lora", "load erasure"),
         )
 
     @classmethod
@@ -123,58 +117,6 @@ class SemipermLoadMembrane(io.ComfyNode):
         return io.NodeOutput(Membranes(membranes or ()) + read_membranes(membrane_name, concept, text_encoder))
 
 
-class SemipermEraseConcept(io.ComfyNode):
-    @classmethod
-    def define_schema(cls):
-        return io.Schema(
-            node_id="SemipermEraseConcept",
-            display_name="Erase Concept",
-            category=CATEGORY,
-            description="Makes the model blind to concepts named in words. Solved in closed form, in seconds, without"
-            " training or a file. The checkpoint's weights are not touched: without this node the old picture is back.",
-            inputs=[
-                io.Model.Input("model", tooltip="The model to erase from: SD1.5, SD2, SDXL, SD3 or Flux."),
-                io.Clip.Input("clip", tooltip="The text encoder that also encodes your prompts."),
-                io.String.Input(
-                    "concept",
-                    multiline=True,
-                    default="",
-                    placeholder="one concept per line; other words for it behind |",
-                    tooltip="What to erase, one concept per line. Write other words for the same thing behind a bar:"
-                    " robot|android",
-                ),
-                io.String.Input(
-                    "surrogate",
-                    default="",
-                    tooltip="What the model should see instead, for all lines, such as 'a person'. Empty: nothing in"
-                    " particular.",
-                ),
-                *_control(["auto", "probe", "paper", "always"], f"{_GATES} always: never closes."),
-            ],
-            outputs=[
-                io.Model.Output(
-                    "erased_model",
-                    display_name="MODEL",
-                    tooltip="A clone of the model with the membranes in it. For a sampler, a LoRA loader or another"
-                    " Erase Concept.",
-                ),
-                MembranesIO.Output(
-                    "made",
-                    display_name="membranes",
-                    tooltip="The membranes that were made, for Save Membrane or for another model of the same kind.",
-                ),
-            ],
-        )
-
-    @classmethod
-    def execute(cls, model, clip, concept, surrogate, **control):
-        from .concept_text import erase_in
-        from .patch import apply_membranes_to
-
-        made = erase_in(model, clip, concept.splitlines(), surrogate)
-        return io.NodeOutput(apply_membranes_to(model, made, MembraneConfig(**control), clip), made)
-
-
 class SemipermApplyMembranes(io.ComfyNode):
     @classmethod
     def define_schema(cls):
@@ -186,7 +128,7 @@ class SemipermApplyMembranes(io.ComfyNode):
             " with LoRAs, ControlNets and further Apply Membranes, in any order.",
             inputs=[
                 io.Model.Input("model", tooltip="The model, of the kind that the membranes were made for."),
-                MembranesIO.Input("membranes", tooltip="From Load Membrane or Erase Concept."),
+                MembranesIO.Input("membranes", tooltip="From Load Membrane, Solve Membranes or Erase Concept."),
                 *_control(
                     ["auto", "probe", "paper", "official", "always"],
                     f"{_GATES} official: as SPM's released code computes it, to reproduce its images. always: never"
@@ -214,6 +156,7 @@ class SemipermApplyMembranes(io.ComfyNode):
                     tooltip="A clone of the model with the membranes in it; at strength 0 the model itself.",
                 )
             ],
+            **aliases("SPM", "unlearn", "erasure strength", "apply concept eraser", "SLD"),
         )
 
     @classmethod
@@ -250,6 +193,7 @@ class SemipermSaveMembrane(io.ComfyNode):
                 )
             ],
             is_output_node=True,
+            **aliases("SPM", "export concept eraser", "save erasure"),
         )
 
     @classmethod
@@ -266,13 +210,13 @@ class SemipermMembraneReport(io.ComfyNode):
             node_id="SemipermMembraneReport",
             display_name="Membrane Report",
             category=CATEGORY,
-            description="Shows what fired in the last sampling run: how far each membrane opened for each prompt, and"
-            " in which steps.",
+            description="Shows what fired in the run that drew a latent: how far each membrane opened for each prompt,"
+            " and in which steps.",
             inputs=[
                 io.Model.Input(
                     "model", tooltip="The model that the sampler used: from Apply Membranes or Erase Concept."
                 ),
-                io.Latent.Input("samples", tooltip="The sampler's latent, so that this node runs after it."),
+                io.Latent.Input("samples", tooltip="The sampler's own latent; the report is of the run that drew it."),
             ],
             outputs=[
                 io.Latent.Output("latent", display_name="LATENT", tooltip="The latent that came in, unchanged."),
@@ -282,13 +226,14 @@ class SemipermMembraneReport(io.ComfyNode):
                 ),
             ],
             is_output_node=True,
+            **aliases("erasure report", "which concept fired", "gates", "debug erasure"),
         )
 
     @classmethod
     def execute(cls, model, samples):
         from .patch import report_of
 
-        report = report_of(model)
+        report = report_of(model, samples["samples"])
         text, plot = report_text(report), report_plot(report)
         shown = ui.PreviewText(text).as_dict() | ui.PreviewImage(plot, cls=cls).as_dict()
         return io.NodeOutput(samples, text, plot, ui=shown)
@@ -297,6 +242,7 @@ class SemipermMembraneReport(io.ComfyNode):
 NODES = [
     SemipermLoadMembrane,
     SemipermEraseConcept,
+    SemipermSolveMembranes,
     SemipermApplyMembranes,
     SemipermSaveMembrane,
     SemipermMembraneReport,

@@ -28,9 +28,11 @@ from ...methods.membranes.packing import pack
 from ...methods.membranes.record import membrane_report
 from ...methods.membranes.sites import Folds, Plan, Site, modes_of
 from ...methods.membranes.types import Membranes
+from ..base_weights import base_weights
 from ..extra_rows import Rows
 from ..progress import Progress
 from ..root_patch import add_around, add_root
+from ..run_reports import RunReports
 from .wordings import wording_of
 
 logger = logging.getLogger(__name__)
@@ -62,9 +64,10 @@ def apply_membranes_to(
     if not membranes:
         raise MembraneError("no membranes to apply; connect Load Membrane or Erase Concept")
     config = config or MembraneConfig()
-    targets = _targets(model, membranes)
+    weights = base_weights(model)
+    targets = _targets(model, membranes, weights)
     if config.check_base:
-        check_base_models(membranes, {key: _weight(model, *target) for key, target in targets.items()})
+        check_base_models(membranes, {key: _part(weights, *target) for key, target in targets.items()})
     bank = GateBank(_encoder(model, clip), membranes, config.gate, config.negative_rows)
     if config.strength == 0:
         return model
@@ -83,14 +86,17 @@ def apply_membranes_to(
     return patched
 
 
-def report_of(model) -> dict:
-    """What fired in the last sampling run of a model from `apply_membranes_to` (the last applied stack).
+def report_of(model, samples: Tensor | None = None) -> dict:
+    """What fired in a sampling run of a model from `apply_membranes_to` (of the last applied stack).
+
+    Args:
+        samples: what the run returned; None: the last run, whatever it drew.
 
     Returns:
         See `membrane_report`.
 
     Raises:
-        MembraneError: no membranes on this model, or it has not sampled since.
+        MembraneError: no membranes on this model, it has not sampled, or none of its last runs returned these latents.
     """
     patch = model.get_attachment(ATTACHMENT)
     if patch is None:
@@ -98,7 +104,7 @@ def report_of(model) -> dict:
             "this model carries no membranes (or their strength is 0); connect the model that comes out of Erase"
             " Concept or Apply Membranes"
         )
-    return patch.report()
+    return patch.report() if samples is None else patch.reports.of(samples)
 
 
 class MembranePatch:
@@ -116,6 +122,7 @@ class MembranePatch:
         self._steps: list[dict] = []
         self._modes: list[str] = []
         self._called = False
+        self.reports = RunReports(MembraneError)
 
     def sample(self, executor, *args, **kwargs):
         """Around a whole sampling run: nothing is carried from one to the next, and one that we missed is an error."""
@@ -141,6 +148,7 @@ class MembranePatch:
             )
         if missed := self.config.window.missed(self._steps):  # no error: a second pass may lie outside on purpose
             logger.warning("Apply Membranes: %s", missed)
+        self.reports.keep(result, self.report())
         return result
 
     def around(self, original: Callable) -> Callable:
@@ -208,7 +216,7 @@ class MembranePatch:
         )
 
     def report(self) -> dict:
-        """See `report_of`."""
+        """Of the last run; see `report_of`."""
         if not self._called:
             raise MembraneError("no report yet: this model has not sampled; connect the sampler's latent to the report")
         idle = [site.key for site in self.sites if not site.ran]
@@ -227,7 +235,7 @@ def _through(site: Site, module, part: tuple[int, int] | None, original: Callabl
     return forward
 
 
-def _targets(model, membranes: Membranes) -> dict[str, tuple[str, tuple[int, int] | None]]:
+def _targets(model, membranes: Membranes, weights: dict[str, Tensor]) -> dict[str, tuple[str, tuple[int, int] | None]]:
     """Module key -> (path in the model, (offset, length) of its output rows or None)."""
     known = comfy.lora.model_lora_keys_unet(model.model, {})
     found = {key: known[key] for key in membranes.module_keys if key in known}
@@ -245,7 +253,7 @@ def _targets(model, membranes: Membranes) -> dict[str, tuple[str, tuple[int, int
         if part is not None and (part[0] != 0 or len(target) > 2):
             raise MembraneError(f"{key} is stored transformed in this model; membranes on it are not supported here")
         targets[key] = name.removesuffix(".weight"), part and (part[1], part[2])
-        weight, pair = _weight(model, *targets[key]), next(m.modules[key] for m in membranes if key in m.modules)
+        weight, pair = _part(weights, *targets[key]), next(m.modules[key] for m in membranes if key in m.modules)
         if tuple(weight.shape[:2]) != (pair.out_features, pair.in_features) or math.prod(weight.shape[2:]) != 1:
             raise MembraneError(
                 f"{key}: a membrane of (out, in) = {(pair.out_features, pair.in_features)} on a weight"
@@ -254,8 +262,8 @@ def _targets(model, membranes: Membranes) -> dict[str, tuple[str, tuple[int, int
     return targets
 
 
-def _weight(model, path: str, part: tuple[int, int] | None) -> Tensor:
-    weight = comfy.utils.get_attr(model.model, f"{path}.weight")
+def _part(weights: dict[str, Tensor], path: str, part: tuple[int, int] | None) -> Tensor:
+    weight = weights[f"{path}.weight"]
     return weight if part is None else weight.narrow(0, *part)
 
 

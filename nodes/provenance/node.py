@@ -14,7 +14,7 @@ from ...methods.errors import WatermarkError
 from ...methods.files import write_file
 from ...methods.provenance.record import describe, embed
 from ..private import private_folder
-from ..sockets import DetectionIO, digest
+from ..sockets import DetectionIO, aliases, digest
 
 NO_CERTIFICATE = "none"
 _UNNAMED = "unnamed model"
@@ -128,6 +128,7 @@ class SemipermSaveWithProvenance(io.ComfyNode):
                 ),
             ],
             is_output_node=True,
+            **aliases("C2PA", "content credentials", "save image metadata", "provenance"),
         )
 
     @classmethod

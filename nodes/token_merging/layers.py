@@ -140,14 +140,17 @@ class Layers:
                 " as HyperTile does; take it out, or put it before Negative Token Merging"
             )
         height, width = layout.grid[1:] if layout.grid else layout.size
-        _, rows, columns = grid_of(x.shape[1], height, width)
+        frames, rows, columns = grid_of(x.shape[1], height, width)
         if rows * config.max_downscale < layout.size[0] or columns * config.max_downscale < layout.size[1]:
             return x
         masks = self.patch.images.masks if self.patch.images else None
         mask = self._mask(masks, x, height, width) if masks else None
         groups = layout.groups
         reference = x[groups.start : groups.start + groups.count]
-        merged, pushed = merge_tokens(x, reference, layout.padded(x.shape[0]), config, mask)
+        merged, pushed = merge_tokens(
+            x, reference, layout.padded(x.shape[0]), config, mask,
+            strength=layout.strength, threshold=layout.threshold, frames=frames if groups.sources else 1,
+        )  # fmt: skip
         self.patch.record.add(layout.images, pushed)
         self.reached.add(path)
         return merged

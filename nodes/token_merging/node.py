@@ -5,7 +5,9 @@ The modules that need `comfy` itself are imported when a node runs, so that the 
 
 from comfy_api.latest import io, ui
 
+from ...methods.pictures import FITS
 from ...methods.token_merging.config import NegativeTokenMergingConfig as Default
+from ..sockets import aliases
 
 CATEGORY = "semiperm/negative token merging"
 
@@ -42,8 +44,8 @@ def _reference() -> list[io.Input]:
         io.Image.Input(
             "image",
             optional=True,
-            tooltip="What to push away from; a batch is several references. Without it the images of the latent's"
-            " batch push each other apart.",
+            tooltip="What to push away from; a batch is several references, transparent parts of a picture with alpha"
+            " do not count. Without it the images of the latent's batch push each other apart.",
         ),
         io.Mask.Input(
             "mask",
@@ -77,6 +79,7 @@ class SemipermNegativeTokenMerging(io.ComfyNode):
                 *_reference(),
             ],
             outputs=[io.Model.Output("merged_model", display_name="MODEL", tooltip=_PATCHED)],
+            **aliases("negtome", "NegToMe", "negative image", "avoid image", "diversity", "copyright"),
         )
 
     @classmethod
@@ -177,9 +180,23 @@ class SemipermNegativeTokenMergingAdvanced(io.ComfyNode):
                     tooltip="official sets rows, matching, diversity, cross_attention and noise_reference as the"
                     " released code, to reproduce its images.",
                 ),
+                io.Combo.Input(
+                    "fit",
+                    options=list(FITS),
+                    default=Default.fit,
+                    tooltip="How an image of another shape is brought to the latent's: crop keeps the middle, pad keeps"
+                    " all of it with borders that do not count, stretch gives up its proportions.",
+                ),
+                io.String.Input(
+                    "strengths",
+                    default="",
+                    tooltip="One strength for each image of the batch, separated by commas, instead of strength: 2, 0"
+                    " pushes away from the first and keeps what is like the second. Empty: strength for all.",
+                ),
                 *_reference(),
             ],
             outputs=[io.Model.Output("merged_model", display_name="MODEL", tooltip=_PATCHED)],
+            **aliases("negtome", "NegToMe", "negative image", "avoid image", "diversity"),
         )
 
     @classmethod
@@ -194,10 +211,11 @@ def report_text(report: dict) -> str:
     steps, (start, end) = report["steps"], report["window"]
     active = sum(bool(step["active"]) for step in steps)
     sigmas = f", sigma {steps[0]['sigma']:.3g} to {steps[-1]['sigma']:.3g}" if steps else ""
-    number = report["references"]
+    each = report["strength"] if isinstance(report["strength"], list) else [report["strength"]]
+    number, strengths = report["references"], ", ".join(f"{value:g}" for value in each)
     source = f"{number} reference image{'' if number == 1 else 's'}" if number else "the images of the batch"
     lines = [
-        f"away from {source}: strength {report['strength']:g}, threshold {report['threshold']:g}",
+        f"away from {source}: strength {strengths}, threshold {report['threshold']:g}",
         f"window {start:g} to {end:g}: active in {active} of {len(steps)} steps{sigmas}",
         f"{report['extra_rows']} extra rows denoised",
         "",
@@ -218,24 +236,25 @@ class SemipermTokenMergingReport(io.ComfyNode):
             node_id="SemipermTokenMergingReport",
             display_name="Token Merging Report",
             category=CATEGORY,
-            description="Shows what Negative Token Merging did in the last sampling run: the share of tokens that were"
-            " pushed in each image, the steps, and the extra rows that were denoised.",
+            description="Shows what Negative Token Merging did in the run that drew a latent: the share of tokens that"
+            " were pushed in each image, the steps, and the extra rows that were denoised.",
             inputs=[
                 io.Model.Input("model", tooltip="The model that the sampler used: from Negative Token Merging."),
-                io.Latent.Input("samples", tooltip="The sampler's latent, so that this node runs after it."),
+                io.Latent.Input("samples", tooltip="The sampler's own latent; the report is of the run that drew it."),
             ],
             outputs=[
                 io.Latent.Output("latent", display_name="LATENT", tooltip="The latent that came in, unchanged."),
                 io.String.Output("text", display_name="text", tooltip="The report as a table in plain text."),
             ],
             is_output_node=True,
+            **aliases("negtome report", "pushed tokens"),
         )
 
     @classmethod
     def execute(cls, model, samples):
         from .patch import report_of
 
-        text = report_text(report_of(model))
+        text = report_text(report_of(model, samples["samples"]))
         return io.NodeOutput(samples, text, ui=ui.PreviewText(text))
 
 

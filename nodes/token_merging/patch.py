@@ -19,10 +19,12 @@ from torch import Tensor
 
 from ...methods.errors import TokenMergingError
 from ...methods.token_merging.config import NegativeTokenMergingConfig
+from ...methods.token_merging.merging import knobs
 from ...methods.token_merging.record import MergeRecord
 from ..extra_rows import ExtraRows, call_with_rows, rows_of
 from ..progress import Progress
 from ..root_patch import add_root
+from ..run_reports import RunReports
 from .layers import KNOWN, Layers
 from .rows import Layout, ReferenceImages, groups_of, reference_text, row_kinds
 
@@ -42,15 +44,18 @@ def from_inputs(
     blocks: str = "",
     reference_seed: int = 0,
     compat: str = "none",
+    strengths: str = "",
     **options,
 ) -> tuple[NegativeTokenMergingConfig, object, object]:
     """A node's inputs as `apply_token_merging_to` takes them: (config, vae, reference).
 
     Args:
-        image: (R, H, W, 3), what to push away from; None lets the images of a batch push each other.
+        image: (R, H, W, 3 or 4), what to push away from, where it is not transparent; None lets the images of a batch
+            push each other.
         mask: (R or 1, H, W), where in the image. vae: encodes the image.
         reference: CONDITIONING with words for what the image shows.
         blocks: prefixes of ComfyUI's names of blocks, separated by commas; "all"; "" is the paper's choice.
+        strengths: numbers separated by commas, one for each image, in the place of `strength`; "" is that one for all.
         options: what else `NegativeTokenMergingConfig` takes.
 
     Raises:
@@ -61,8 +66,13 @@ def from_inputs(
     if image is None and reference is not None:
         raise TokenMergingError("a reference conditioning without an image; it says in words what the image shows")
     prefixes = tuple(part.strip() for part in blocks.split(",") if part.strip())
+    if numbers := [part.strip() for part in strengths.split(",") if part.strip()]:
+        try:
+            options["strength"] = [float(number) for number in numbers]
+        except ValueError as error:
+            raise TokenMergingError(f"strengths={strengths!r}; expected numbers separated by commas: 0.9, 2") from error
     config = NegativeTokenMergingConfig(
-        reference=None if image is None else rearrange(image[..., :3], "r h w c -> r c h w").clamp(0.0, 1.0),
+        reference=None if image is None else rearrange(image[..., :4], "r h w c -> r c h w").clamp(0.0, 1.0),
         mask=mask,
         blocks=("",) if "all" in prefixes else prefixes or None,
         seed=reference_seed,
@@ -104,14 +114,18 @@ def apply_token_merging_to(model, config: NegativeTokenMergingConfig, vae=None, 
     return patched
 
 
-def report_of(model) -> dict:
-    """What was pushed in the last sampling run of a model from `apply_token_merging_to` (the last applied node).
+def report_of(model, samples: Tensor | None = None) -> dict:
+    """What was pushed in a sampling run of a model from `apply_token_merging_to` (of the last applied node).
+
+    Args:
+        samples: what the run returned; None: the last run, whatever it drew.
 
     Returns:
         See `MergeRecord.report`.
 
     Raises:
-        TokenMergingError: no token merging on this model, or it has not sampled since.
+        TokenMergingError: no token merging on this model, it has not sampled, or none of its last runs returned these
+            latents.
     """
     patch = model.get_attachment(ATTACHMENT)
     if patch is None:
@@ -119,9 +133,7 @@ def report_of(model) -> dict:
             "this model carries no negative token merging (or its strength is 0); connect the model that comes out of"
             " Negative Token Merging"
         )
-    if not patch.called:
-        raise TokenMergingError("no report yet: this model has not sampled; connect the sampler's latent to the report")
-    return patch.record.report(patch.config, len(patch.layers.reached))
+    return patch.report() if samples is None else patch.reports.of(samples)
 
 
 class TokenMergingPatch:
@@ -132,6 +144,7 @@ class TokenMergingPatch:
         self.record, self.called = MergeRecord(), False
         self.layers = Layers(self, unet)
         self.repeats_text = isinstance(unet, UNetModel)  # cross-attention alone reads it: to repeat it changes nothing
+        self.reports = RunReports(TokenMergingError)
         self._forget()
 
     def _forget(self) -> None:
@@ -164,7 +177,18 @@ class TokenMergingPatch:
             )
         if missed := self.config.window.missed(self.record.steps):  # a second pass may lie outside on purpose
             logger.warning("Negative Token Merging: %s", missed)
+        elif nothing := self.record.nothing(self.config):
+            logger.warning("Negative Token Merging: %s", nothing)
+        self.reports.keep(result, self.report())
         return result
+
+    def report(self) -> dict:
+        """Of the last run; see `report_of`."""
+        if not self.called:
+            raise TokenMergingError(
+                "no report yet: this model has not sampled; connect the sampler's latent to the report"
+            )
+        return self.record.report(self.config, len(self.layers.reached))
 
     def around(self, original: Callable) -> Callable:
         """The diffusion model's forward, inside the window with the reference rows, which its answer does not have."""
@@ -207,15 +231,17 @@ class TokenMergingPatch:
         images = row_kinds(rows, [*names, *[None] * len(rows.chunks)])
         alike = self.config.mode == "diversity" or self.text is not None or context is None
         compared = None if alike or self.config.compat == "official" else context
-        key = (tuple(images), len(rows.chunks), x.shape, x.device, None if context is None else context.shape)
+        told = tuple(options.get("uuids") or ())  # which conditionings these are; else their text has to be compared
+        key = (tuple(images), len(rows.chunks), told, x.shape, x.device, None if context is None else context.shape)
         for known, text, layout in self._layouts:
-            if known == key and (compared is None or torch.equal(text, compared)):
+            if known == key and (text is None or torch.equal(text, compared)):
                 return layout
         groups, layout = groups_of(self.config, images, rows, compared, x.device), None
         if groups is not None:
             tokens = 0 if context is None else context.shape[1]
-            layout = Layout(images, groups, tuple(x.shape[-2:]), self.layers.grid(x.shape), tokens)
-        text = None if compared is None else compared.clone()
+            tuned = knobs(self.config, groups.count, x.device)
+            layout = Layout(images, groups, tuple(x.shape[-2:]), self.layers.grid(x.shape), tokens, *tuned)
+        text = None if compared is None or told else compared.clone()
         self._layouts = [(key, text, layout), *self._layouts][:_LAYOUTS]
         return layout
 

@@ -7,13 +7,18 @@ from dataclasses import dataclass, field
 
 import comfy.utils
 import torch
-import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor
 
 from ...methods.errors import TokenMergingError
 from ...methods.token_merging.config import NegativeTokenMergingConfig
-from ...methods.token_merging.merging import MergeRows, diversity_rows, reference_rows
+from ...methods.token_merging.merging import (
+    MergeRows,
+    diversity_rows,
+    fitted_images,
+    fitted_masks,
+    reference_rows,
+)
 from ..extra_rows import Rows
 
 
@@ -42,6 +47,7 @@ class Layout:
         groups: which of them are pushed from which rows.
         size: (height, width) of the latent.
         grid: (tokens, rows, columns) where it is the same in all layers. text: tokens of the text.
+        strength, threshold: `knobs` of the rows that others are pushed from.
     """
 
     images: list[tuple[str, int]]
@@ -49,14 +55,14 @@ class Layout:
     size: tuple[int, int]
     grid: tuple[int, int, int] | None
     text: int
+    strength: Tensor
+    threshold: Tensor
     _padded: dict[int, MergeRows] = field(default_factory=dict)
 
     def padded(self, total: int) -> MergeRows:
         """The rows for a batch that ends in rows which are not pushed."""
         if total not in self._padded:
-            gate, pairs = self.groups.rows.gate, self.groups.rows.pairs
-            more = total - gate.shape[0]
-            self._padded[total] = MergeRows(F.pad(gate, (0, more)), F.pad(pairs, (0, 0, 0, more)))
+            self._padded[total] = self.groups.rows.padded(total - len(self.images))
         return self._padded[total]
 
 
@@ -148,13 +154,12 @@ class ReferenceImages:
             TokenMergingError: a mask with nothing in the part that the latent shows, or another model's VAE.
         """
         size = height, width = tuple(shape[-2:])
-        self.masks = [_cropped(mask[None, None], height, width)[0, 0] for mask in self.config.mask or ()]
-        if any(not bool((mask > 0.5).any()) for mask in self.masks):
-            raise TokenMergingError(
-                f"after cropping to {width}:{height} a mask has nothing white; give image and mask the latent's shape"
-            )
+        self.masks = fitted_masks(self.config, height, width)
         if size not in self._encoded:
-            self._encoded[size] = [self._encode(image, height, width) for image in self.config.reference]
+            scale = self.vae.spacial_compression_encode()
+            pixels = fitted_images(self.config, height * scale, width * scale)
+            # one after the other: a batch might not fit beside the model
+            self._encoded[size] = [self.vae.encode(rearrange(image[None], "1 c h w -> 1 h w c")) for image in pixels]
         latents = torch.cat([model.process_latent_in(latent) for latent in self._encoded[size]])
         channels = model.latent_format.latent_channels
         if latents.shape[1] != channels or tuple(latents.shape[-2:]) != size:
@@ -163,13 +168,6 @@ class ReferenceImages:
                 " VAE that belongs to the model"
             )
         self._latents = latents.float()
-
-    def _encode(self, image: Tensor, height: int, width: int) -> Tensor:
-        scale = self.vae.spacial_compression_encode()
-        pixels = _cropped(image[None], height, width)
-        method = "area" if pixels.shape[-1] > width * scale else "bicubic"
-        pixels = comfy.utils.common_upscale(pixels, width * scale, height * scale, method, "disabled").clamp(0.0, 1.0)
-        return self.vae.encode(rearrange(pixels, "1 c h w -> 1 h w c"))
 
     def rows(self, sampling, sigma: Tensor, x: Tensor) -> Tensor:
         """(R, C, ...) as the denoiser sees the references at this noise level, in the size of its input x."""
@@ -193,11 +191,3 @@ class ReferenceImages:
             for r in range(latents.shape[0])
         ]
         return latents, torch.cat(noise)
-
-
-def _cropped(images: Tensor, height: int, width: int) -> Tensor:
-    """The largest middle part of (B, C, H, W) with this aspect."""
-    rows, columns = images.shape[-2:]
-    kept = max(1, min(rows, round(columns * height / width))), max(1, min(columns, round(rows * width / height)))
-    top, left = (rows - kept[0]) // 2, (columns - kept[1]) // 2
-    return images[..., top : top + kept[0], left : left + kept[1]]

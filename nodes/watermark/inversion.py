@@ -13,6 +13,7 @@ it finds .76 of the signs at denoise .3 and .78 at .5 (5 steps), paths that end 
 
 from __future__ import annotations
 
+import comfy.model_base
 import comfy.model_management
 import comfy.model_sampling
 import comfy.samplers
@@ -21,10 +22,32 @@ from einops import rearrange
 from torch import Tensor
 
 from ...methods.errors import WatermarkError
-from ...methods.watermark.detection import FIRST, DetectionConfig, detect_in, inversion_times
+from ...methods.watermark.detection import DetectionConfig, detect_in
 from ...methods.watermark.keyring import Keyring
+from ...methods.watermark.ladder import FIRST, inversion_times
 from ..sockets import Detection, digest
 from .noise import unsigned
+
+NATIVE = "semiperm_native"  # attachment of models that say themselves how large they draw
+_SIDES = {768: 512, 1024: 512}  # of UNets by the width of their text: SD1.x and SD2
+_SIDE_OF_V = 768  # SD2's models that predict v
+_LARGE = (comfy.model_base.SDXL, comfy.model_base.SDXLRefiner, comfy.model_base.SD3, comfy.model_base.Flux)
+
+
+def native_side(model) -> int | None:
+    """Side of the square that this model draws, in pixels; None where nothing is known.
+
+    ComfyUI keeps no size with a model: these are the sizes that the families were trained at.
+    """
+    if side := model.get_attachment(NATIVE):
+        return side
+    if isinstance(model.model, _LARGE):
+        return 1024
+    config = getattr(model.model, "model_config", None)
+    width = getattr(config, "unet_config", {}).get("context_dim")
+    if width == 1024 and model.model.model_type == comfy.model_base.ModelType.V_PREDICTION:
+        return _SIDE_OF_V
+    return _SIDES.get(width) if type(model.model) is comfy.model_base.BaseModel else None
 
 
 class ComfyInverter:
@@ -61,6 +84,7 @@ class ComfyInverter:
                 " semiperm.detect_watermark"
             )
         self.multiple = int(vae.spacial_compression_encode())
+        self.native = native_side(model)
 
     def encode(self, pixels: list[Tensor]) -> Tensor:
         """Pictures (3, H, W) in 0..1 of one size -> (B, C, h, w), scaled and shifted as the denoiser expects."""

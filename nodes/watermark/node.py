@@ -7,7 +7,9 @@ import time
 
 from comfy_api.latest import io, ui
 
-from ..sockets import DetectionIO, KeyringIO
+from ..sockets import DetectionIO, KeyringIO, aliases
+from .graph import LATER_PASSES, check_graph
+from .graph import fingerprint as fingerprint_of_graph
 from .keyring import DEFAULT, fingerprint, keyring_names, keyring_path, keys_text, open_keys
 
 CATEGORY = "semiperm/watermark"
@@ -21,6 +23,17 @@ def _stamp() -> io.Input:
         default=False,
         tooltip="Write the time of queueing into the payload, where the picture is large enough for it (4,096 latent"
         " values or more). The same seed then gives another noise every time.",
+    )
+
+
+def _later_passes() -> io.Input:
+    return io.Combo.Input(
+        "later_passes",
+        options=list(LATER_PASSES),
+        default=LATER_PASSES[0],
+        optional=True,
+        tooltip="What to do about a second sampler (hires fix, inpainting, a detailer) that adds noise to the signed"
+        " picture and does not sign it, so that the mark is drawn over: refuse to run, or allow it.",
     )
 
 
@@ -67,6 +80,7 @@ class SemipermKeyring(io.ComfyNode):
                 )
             ],
             is_output_node=True,  # what it shows is then shown again by every run
+            **aliases("watermark key", "secret key", "signing key"),
         )
 
     @classmethod
@@ -109,26 +123,28 @@ class SemipermWatermarkNoise(io.ComfyNode):
                 _stamp(),
                 io.Sampler.Input(
                     "sampler",
-                    optional=True,
-                    tooltip="The sampler that you use, to have it checked: one that adds noise of its own drowns the"
-                    " mark and is refused. Without it nothing can be checked here.",
+                    tooltip="The sampler that you use, the same that goes into SamplerCustomAdvanced: one that would"
+                    " lose the mark is refused.",
                 ),
+                _later_passes(),
             ],
             outputs=[
                 io.Noise.Output("noise", display_name="NOISE", tooltip="Signed noise, in place of RandomNoise's.")
             ],
+            hidden=[io.Hidden.prompt, io.Hidden.unique_id],
+            **aliases("invisible watermark", "signed noise", "gaussian shading", "RandomNoise watermark", "provenance"),
         )
 
     @classmethod
     def fingerprint_inputs(cls, stamp_time=False, **inputs):
-        return time.time() if stamp_time else ""
+        return time.time() if stamp_time else fingerprint_of_graph()
 
     @classmethod
-    def execute(cls, keyring, noise_seed, stamp_time, sampler=None):
+    def execute(cls, keyring, noise_seed, stamp_time, sampler, later_passes="refuse"):
         from .noise import SignedNoise, check_sampler
 
-        if sampler is not None:
-            check_sampler(sampler)
+        check_graph(cls.hidden)
+        check_sampler(sampler)
         return io.NodeOutput(SignedNoise(noise_seed, keyring.key, _now(stamp_time)))
 
 
@@ -142,7 +158,7 @@ class SemipermWatermarkModel(io.ComfyNode):
             description="Signs the noise of every sampling run of this model, also in a plain KSampler: magnitudes"
             " stay as the seed gave them, signs carry the mark. Samplers that add noise of their own are refused.",
             inputs=[
-                io.Model.Input("model", tooltip="The model. Put this node last, just before the sampler."),
+                io.Model.Input("model", tooltip="The model. Wire what comes out into every sampler of the graph."),
                 KeyringIO.Input("keyring", tooltip=_KEYRING),
                 _stamp(),
                 io.Vae.Input(
@@ -151,6 +167,7 @@ class SemipermWatermarkModel(io.ComfyNode):
                     tooltip="The model's VAE. Connect it to bind the content: the mark then says what the picture"
                     " shows, and cannot be moved to another one unnoticed. Each picture is drawn two to five times.",
                 ),
+                _later_passes(),
             ],
             outputs=[
                 io.Model.Output(
@@ -160,16 +177,19 @@ class SemipermWatermarkModel(io.ComfyNode):
                     " these nodes the last one counts.",
                 )
             ],
+            hidden=[io.Hidden.prompt, io.Hidden.unique_id],
+            **aliases("invisible watermark", "sign images", "gaussian shading", "tree ring", "provenance"),
         )
 
     @classmethod
     def fingerprint_inputs(cls, stamp_time=False, **inputs):
-        return time.time() if stamp_time else ""
+        return time.time() if stamp_time else fingerprint_of_graph()
 
     @classmethod
-    def execute(cls, model, keyring, stamp_time, vae=None):
+    def execute(cls, model, keyring, stamp_time, vae=None, later_passes="refuse"):
         from .noise import sign_model
 
+        check_graph(cls.hidden)
         return io.NodeOutput(sign_model(model, keyring.key, _now(stamp_time), vae))
 
 
@@ -185,7 +205,11 @@ class SemipermDetectWatermark(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="The model that drew the pictures, or the nearest that you have."),
                 io.Vae.Input("vae", tooltip="The model's VAE, which encodes the pictures."),
-                io.Image.Input("images", tooltip="Pictures to look at, at the size they were drawn."),
+                io.Image.Input(
+                    "images",
+                    tooltip="Pictures to look at. Resized ones are found, too, where they were drawn at the model's own"
+                    " size.",
+                ),
                 KeyringIO.Input("keyring", tooltip="From Keyring; all of its keys are tried."),
                 io.Boolean.Input(
                     "search",
@@ -199,8 +223,8 @@ class SemipermDetectWatermark(io.ComfyNode):
                     min=0,
                     max=16384,
                     step=8,
-                    tooltip="Width that was drawn, in pixels, where the picture was resized or cropped since. 0: as it"
-                    " is.",
+                    tooltip="Width that was drawn, in pixels, where the picture was resized or cropped since. 0: its"
+                    " own and the model's are tried.",
                 ),
                 io.Int.Input("height", default=0, min=0, max=16384, step=8, tooltip="Height that was drawn; as width."),
                 io.Clip.Input(
@@ -251,6 +275,7 @@ class SemipermDetectWatermark(io.ComfyNode):
                 ),
             ],
             is_output_node=True,
+            **aliases("find watermark", "verify watermark", "is it AI", "read watermark", "provenance"),
         )
 
     @classmethod

@@ -7,6 +7,7 @@ from that noise too: the same seed gives the same marked noise, whichever node s
 from __future__ import annotations
 
 import hashlib
+import logging
 
 import comfy.patcher_extension
 import comfy.sample
@@ -14,48 +15,54 @@ import torch
 from torch import Tensor
 
 from ...methods.errors import ModelError, WatermarkError
+from ...methods.watermark import samplers
 from ...methods.watermark.keys import WatermarkKey
 from ...methods.watermark.mark import KeyedMark, Payload, capacity
+from ..progress import Progress
 from .content import sample_bound
+
+logger = logging.getLogger(__name__)
 
 WRAPPER = "semiperm_watermark"
 _OUTER = comfy.patcher_extension.WrappersMP.OUTER_SAMPLE
-# Samplers whose pictures do not change with their own noise's seed: tests/nodes/check_watermark.py tries every one that
-# ComfyUI has, and says where one is missing here.
-_DETERMINISTIC = {
-    *("euler", "euler_cfg_pp", "heun", "heunpp2", "dpm_2", "lms", "dpm_fast", "dpm_adaptive", "dpmpp_2m"),
-    *("dpmpp_2m_cfg_pp", "ipndm", "ipndm_v", "deis", "res_multistep", "res_multistep_cfg_pp", "unipc", "unipc_bh2"),
-    *("gradient_estimation", "gradient_estimation_cfg_pp"),
-}
+_FACE = "comfyui"
 _WITH_ETA = {  # as much noise as `eta` says, 1 where it is left out
     *("euler_ancestral", "euler_ancestral_cfg_pp", "dpm_2_ancestral", "dpmpp_2s_ancestral", "dpmpp_2m_sde"),
     *("dpmpp_2m_sde_gpu", "dpmpp_3m_sde", "dpmpp_3m_sde_gpu", "res_multistep_ancestral"),
 }
+_QUIET = {  # what is left of these without noise; the others are refused
+    "euler_ancestral": "euler",
+    "dpm_2_ancestral": "dpm_2",
+    "res_multistep_ancestral": "res_multistep",
+}
 
 
-def check_sampler(sampler) -> None:
-    """Refuse a sampler that adds noise on its way: the picture would forget the noise that carries the mark.
+def check_sampler(sampler, steps: int | None = None) -> None:
+    """Refuse a sampler that loses the mark, by noise of its own or as measured; warn of one that may.
 
     Args:
         sampler: ComfyUI's SAMPLER object.
+        steps: from noise to picture; None where they are not known.
 
     Raises:
-        ModelError: an ancestral or SDE sampler, or one that is not known to be deterministic.
+        ModelError: an ancestral or SDE sampler, or one that was not measured to keep the mark.
     """
     options = getattr(sampler, "extra_options", None) or {}
     function = getattr(sampler, "sampler_function", None)
     name = getattr(function, "__name__", type(sampler).__name__)
     name = name.removeprefix("sample_").removesuffix("_function")
-    if name in _WITH_ETA:
-        noisy = options.get("eta", 1.0) > 0
-    else:
-        noisy = name not in _DETERMINISTIC or options.get("eta", 0.0) > 0
-    if noisy or options.get("s_churn", 0.0) > 0:
-        raise ModelError(
-            f"the sampler {name!r} is not known to be deterministic with its settings: noise added while sampling"
-            " drowns the mark in the initial noise; expected euler, ddim, heun, dpmpp_2m, uni_pc, deis, ipndm or"
-            " another one without noise of its own (s_churn 0, eta 0)"
-        )
+    noisy = options.get("eta", 1.0 if name in _WITH_ETA else 0.0) > 0 or options.get("s_churn", 0.0) > 0
+    quiet = _QUIET.get(name, name) if not noisy else f"{name} with these settings"  # an ancestral one without its noise
+    if said := samplers.refusal(_FACE, quiet, steps):
+        raise ModelError(f"the sampler {said} (s_churn 0, eta 0)")
+    if said := samplers.warning(_FACE, quiet, steps):
+        logger.warning("Watermark: the sampler %s", said)
+
+
+def whole_steps(sigmas: Tensor, sampling) -> int:
+    """How many steps of this size lead from pure noise to the picture: more than are taken where denoise is below 1."""
+    left = 1 - Progress(sampling).share(float(sigmas[0]))
+    return round((len(sigmas) - 1) / max(left, 1e-3))
 
 
 def signed_like(noise: Tensor, key: WatermarkKey, *, time: int = 0, scope: str = "", bound: bool = False) -> Tensor:
@@ -114,14 +121,15 @@ def sign_model(model, key: WatermarkKey, time: int = 0, vae=None):
     if key.mac_key is None:
         raise WatermarkError(f"key {key.name!r} can only detect; sign with the keyring that it was exported from")
 
-    def sample(executor, noise, latent_image, sampler, *args, **kwargs):
-        check_sampler(sampler)
-        guider, signed = executor.class_obj, signed_like(noise, key, time=time, bound=vae is not None)
+    def sample(executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
+        guider = executor.class_obj
+        check_sampler(sampler, whole_steps(sigmas, guider.model_patcher.get_model_object("model_sampling")))
+        signed = signed_like(noise, key, time=time, bound=vae is not None)
         conds = guider.conds
 
         def draw(noise: Tensor) -> Tensor:
             guider.conds = {name: [cond.copy() for cond in given] for name, given in conds.items()}  # a run fills them
-            return executor(noise, latent_image, sampler, *args, **kwargs)
+            return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
 
         return draw(signed) if vae is None or not signed.any() else sample_bound(draw, signed, key, vae)
 

@@ -8,6 +8,10 @@ remove_negative_token_merging(pipe)
 
 from __future__ import annotations
 
+import dataclasses
+import logging
+from collections.abc import Sequence
+
 from torch import nn
 
 from ...methods.errors import TokenMergingError
@@ -18,6 +22,8 @@ from ..hooks import parameters_of
 from ..latents import pixels_per_latent
 from ..rows import with_rows, without_rows
 from .hooks import BeforeOutput, Layer, MergeCall, MergeRun, Merging
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["TokenMergingHandle", "apply_negative_token_merging", "remove_negative_token_merging"]
 
@@ -77,6 +83,25 @@ class TokenMergingHandle(Handle):
     def new_record(self) -> MergeRun:
         return MergeRun()
 
+    def set(self, *, strength: float | Sequence[float] | None = None, threshold: float | None = None) -> None:
+        """Go on with another strength or threshold; a compiled model is not compiled again.
+
+        Args:
+            strength, threshold: as in `NegativeTokenMergingConfig`; None leaves it.
+
+        Raises:
+            TokenMergingError: values out of range, or a compiled model to or from strength 0, which runs no extra row.
+        """
+        given = {"strength": strength, "threshold": threshold}
+        config = dataclasses.replace(self.config, **{name: v for name, v in given.items() if v is not None})
+        if self.compiled and (config.strength == 0) != self.merging.off:
+            raise TokenMergingError(
+                f"strength={config.strength} instead of {self.config.strength} on a compiled model; strength 0 is"
+                " another graph: remove, or apply again"
+            )
+        self.config = config
+        self.merging.tune(config)
+
     def prepare(self, height: int, width: int, max_sequence_length: int | None = None) -> None:
         """Encode the references for pictures of this size now; needed before a compiled model's first call only.
 
@@ -104,6 +129,16 @@ class TokenMergingHandle(Handle):
 
     def steps(self) -> list[dict]:
         return list(self.run.record.record.steps) if self.run is not None else []
+
+    def begin_run(self, encoded, arguments: dict) -> None:
+        self.merging.ready(encoded)
+
+    def ended(self, pipe: Pipeline) -> None:
+        run = self.here
+        going = run if run is not None and not run.over else None
+        super().ended(pipe)
+        if going and going.over and not self.compiled and (nothing := going.record.record.nothing(self.config)):
+            logger.warning("%s: %s", self.NAME.strip("_"), nothing)
 
     def report(self) -> dict:
         """What was pushed in the last call of the pipeline: see `MergeRecord.report`.

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ...methods.modules import stamp
@@ -27,6 +26,7 @@ class MergePlan:
         sources: the row that each reference row takes its other inputs from.
         labels: ("positive" or "negative", image) of each row of the batch.
         said: of the rows, see `pipelines.rows.said`.
+        strength: (R,) of each row that others are pushed from, on the device.
         joined: id -> (tensor, stamp, with the reference rows): kept, so that others recognise the text by identity.
     """
 
@@ -37,6 +37,7 @@ class MergePlan:
     rows: MergeRows | None
     sources: tuple[int, ...] = ()
     labels: tuple = ()
+    strength: Tensor | None = None
     joined: dict = field(default_factory=dict)
     said: tuple = ()
 
@@ -47,14 +48,14 @@ class MergePlan:
 
 
 def make_plan(
-    hidden: Tensor, chunks: tuple[bool, ...], config: NegativeTokenMergingConfig, references: int
+    hidden: Tensor, chunks: tuple[bool, ...], config: NegativeTokenMergingConfig, strength: Tensor
 ) -> MergePlan:
     """The plan of one text batch.
 
     Args:
         hidden: (B, N, d).
         chunks: as in `MergePlan`.
-        references: how many reference images there are.
+        strength: (reference images,), or (1,) in diversity mode, on hidden's device.
 
     Raises:
         TokenMergingError: diversity mode with a single image.
@@ -70,6 +71,7 @@ def make_plan(
     own = [b // per if on else -1 for b, on in enumerate(pushed)]
     if config.mode == "diversity":
         plan.rows = diversity_rows(own, config.diversity, hidden.device)
+        plan.strength = strength.expand(batch)
         return plan
     if config.compat == "official":  # one reference row for each chunk
         groups = own
@@ -77,12 +79,12 @@ def make_plan(
         groups = [0 if on else -1 for on in pushed]
     else:  # one for each text
         groups = _same_text(hidden, pushed)
-    owners = sorted(set(groups) - {-1})
+    references, owners = len(strength), sorted(set(groups) - {-1})
     groups = [owners.index(group) if group >= 0 else -1 for group in groups]
     plan.sources = tuple(groups.index(group) for group in range(len(owners)) for _ in range(references))
-    rows = reference_rows(groups, references, hidden.device)
+    plan.strength = strength.repeat(len(owners))
     # the reference rows are in the batch too, and are not pushed
-    plan.rows = MergeRows(F.pad(rows.gate, (0, plan.extra)), F.pad(rows.pairs, (0, 0, 0, plan.extra)))
+    plan.rows = reference_rows(groups, references, hidden.device).padded(plan.extra)
     return plan
 
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
 from ...methods.errors import TokenMergingError
-from ...methods.token_merging.merging import grid_of, token_mask
+from ...methods.token_merging.merging import fitted_images, fitted_masks, token_mask
 from ..latents import encode_pixels, pixels_per_latent
 from ..scheduler import alphas_of, noise_levels
 from ..text import encode_text
@@ -21,7 +18,8 @@ class Reference:
 
     def __init__(self, handle, pipe):
         self.handle, self.family, self.config = handle, handle.family, handle.config
-        self.images, self.masks = self.config.reference or (), self.config.mask or ()
+        self.images = self.config.reference or ()
+        self.masked = self.config.mask is not None or self.config.fit == "pad"
         self.alphas = None if self.family.flow else alphas_of(pipe)
         self._latents: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         self._masks: dict[tuple[int, int, int], Tensor] = {}
@@ -34,7 +32,11 @@ class Reference:
         return noise_levels(self.family, timestep, self.alphas)
 
     def prepare(self, height: int, width: int, device=None) -> tuple[Tensor, Tensor]:
-        """Latents (R, C, height, width) of the reference images, scaled as the denoiser expects, and noise; cached."""
+        """Latents (R, C, height, width) of the reference images, scaled as the denoiser expects, and noise; cached.
+
+        Raises:
+            TokenMergingError: a mask with nothing white in the part that is shown.
+        """
         key = (height, width)
         if key not in self._latents:
             if torch.compiler.is_compiling():
@@ -44,8 +46,8 @@ class Reference:
                 )
             pipe = self.handle.pipe
             scale = pixels_per_latent(pipe)
-            pixels = torch.stack([cover(image, height * scale, width * scale) for image in self.images])
-            pixels = pixels * 2 - 1
+            fitted_masks(self.config, height, width)
+            pixels = fitted_images(self.config, height * scale, width * scale) * 2 - 1
             if self.family.video:  # of one frame
                 latents = encode_pixels(pipe, [rearrange(pixels, "r c h w -> r c 1 h w")])
                 latents = rearrange(latents, "r c 1 h w -> r c h w")
@@ -71,13 +73,11 @@ class Reference:
 
     def mask(self, tokens: int, height: int, width: int, device) -> Tensor | None:
         """(R, tokens) bool on a layer's grid, or None."""
-        if not self.masks:
+        if not self.masked:
             return None
         key = (tokens, height, width)
         if key not in self._masks:
-            _, rows, columns = grid_of(tokens, height, width)
-            size = max(rows, 64), max(columns, 64)
-            self._masks[key] = token_mask([cover(m[None], *size)[0] for m in self.masks], tokens, height, width)
+            self._masks[key] = token_mask(fitted_masks(self.config, height, width), tokens, height, width)
         self._masks[key] = self._masks[key].to(device)
         return self._masks[key]
 
@@ -108,13 +108,3 @@ class Reference:
     def sizes(self) -> list[tuple[int, int]]:
         """The sizes of latents for which the images are encoded."""
         return list(self._latents)
-
-
-def cover(image: Tensor, height: int, width: int) -> Tensor:
-    """Resize (C, H, W) until it covers height x width, and cut the middle out: nothing is stretched."""
-    scale = max(height / image.shape[-2], width / image.shape[-1])
-    size = [max(height, math.ceil(image.shape[-2] * scale)), max(width, math.ceil(image.shape[-1] * scale))]
-    if size != list(image.shape[-2:]):
-        image = F.interpolate(image[None], size, mode="bicubic", antialias=True)[0].clamp(0, 1)
-    top, left = (size[0] - height) // 2, (size[1] - width) // 2
-    return image[:, top : top + height, left : left + width]

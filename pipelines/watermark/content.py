@@ -11,16 +11,27 @@ from torch import Tensor
 
 from ...methods.errors import WatermarkError
 from ...methods.watermark.content import ROUNDS, Embedding, draw_bound, perceptual_hash
+from ...methods.watermark.detection import CONTENT, DetectionConfig, detect_in
 from ...methods.watermark.keys import WatermarkKey
 from ...methods.watermark.mark import KeyedMark, Payload
 from ..family import Pipeline, family_of
 from ..latents import latent_shape, pixels_per_latent
+from .detect import PipelineInverter
 from .inversion import pixels_of
-from .samplers import check_scheduler
+from .samplers import check_eta, check_scheduler
 from .sign import as_pipeline_input
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+
+_CHECKED = (
+    0,
+    1,
+    5,
+)  # inversion steps with which a bound picture is looked at before it is given away: a detector's own
+# first rungs. It has to fit its content by as much more than is asked later, so that it still does after an edit.
+_MARGIN = 0.1
 
 
 @dataclass(frozen=True)
@@ -54,7 +65,8 @@ def generate_bound(
 ) -> BoundImages:
     """Draw marked pictures whose content is bound to their mark; `detect_watermark` then tells a transplanted mark.
 
-    Each picture is drawn two times or more, see `methods.watermark.content.draw_bound`.
+    Each picture is drawn two times or more, see `methods.watermark.content.draw_bound`, and looked at by the detector:
+    none is given away that it would not find valid.
 
     Args:
         pipe: as for `sign_noise`; Wan's videos are not supported.
@@ -66,7 +78,7 @@ def generate_bound(
             each prompt are not split: give one value for all.
 
     Raises:
-        ModelError: an unsupported pipeline, one of videos, or a sampler that adds noise.
+        ModelError: an unsupported pipeline, one of videos, or a sampler or an `eta` that loses the mark.
         WatermarkError: no prompts, what `sign_noise` refuses, or a picture that shows something else in every
             round.
 
@@ -76,7 +88,8 @@ def generate_bound(
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     if not prompts or rounds < 1:
         raise WatermarkError(f"{len(prompts)} prompts in {rounds} rounds were asked for; expected at least 1 of each")
-    check_scheduler(pipe)
+    check_scheduler(pipe, kwargs.get("num_inference_steps"))
+    check_eta(kwargs.get("eta"))
     shape = len(prompts), *latent_shape(pipe, kwargs.get("height"), kwargs.get("width"))
     latents = KeyedMark(key, scope).sample(shape, payload, generator, bound=True)
     scale = pixels_per_latent(pipe)
@@ -87,8 +100,15 @@ def generate_bound(
         images = pipe([prompts[i] for i in rows], latents=given, **kwargs).images
         return images, torch.stack(pixels_of(pipe, images))
 
+    inverter = PipelineInverter(pipe)
+    config = DetectionConfig(ladder=_CHECKED, scope=scope, embedding=embedding)
+
+    def holds(pixels: Tensor) -> list[bool]:
+        found = detect_in(list(pixels), inverter, [key], config)
+        return [one.verdict == "valid" and (one.content_p_value or 0.0) <= CONTENT * _MARGIN for one in found]
+
     advice = "allow more rounds, take another seed, or an embedding that looks at what matters"
-    found = draw_bound(draw, latents, key, advice=advice, rounds=rounds, embedding=embedding, scope=scope)
+    found = draw_bound(draw, latents, key, advice=advice, rounds=rounds, embedding=embedding, scope=scope, holds=holds)
     return BoundImages(
         images=[one.picture for one in found],
         latents=as_pipeline_input(pipe, torch.stack([one.noise for one in found])),

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from ...methods.errors import ModelError, WatermarkError
 from ...methods.pictures import Pictures, picture_of
-from ...methods.watermark.detection import FIRST, inversion_times, whole_cells
+from ...methods.watermark.ladder import FIRST, inversion_times
+from ...methods.watermark.views import whole_cells
 from ..family import Family, denoiser_of, device_of, family_of
 from ..latents import encode_pixels, multiple_of, pixels_per_latent
 from ..scheduler import alphas_of

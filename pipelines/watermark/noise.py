@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ...methods.errors import WatermarkError
 from ..family import Pipeline, family_of
-from .samplers import check_scheduler
+from .samplers import check_eta, check_scheduler
 
 __all__ = ["replace_noise"]
 
@@ -38,12 +38,12 @@ def replace_noise(pipe: Pipeline, noise: Tensor) -> Iterator[None]:
 
     Args:
         pipe: img2img or inpainting pipeline of the SD1.x, SD2, SDXL, SD3 or Flux family with a deterministic sampler,
-            called with `eta=0`. As before afterwards, whatever happens inside.
+            called with `eta=0` or a small one (`check_eta`). As before afterwards, whatever happens inside.
         noise: (B, C, H, W), for Flux packed (B, N, C) too, from `sign_noise`; B counts every picture of the call.
 
     Raises:
-        ModelError: an unsupported pipeline, or a sampler that adds noise of its own.
-        WatermarkError: another shape than the call's, a second call, `latents=`, `eta` or `padding_mask_crop` given to
+        ModelError: an unsupported pipeline, or a sampler or an `eta` that loses the mark.
+        WatermarkError: another shape than the call's, a second call, `latents=` or `padding_mask_crop` given to
             the call, one that adds no noise, or no call: no picture has the mark.
 
     >>> from diffusers import AutoPipelineForImage2Image
@@ -131,10 +131,7 @@ class _Call:
 
     def extra(self, original: Callable, *args, **kwargs) -> dict:
         found = original(*args, **kwargs)
-        if found.get("eta"):
-            raise WatermarkError(
-                f"eta is {found['eta']}: noise added while sampling drowns the mark in the signed noise; expected eta=0"
-            )
+        check_eta(found.get("eta"))
         return found
 
     def crop(self, original: Callable, *args, **kwargs) -> NoReturn:

@@ -1,54 +1,59 @@
-"""Which of diffusers' samplers keep the noise that carries the mark."""
+"""Which of diffusers' samplers keep the noise that carries the mark, as methods/watermark/samplers.py has it."""
 
 from __future__ import annotations
 
+import logging
+
 from ...methods.errors import ModelError
+from ...methods.watermark import samplers
 from ..family import family_of
 
-__all__ = ["check_scheduler"]
+__all__ = ["check_eta", "check_scheduler"]
 
-# Samplers without noise of their own, as diffusers configures them. Any other one is refused: to be wrong here would
-# lose marks unnoticed.
-_DETERMINISTIC = {
-    "DDIMScheduler",
-    "DDIMParallelScheduler",
-    "DEISMultistepScheduler",
-    "DPMSolverMultistepScheduler",
-    "DPMSolverSinglestepScheduler",
-    "EulerDiscreteScheduler",
-    "FlowMatchEulerDiscreteScheduler",
-    "FlowMatchHeunDiscreteScheduler",
-    "HeunDiscreteScheduler",
-    "IPNDMScheduler",
-    "KDPM2DiscreteScheduler",
-    "LMSDiscreteScheduler",
-    "PNDMScheduler",
-    "UniPCMultistepScheduler",
+logger = logging.getLogger(__name__)
+_FACE = "diffusers"
+_SAME_STEPS = {  # as one that was measured; flow models were not
+    "DDIMParallelScheduler": "DDIMScheduler",
+    "FlowMatchEulerDiscreteScheduler": "EulerDiscreteScheduler",
+    "FlowMatchHeunDiscreteScheduler": "HeunDiscreteScheduler",
 }
 
 
-def check_scheduler(pipe) -> None:
-    """Refuse a sampler that adds noise on its way: the picture would forget the noise that carries the mark.
+def check_scheduler(pipe, steps: int | None = None) -> None:
+    """Refuse a sampler that loses the mark, by noise of its own or as measured; warn of one that may.
 
-    DDIM's `eta` is an argument of the pipeline's call and cannot be seen here: leave it at 0. `replace_noise` sees it.
+    DDIM's `eta` is an argument of the pipeline's call and cannot be seen here: see `check_eta`.
+
+    Args:
+        steps: that the call will take; None where they are not known.
 
     Raises:
-        ModelError: an ancestral or SDE sampler, or one that is not known to be deterministic.
+        ModelError: an ancestral or SDE sampler, or one that was not measured to keep the mark.
     """
     scheduler = pipe.scheduler
-    names = {c.__name__ for c in type(scheduler).__mro__}
     name, config = type(scheduler).__name__, scheduler.config
+    names = [_SAME_STEPS.get(c.__name__, c.__name__) for c in type(scheduler).__mro__]
+    known = next((one for one in names if samplers.refusal(_FACE, one) is None), name)
     algorithm = getattr(config, "algorithm_type", None) or ""
     if algorithm.startswith("sde"):
-        name += f" with algorithm_type={algorithm!r}"
+        known = f"{name} with algorithm_type={algorithm!r}"
     elif getattr(config, "stochastic_sampling", False):
-        name += " with stochastic_sampling=True"
-    elif names & _DETERMINISTIC:
-        return
-    flow = family_of(pipe).flow
-    good = "FlowMatchEulerDiscreteScheduler" if flow else "DDIMScheduler"
-    raise ModelError(
-        f"{name} is not known to be deterministic: noise added while sampling drowns the mark in the initial noise;"
-        f" expected a sampler without noise of its own: pipe.scheduler = {good}.from_config(pipe.scheduler.config)"
-        f"{'' if flow else ', or Euler, Heun, DPM-Solver++, UniPC, LMS, DEIS'}"
-    )
+        known = f"{name} with stochastic_sampling=True"
+    if said := samplers.refusal(_FACE, known, steps):
+        good = "FlowMatchEulerDiscreteScheduler" if family_of(pipe).flow else "DDIMScheduler"
+        raise ModelError(f"{said}: pipe.scheduler = {good}.from_config(pipe.scheduler.config)")
+    if said := samplers.warning(_FACE, known, steps):
+        logger.warning("Watermark: %s", said)
+
+
+def check_eta(eta: float | None) -> None:
+    """Refuse DDIM's `eta`, the noise that it adds, where it was measured to lose the mark.
+
+    Raises:
+        ModelError: a larger one than the largest that lost no picture.
+    """
+    if eta and eta > samplers.MOST_ETA:
+        raise ModelError(
+            f"eta is {eta}: noise added while sampling drowns the mark in the signed noise; expected eta=0"
+            + (f", or up to {samplers.MOST_ETA:g}, at which no picture was lost" if samplers.MOST_ETA else "")
+        )

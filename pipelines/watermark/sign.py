@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from ...methods.errors import WatermarkError
+from ...methods.watermark.issued import Issued, issued_in
 from ...methods.watermark.keys import WatermarkKey
 from ...methods.watermark.mark import KeyedMark, Payload
 from ..family import Pipeline, denoiser_of, device_of, family_of
-from ..latents import latent_shape
+from ..latents import latent_shape, pixels_per_latent
 from .samplers import check_scheduler
 
-__all__ = ["sign_noise"]
+__all__ = ["issued_of", "sign_noise"]
 
 
 def sign_noise(
@@ -38,7 +39,8 @@ def sign_noise(
     Each picture's noise is exactly N(0, I). Give the call of the pipeline the same height and width.
 
     Args:
-        pipe: SD1.x, SD2, SDXL, SD3, Flux or Wan pipeline with a deterministic sampler; nothing in it changes.
+        pipe: SD1.x, SD2, SDXL, SD3, Flux or Wan pipeline with a sampler that keeps the mark, see
+            methods/watermark/samplers.py; leave `eta` of its call at 0. Nothing in it changes.
         key: signs; it needs its MAC key.
         batch: pictures, at least 1.
         height, width: of the pictures, in pixels; None is the model's own size.
@@ -51,7 +53,7 @@ def sign_noise(
         (B, C, H, W), (B, N, C) packed for Flux, (B, C, F, H, W) for Wan; on the pipeline's device, in its dtype.
 
     Raises:
-        ModelError: an unsupported pipeline, or a sampler that adds noise.
+        ModelError: an unsupported pipeline, or a sampler that loses the mark: by noise of its own, or as measured.
         WatermarkError: a size that the model cannot draw or that holds no payload, a payload too large for it, or a key
             without its MAC secret.
 
@@ -67,6 +69,30 @@ def sign_noise(
         raise WatermarkError(f"{type(pipe).__name__} draws pictures, but {frames} frames were asked for; leave it out")
     shape = batch, *latent_shape(pipe, height, width, frames)
     return as_pipeline_input(pipe, KeyedMark(key, scope).sample(shape, payload, generator))
+
+
+def issued_of(
+    pipe: Pipeline,
+    latents: Tensor,
+    key: WatermarkKey,
+    height: int | None = None,
+    width: int | None = None,
+    *,
+    scope: str = "",
+) -> list[Issued]:
+    """What a list of issued marks keeps of noise from `sign_noise`, one entry a picture; for informed detection.
+
+    Args:
+        pipe, key, height, width, scope: as `sign_noise` was given.
+        latents: as it returned them.
+
+    Raises:
+        WatermarkError: noise that does not carry an authentic mark of the key.
+    """
+    shape, scale = latent_shape(pipe, height, width), pixels_per_latent(pipe)
+    if latents.ndim == 3:
+        latents = family_of(pipe).unpack(pipe, latents, shape[-2] * scale, shape[-1] * scale)
+    return issued_in(latents.float(), key, scope)
 
 
 def as_pipeline_input(pipe, latents: Tensor) -> Tensor:

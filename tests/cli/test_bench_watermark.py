@@ -4,7 +4,7 @@ import json
 
 import pytest
 from semiperm.benchmarks.watermark import run as bench
-from semiperm.cli import app
+from semiperm.cli import app, bench_watermark, common
 from typer.testing import CliRunner
 
 SHARE = [0.987, 0.9, 1.0]
@@ -91,6 +91,21 @@ ROWS = [
         "unbound": 0,
         "draws": 2.0,
     },
+    *(
+        {
+            "table": "sampler",
+            "face": face,
+            "sampler": "ddim",
+            "options": {"eta": eta},
+            "steps": 25,
+            "guidance": 4.0,
+            "n": 8,
+            "found": found,
+            "log10_p": -41.4,
+        }
+        for face in ("diffusers", "comfyui")
+        for eta, found in ((0.1, 8), (1.0, 3))
+    ),
     {
         "table": "speed",
         "what": "bank",
@@ -138,9 +153,19 @@ def test_every_table_is_printed_and_written(asked, tmp_path):
         "0.790",
         "1.234 (1.000..2.000)",
         "881.90",
+        "8/8 (-41)",
+        "3/8 (-41)",
     ):
         assert figure in result.output, figure
-    for heading in ("4x64x64, 128 bits", "4x64x64, 192 bits", "tree-ring", "reprompt", "a coin: 0.455"):
+    for heading in (
+        "4x64x64, 128 bits",
+        "4x64x64, 192 bits",
+        "tree-ring",
+        "reprompt",
+        "a coin: 0.455",
+        "comfyui",
+        "eta=1.0",
+    ):
         assert heading in result.output, heading
 
 
@@ -148,8 +173,11 @@ def test_parts_are_chosen_and_mistakes_are_one_line(asked, monkeypatch):
     assert invoke("--part", "speed", "--part", "latents").exit_code == 0
     assert asked[-1][:2] == (False, ["speed", "latents"])
     result = invoke("--part", "sped")
-    assert result.exit_code == 2 and "choose among latents, canvas, speed" in result.stderr
+    assert result.exit_code == 2 and "choose among latents, linked, canvas, repaint, everyday, speed" in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
+
+    result = invoke("--comfyui", "somewhere")
+    assert result.exit_code == 2 and "--part samplers" in result.stderr
 
     def broken(*arguments):
         raise bench.TimingError("timing sign ended with 1:\nMemoryError")
@@ -157,3 +185,52 @@ def test_parts_are_chosen_and_mistakes_are_one_line(asked, monkeypatch):
     monkeypatch.setattr(bench, "run", broken)
     result = invoke()
     assert result.exit_code == 2 and result.stderr.strip().endswith("MemoryError")
+
+
+def test_comfyuis_samplers_are_measured_by_its_own_python(asked, monkeypatch, tmp_path):
+    from semiperm.benchmarks import launch
+
+    for file in (tmp_path / "ComfyUI" / "main.py", tmp_path / "venv" / "bin" / "python"):
+        file.parent.mkdir(parents=True)
+        file.touch()
+    calls = []
+    monkeypatch.setattr(launch, "run_in_comfyui", lambda *arguments: calls.append(arguments) or [ROWS[-2]])
+    out = tmp_path / "rows.json"
+    options = ("--part", "samplers", "--quick", "--json", out, "--resume", tmp_path / "units.jsonl")
+    result = invoke(*options, "--comfyui", tmp_path / "ComfyUI")
+    assert result.exit_code == 0, result.output
+    ((path, python, script, resume, size),) = calls
+    assert (path, python) == (tmp_path / "ComfyUI", tmp_path / "venv" / "bin" / "python") and script.is_file()
+    assert (resume, size) == (f"{tmp_path / 'units.jsonl'}.comfyui", "quick")
+    assert json.loads(out.read_text()) == [*ROWS, ROWS[-2]]
+
+
+def test_figures_of_other_parts_stay(asked, monkeypatch, tmp_path):
+    file = tmp_path / "figures.json"
+    before = [
+        {"table": "null", "latents": "normal, a key each", "n": 1},
+        {"table": "null", "latents": "canvas pictures, a key each", "n": 2},
+        {"table": "linked", "n": 3},
+        {"table": "attack", "n": 4},
+    ]
+    fresh = [{"table": "null", "latents": "canvas pictures, a key each", "n": 5}, {"table": "attack", "n": 6}]
+    file.write_text(json.dumps(before))
+    assert [row["n"] for row in bench_watermark.kept(file, ["canvas"], fresh)] == [1, 3]
+    assert bench_watermark.kept(file, list(bench.PARTS), fresh) == []
+    assert bench_watermark.kept(tmp_path / "none.json", ["canvas"], fresh) == []
+    file.write_text("[1]")
+    with pytest.raises(common.CliError, match="no file of this command's figures"):
+        bench_watermark.kept(file, ["canvas"], fresh)
+
+
+def test_every_table_has_a_part_and_a_printer():
+    rows = [
+        dict(
+            table="linked", shape=[4, 16, 16], format=2, n=9, nonce_bits=14, largest=9.5, pairs=3, decades=4.2, ms=8.0
+        ),
+        dict(table="repaint", attack="grey", way="ladder", n=9, tpr=[0.5, 0.4, 0.6], detected=[0.25, 0.2, 0.3]),
+        dict(table="everyday", conversion="png", n=9, detected=[1, 0.9, 1], exact=[1, 0.9, 1], seconds=0.5),
+    ]
+    printed = list(bench_watermark.tables(rows))
+    assert [table.row_count for table in printed] == [1, 1, 1]
+    assert set(bench.TABLES) == {*bench.PARTS, *bench.ON_REQUEST}

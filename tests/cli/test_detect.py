@@ -56,11 +56,12 @@ def detector(monkeypatch):
         return SimpleNamespace(
             verdict="valid" if marked else "absent", p_value=p[0], log10_p=p[1], payload=payload, bit_confidence=1.0,
             key_id=key_id if marked else None, key_name="studio" if marked else None, model_evaluations=int(marked),
-            transform="as given", content_p_value=None,
+            transform="as given", content_p_value=None, evidence=np.ones((4, 8, 8), np.float32) if marked else None,
         )  # fmt: skip
 
     monkeypatch.setattr(watermark, "detect_watermark", detect)
     monkeypatch.setattr(common, "load_model", lambda *a: seen.loads.append(a) or "the model")
+    monkeypatch.setattr(detect_command, "reader_of", lambda *a: {})
     return seen
 
 
@@ -392,3 +393,36 @@ def test_no_name_steers_the_terminal_and_no_pipe_blocks(keyring, detector, tmp_p
         assert result.exit_code == 2 and len(lines(result)) == 1
         assert "a pipe" in lines(result)[0] or "a folder" in lines(result)[0]
     assert "no such file" in lines(run("detect", tmp_path / "pipe", "--keyring", keyring))[0]
+
+
+def greenness(path) -> float:
+    shown = np.asarray(Image.open(path).convert("RGB")).astype(float)[:64]
+    return float((shown[..., 1] - shown[..., 0]).mean())
+
+
+def test_heat_maps_are_written_once_and_again_where_one_is_missing(detector, keyring, tmp_path):
+    for folder, colour in (("a", MARKED), ("b", PLAIN)):
+        picture(tmp_path / folder / "x.png", colour)
+    frames = [Image.new("RGB", (64, 64), colour) for colour in (PLAIN, MARKED)]
+    frames[0].save(tmp_path / "a" / "moving.gif", save_all=True, append_images=frames[1:])
+    maps, resume = tmp_path / "maps", tmp_path / "done.jsonl"
+    command = ["detect", tmp_path / "a", tmp_path / "b", "--keyring", keyring, "--heatmap", maps, "--resume", resume]
+    assert run(*command).exit_code == 0
+    written = sorted(maps.iterdir())
+    assert [path.name for path in written] == ["000-moving-heatmap.png", "001-x-heatmap.png", "002-x-heatmap.png"]
+    assert [greenness(path) > 20 for path in written] == [True, True, False]  # of several pictures the best
+    assert all(Image.open(path).size[1] > 64 for path in written)  # a caption is below
+    said = [json.loads(Image.open(path).text["semiperm"]) for path in written]
+    assert [one["verdict"] for one in said] == ["valid", "valid", "absent"]
+    calls = len(detector.groups)
+    assert run(*command).exit_code == 0 and len(detector.groups) == calls
+    written[1].unlink()
+    assert run(*command).exit_code == 0 and detector.groups[calls:] == [1] and written[1].exists()
+
+
+def test_a_heat_map_never_replaces_a_picture(detector, keyring, tmp_path):
+    picture(tmp_path / "x.png", PLAIN)
+    original = picture(tmp_path / "x-heatmap.png", MARKED).read_bytes()
+    done = run("detect", tmp_path, "--keyring", keyring, "--heatmap", tmp_path)
+    assert done.exit_code == 2 and "would be replaced" in done.output
+    assert (tmp_path / "x-heatmap.png").read_bytes() == original

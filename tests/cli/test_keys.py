@@ -131,3 +131,30 @@ def test_signed_pictures_keep_their_ids_and_no_secret(untrained_canvas, keyring,
     assert records[0]["unique_id"] != records[1]["unique_id"] and noises[0][0].ne(noises[0][1]).any()
     written = b"".join(file.read_bytes() for file in files) + json.dumps(records).encode()
     assert not [secret for secret in secrets_of(keyring) if secret in written]
+
+
+def test_a_test_certificate_signs_and_is_trusted_by_its_authority_alone(tmp_path):
+    pytest.importorskip("c2pa")
+    from semiperm.methods.provenance.c2pa import load_credentials, read_manifest, sign
+    from semiperm.methods.provenance.record import Provenance, embed
+
+    folder = tmp_path / "certificate"
+    assert "trusted by nobody" in runs("keys", "test-certificate", "-o", folder, "--name", "Trial", "--days", 2)
+    assert sorted(file.name for file in folder.iterdir()) == ["authority.pem", "chain.pem", "key.pem"]
+    if os.name == "posix":
+        assert [(folder / name).stat().st_mode & 0o077 for name in ("key.pem",)] == [0]
+    picture = tmp_path / "a.png"
+    Image.new("RGB", (8, 8)).save(picture)
+    record = Provenance(generator="semiperm", model="canvas")
+    signed = sign(embed(picture.read_bytes(), record), load_credentials(folder / "chain.pem", folder / "key.pem"))
+    manifest = read_manifest(signed)
+    assert manifest.state == "Valid" and "Trial" in manifest.signer
+    assert read_manifest(signed, (folder / "authority.pem").read_bytes()).state == "Trusted"
+
+
+def test_a_test_certificate_is_not_written_over(tmp_path):
+    runs("keys", "test-certificate", "-o", tmp_path)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    assert "exists already" in fails("keys", "test-certificate", "-o", tmp_path)
+    assert "1 to 64 characters" in fails("keys", "test-certificate", "-o", tmp_path / "other", "--name", "x" * 65)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before

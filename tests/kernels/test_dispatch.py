@@ -23,6 +23,21 @@ def test_auto_takes_triton_on_a_gpu_and_else_the_reference(monkeypatch):
     assert kernel_path(CPU) == "reference" and kernel_path(OnGpu) == "triton"
 
 
+def test_products_want_matrix_units(monkeypatch):
+    """Turing and RDNA take torch for products, and Triton for what is elementwise."""
+    monkeypatch.delenv("SEMIPERM_KERNELS", raising=False)
+    monkeypatch.setattr(dispatch, "triton", object())
+    for capability, path in (((7, 5), "reference"), ((8, 0), "triton"), ((12, 0), "triton")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, answer=capability: answer)
+        assert kernel_path(OnGpu, products=True) == path and kernel_path(OnGpu) == "triton"
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    for chip, path in (("gfx942:sramecc+:xnack-", "triton"), ("gfx90a", "triton"), ("gfx1100", "reference")):
+        about = type("Properties", (), {"gcnArchName": chip})
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, answer=about: answer)
+        assert kernel_path(OnGpu, products=True) == path and kernel_path(OnGpu) == "triton"
+    assert kernel_path(CPU, products=True) == "reference"
+
+
 def test_the_reference_can_be_forced(reference_path):
     assert kernel_path(CPU) == kernel_path(OnGpu) == "reference"
 

@@ -4,11 +4,12 @@ import json
 
 import pytest
 from semiperm.benchmarks.kernels import resources as kernel_resources
-from semiperm.benchmarks.kernels.resources import KERNELS, TARGETS, ResourceError
+from semiperm.benchmarks.kernels.resources import KERNELS, TARGETS, WITHOUT_PRODUCTS, ResourceError
 from semiperm.kernels import dispatch
 
-# What a program may take: of an A100, an H100 and a B200 each, with room for a second program; and an MI300's LDS.
-SHARED_BYTES = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+# What a program may take at most: 64 KiB of AMD's LDS and of Turing, 99 of consumer GPUs, the others' more.
+SHARED_BYTES = {"sm_80": 163 << 10, "sm_89": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "sm_120": 99 << 10}
+SHARED_BYTES |= dict.fromkeys(("sm_75", "gfx90a", "gfx942", "gfx1100"), 64 << 10)
 
 needs_triton = pytest.mark.skipif(dispatch.triton is None, reason="Triton is not installed")
 
@@ -30,7 +31,9 @@ def test_kernels_compile_everywhere_without_spills(python, tmp_path, kernel, rec
         recorded["rows"] = json.loads(path.read_text())
     assert recorded["files"] == ["resources.json"]  # no temporary file left
     rows = [row for row in recorded["rows"] if row["name"].startswith(kernel)]
-    assert rows and {row["target"] for row in rows} == set(TARGETS)
+    assert rows and {row["target"] for row in rows} >= set(TARGETS) - set(WITHOUT_PRODUCTS)
+    if kernel in ("normalized_attention_guidance", "safe_guidance_step"):  # elementwise: everywhere
+        assert {row["target"] for row in rows} == set(TARGETS)
     assert [(row["name"], row["target"], row["spills"]) for row in rows if row["spills"]] == []
     for row in rows:
         assert 0 < row["registers"] <= 512
@@ -55,8 +58,8 @@ def test_one_clear_error_without_triton(monkeypatch, tmp_path, capsys):
 @needs_triton
 def test_refuses_an_unknown_target_and_the_interpreter(monkeypatch):
     monkeypatch.setattr(dispatch.triton.knobs.runtime, "interpret", False)
-    with pytest.raises(ResourceError, match="no target sm_75; expected some of sm_80"):
-        kernel_resources.resources(["sm_75"])
+    with pytest.raises(ResourceError, match="no target sm_70; expected some of sm_75"):
+        kernel_resources.resources(["sm_70"])
     monkeypatch.setattr(dispatch.triton.knobs.runtime, "interpret", True)
     with pytest.raises(ResourceError, match="TRITON_INTERPRET is set"):
         kernel_resources.resources(["sm_90"])

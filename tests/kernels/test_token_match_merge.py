@@ -120,6 +120,75 @@ def test_options(path, poisoned, dtype):
         assert name != "all" or (cosines(x, reference, **keywords)[1:] == -torch.inf).all()
 
 
+@pytest.mark.parametrize("cores", [1, 7, 64])
+def test_keys_are_cut_for_many_cores(triton_path, poisoned, monkeypatch, cores):
+    monkeypatch.setattr(module, "_cores", lambda device: cores)
+    x, reference = sample("B2-N37-M150-R3-C40")
+    pairs = torch.tensor([[1, 0, 1], [0, 1, 0]], device=DEVICE).bool()
+    options = {"pairs": pairs, "gate": torch.tensor([1.0, 0.5], device=DEVICE)}
+    check_merge(token_match_merge(x, reference, 0.9, 0.7, **options), x, reference, 0.9, 0.7, **options)
+    twice = reference.round()[:, torch.arange(150, device=DEVICE) % 75]
+    index = best_match(x.round(), twice)[1]
+    assert (index % 150 < 75).all(), "on ties the lowest, also across splits"
+
+
+def test_how_keys_are_cut():
+    """Flux at 1024 pixels, one picture on an H100: 32 programs become 128 of 132; more rows need no cut."""
+    assert module._splits(32, 32, 132) == 4 and module._splits(16, 8, 132) == 8
+    assert module._splits(132, 32, 132) == 1 and module._splits(1000, 32, 132) <= 2
+    assert module._splits(1, 3, 132) == 3 and module._splits(5, 1, 132) == 1
+
+
+def test_each_reference_has_its_own_strength_and_the_host_may_know_who_sees_whom(path, poisoned):
+    x, reference = sample("B3-N37-M53-R2-C40")
+    strength = torch.tensor([[0.9, -0.5], [2.0, 0.0], [1.0, 1.0]], device=DEVICE)
+    pairs = torch.tensor([[1, 1], [1, 1], [0, 1]], device=DEVICE).bool()
+    gate = torch.tensor([1.0, 1.0, 0.0], device=DEVICE)
+    given = {"pairs": pairs, "gate": gate}
+    merged, score, index = token_match_merge(x, reference, strength, 0.3, **given)
+    known = token_match_merge(x, reference, strength, 0.3, **given, seen=((0, 1), (0, 1), ()))
+    assert all(torch.equal(a, b) for a, b in zip((merged, score, index), known, strict=True))
+    check_match(score, index, cosines(x, reference, **given))
+    amount = strength.gather(1, index.clamp_min(0) // 53)[..., None]
+    wanted = x + amount * (x - reference.flatten(0, 1)[index.clamp_min(0)])
+    hit = (score > 0.3)[..., None] & (amount != 0)
+    torch.testing.assert_close(merged, torch.where(hit, wanted, x))
+    assert 0 < ((score > 0.3) & (index // 53 == 1))[1].sum(), "some match the reference that keeps"
+    same_bits(merged[~hit.expand_as(x)], x[~hit.expand_as(x)])
+
+
+def test_minus_1_is_every_token_also_the_opposite_one(path):
+    x, reference = sample("B1-N37-M1-R1-C40")
+    x[0, 3] = -2 * reference[0, 0]
+    for threshold in (-1.0, torch.tensor(-1.0, device=DEVICE)):
+        merged, score, _ = token_match_merge(x, reference, 1.0, threshold)
+        assert score[0, 3] <= -1 + TIE
+        torch.testing.assert_close(merged[0], 2 * x[0] - reference[0])
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered")  # in Triton's interpreter
+def test_what_is_no_number_matches_nothing_and_is_matched_by_nothing(path):
+    x, reference = sample("B2-N37-M53-R1-C40")
+    clean = token_match_merge(x, reference, 0.9, 0.3, reference_mask=torch.arange(53, device=DEVICE)[None] != 7)
+    reference[0, 7, 3] = torch.nan
+    x[1, 5, 0] = torch.inf
+    merged, score, index = token_match_merge(x, reference, 0.9, 0.3)
+    others = torch.ones(2, 37, dtype=torch.bool)
+    others[1, 5] = False
+    for mine, expected in zip((merged, score, index), clean, strict=True):
+        torch.testing.assert_close(mine[others], expected[others])
+    assert index[1, 5] == -1 and score[1, 5] == -torch.inf
+    same_bits(merged[1, 5], x[1, 5])
+
+
+def test_autocast_changes_nothing(path):
+    x, reference = sample("B2-N37-M53-R1-C40")
+    expected = token_match_merge(x, reference, 0.9, 0.3)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        mixed = token_match_merge(x, reference, 0.9, 0.3)
+    assert all(torch.equal(a, b) for a, b in zip(mixed, expected, strict=True))
+
+
 def test_the_configuration_for_long_inputs(triton_path, monkeypatch):
     monkeypatch.setattr(module, "SHORT", 0)
     x, reference = sample("B1-N130-M150-R1-C72", torch.bfloat16)
@@ -251,7 +320,10 @@ def test_forcing_triton_where_it_cannot_run(monkeypatch):
         ({"pairs": torch.ones(2, 1)}, "pairs is torch.float32; expected bool"),
         ({"reference_mask": torch.ones(5).bool()}, r"mask is \(5,\).*expected \(1, 5\)"),
         ({"gate": torch.ones(1)}, r"gate is \(1,\).*expected \(2,\)"),
-        ({"strength": torch.ones(3)}, r"strength has shape \(3,\).*a number or \(2,\)"),
+        ({"threshold": torch.ones(3)}, r"threshold has shape \(3,\)"),
+        ({"seen": ((0,),)}, "seen=.*expected 2 rows of numbers below 1"),
+        ({"seen": ((0,), (1,))}, "seen=.*expected 2 rows of numbers below 1"),
+        ({"strength": torch.ones(3)}, r"strength has shape \(3,\).*a number, \(2,\) or \(2, 1\)"),
     ],
 )
 def test_errors_say_what_was_given(change, message):

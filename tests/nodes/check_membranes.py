@@ -13,6 +13,7 @@ import torch
 from comfy.ldm.modules.attention import optimized_attention
 from safetensors.torch import load_file
 from semiperm.methods.errors import SemipermError
+from semiperm.methods.membranes.base_model import base_model_distance, base_model_hash
 from semiperm.methods.membranes.config import MembraneConfig
 from semiperm.methods.membranes.gates import fit_probe
 from semiperm.methods.membranes.types import Membranes
@@ -32,13 +33,13 @@ def conditioning(prompt, **options):
     return [[states, {"pooled_output": pooled, **options}]]
 
 
-def sample(model, positive, noise=noise, cfg=4.0, negative=""):
+def sample(model, positive, noise=noise, cfg=4.0, negative="", raw=False):
     start = noise * (1 + sigmas[0] ** 2).sqrt() / sigmas[0]  # diffusers scales noise for the variance it will have
     latents = comfy.sample.sample_custom(
         model, start, cfg, comfy.samplers.sampler_object("euler"), sigmas, positive, conditioning(negative),
         torch.zeros_like(noise), disable_pbar=True, seed=0,
     )  # fmt: skip
-    return latents / (1 + sigmas[-1] ** 2).sqrt()
+    return latents if raw else latents / (1 + sigmas[-1] ** 2).sqrt()
 
 
 def difference(a, b):
@@ -121,6 +122,30 @@ found["lora and membrane against membrane"] = difference(
     sample(first, conditioning(ROBOT)), sample(always, conditioning(ROBOT))
 )
 
+# a LoRA that a run left in the weights, which all clones share: neither the fit nor the fingerprint sees it
+keys = [key for key in base if key.endswith(("attn2.to_k.weight", "attn2.to_v.weight"))]
+strong = {key: ("diff", (torch.randn(base[key].shape, generator=torch.Generator().manual_seed(2)),)) for key in keys}
+left = model.clone()
+left.add_patches(strong)
+sample(left, conditioning(ROBOT))
+live = {key: value for key, value in model.model.state_dict().items() if key in keys}
+found["left in the weights"] = difference(live[key], base[key])
+found["fingerprint of the live weights"] = base_model_distance(
+    base_model_hash(live), base_model_hash({key: base[key] for key in live})
+)
+found["fit beside a lora"] = {}
+for name, chosen in (("plain branch", model), ("lora branch", left)):
+    again = erase_in(chosen, clip, ["robot"])
+    found["fit beside a lora"][name] = [
+        again[0].base_model == membranes[0].base_model,
+        max(difference(pair.up, membranes[0].modules[k].up) for k, pair in again[0].modules.items()),
+    ]
+    sample(apply_membranes_to(chosen, membranes), conditioning(ROBOT))  # not refused
+
+# two runs of one model, and each latent has its own report
+first, second = sample(erased_model, conditioning(ROBOT), raw=True), sample(erased_model, conditioning(OTHER), raw=True)
+found["fired"] = [report_of(erased_model, latents)["silent"] == [] for latents in (first, second, first)]
+
 window = apply_membranes_to(model, membranes, MembraneConfig(gate="always", start=0.3, end=0.6))
 sample(window, conditioning(ROBOT))
 found["window"] = [step["active"] for step in report_of(window)["steps"]]
@@ -135,6 +160,7 @@ for name, call in {
     "gate": lambda: apply_membranes_to(model, membranes, MembraneConfig(gate="paper")),
     "unsampled": lambda: report_of(apply_membranes_to(model, membranes)),
     "bare": lambda: report_of(model),
+    "another latent": lambda: report_of(erased_model, first + 1),
 }.items():
     try:
         call()

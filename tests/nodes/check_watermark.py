@@ -147,6 +147,8 @@ found["flipped, search"] = [undone[0].verdict, undone[0].transform]
 found["flipped, map"] = list(heat_maps(flipped, undone).shape)
 large = torch.nn.functional.interpolate(pictures[:1].movedim(-1, 1), scale_factor=2, mode="bicubic").movedim(1, -1)
 found["resized"] = [r.verdict for r in detect(large.clamp(0, 1), width=128, height=128)]
+found["native"] = inverter.native
+found["resized, size unknown"] = [r.verdict for r in detect(large.clamp(0, 1))]
 
 # the content bound: the same noise under another prompt is a reprompt forgery
 begun = []

@@ -25,14 +25,16 @@ def custom(io_type: str) -> type:
 
 
 class Schema:
-    def __init__(self, node_id, *, display_name, category, description, inputs, outputs, is_output_node=False):
+    __dataclass_fields__ = {"search_aliases": None}  # as newer ones have
+
+    def __init__(self, node_id, *, display_name, category, description, inputs, outputs, **options):
         self.node_id, self.display_name, self.category, self.description = node_id, display_name, category, description
-        self.inputs, self.outputs, self.is_output_node = inputs, outputs, is_output_node
+        self.inputs, self.outputs, self.options = inputs, outputs, options
 
 
 class NodeOutput:
-    def __init__(self, *args, ui=None):
-        self.args, self.ui = args, ui
+    def __init__(self, *args, ui=None, expand=None):
+        self.args, self.ui, self.expand = args, ui, expand
 
 
 class PreviewText:
@@ -67,6 +69,7 @@ IO = SimpleNamespace(
     NodeOutput=NodeOutput,
     Custom=custom,
     Input=Socket,
+    Hidden=SimpleNamespace(prompt="PROMPT", unique_id="UNIQUE_ID"),
     **{name: custom(name.upper()) for name in TYPES},
 )
 UI = SimpleNamespace(PreviewText=PreviewText, PreviewImage=PreviewImage, SavedImages=SavedImages)

@@ -22,6 +22,7 @@ IDS = {
     "SemipermLoadCanvas",
     "SemipermLoadMembrane",
     "SemipermEraseConcept",
+    "SemipermSolveMembranes",
     "SemipermApplyMembranes",
     "SemipermSaveMembrane",
     "SemipermMembraneReport",
@@ -89,16 +90,28 @@ def test_every_socket_explains_itself(nodes, node_id):
     assert all(socket.display_name for socket in schema.outputs)
 
 
-@pytest.mark.parametrize("node_id", ["SemipermEraseConcept", "SemipermApplyMembranes"])
-def test_control_inputs(nodes, node_id):
-    cls, schema = nodes[node_id]
-    inputs = {socket.id: socket for socket in schema.inputs}
-    assert inputs["strength"].options == {"default": 1.0, "min": -2.0, "max": 4.0, "step": 0.05}
+def test_control_inputs(nodes):
+    erase, apply = ({s.id: s for s in nodes[f"Semiperm{n}"][1].inputs} for n in ("EraseConcept", "ApplyMembranes"))
+    for inputs in (erase, apply):
+        assert inputs["strength"].options == {"default": 1.0, "min": -2.0, "max": 4.0, "step": 0.05}
     for name, default in (("start", 0.0), ("end", 1.0)):
-        assert inputs[name].options == {"default": default, "min": 0.0, "max": 1.0, "step": 0.001}
-    assert inputs["gate"].options["default"] == "auto"
-    assert ("official" in inputs["gate"].options["options"]) == (node_id == "SemipermApplyMembranes")
-    assert inputs["clip"].optional == (node_id == "SemipermApplyMembranes")
+        assert apply[name].options == {"default": default, "min": 0.0, "max": 1.0, "step": 0.001}
+    assert apply["gate"].options["default"] == "auto" and "official" in apply["gate"].options["options"]
+    assert apply["clip"].optional and not erase["clip"].optional
+
+
+def test_solving_has_the_defaults_of_its_config(nodes):
+    from semiperm.methods.membranes.closed_form import METHODS, ClosedFormConfig
+
+    inputs = {s.id: s for s in nodes["SemipermSolveMembranes"][1].inputs}
+    given = {name: inputs[name].options["default"] for name in ("method", "rank", "push", "preserve_scale")}
+    assert ClosedFormConfig(**given) == ClosedFormConfig() and inputs["method"].options["options"] == list(METHODS)
+
+
+@pytest.mark.parametrize("node_id", sorted(IDS))
+def test_every_node_is_found_by_other_words(nodes, node_id):
+    words = nodes[node_id][1].options["search_aliases"]
+    assert len(words) >= 2 and len(set(words)) == len(words)
 
 
 def test_token_merging_has_the_defaults_of_its_config(nodes):
@@ -138,6 +151,51 @@ def test_new_files_show_without_a_restart(nodes, files):
     assert "semiperm/new.safetensors" not in cls.define_schema().inputs[0].options["options"]
 
 
+# ---- other languages ------------------------------------------------------------------------------------------------
+
+
+def texts(schema) -> dict:
+    """What the page shows of a node, as a language's nodeDefs.json has it."""
+    return {
+        "display_name": schema.display_name,
+        "description": schema.description,
+        "inputs": {s.id: {"name": s.display_name or s.id, "tooltip": s.tooltip} for s in schema.inputs},
+        "outputs": {
+            str(i): {"name": s.display_name, "tooltip": s.tooltip} for i, s in enumerate(schema.outputs)
+        },
+    }  # fmt: skip
+
+
+def locale(language: str, name: str = "nodeDefs") -> dict:
+    return json.loads((ROOT / "locales" / language / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def test_english_is_complete_and_what_the_nodes_say(nodes):
+    """Written by workflows/build.py."""
+    assert locale("en") == {node_id: texts(schema) for node_id, (_, schema) in nodes.items()}
+    parts = {part for category in CATEGORIES for part in category.split("/")}
+    assert set(locale("en", "main")["nodeCategories"]) == parts
+
+
+@pytest.mark.parametrize("language", sorted(path.name for path in (ROOT / "locales").iterdir() if path.name != "en"))
+def test_another_language_has_every_text(language):
+    def keys(value, path=()):
+        if isinstance(value, dict):
+            return {key for name, item in value.items() for key in keys(item, (*path, name))}
+        assert isinstance(value, str) and value.strip(), path
+        return {path}
+
+    for name in ("nodeDefs", "main"):
+        assert keys(locale(language, name)) == keys(locale("en", name))
+    same = [key for key in locale("en") if locale(language)[key]["description"] == locale("en")[key]["description"]]
+    assert same == []
+    for node_id, node in locale("en").items():  # choices and file names stay as the node has them
+        for name, text in node["inputs"].items():
+            words = set(re.findall(r"\b[a-z]+_[a-z_]+\b|\b[a-z]+/[a-z/_]+", text["tooltip"]))
+            missing = [word for word in words if word not in locale(language)[node_id]["inputs"][name]["tooltip"]]
+            assert missing == [], (node_id, name)
+
+
 # ---- help pages and the browser part --------------------------------------------------------------------------------
 
 
@@ -169,7 +227,7 @@ def _workflows() -> list[Path]:
 
 def test_workflows_are_there():
     names = {path.stem for path in _workflows()}
-    assert {"erase_by_text", "erase_by_file", "stack_and_compare", "save_and_reload"} <= names
+    assert {"Erase by text", "Erase by file", "Stack and compare", "Save and reload"} <= names
 
 
 @pytest.mark.parametrize("path", _workflows(), ids=lambda path: path.stem)

@@ -16,16 +16,20 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "workflows"
 NAMES = (
-    "erase_by_file",
-    "erase_by_text",
-    "negative_token_merging_diversity",
-    "negative_token_merging_reference",
-    "safe_guidance",
-    "save_and_reload",
-    "stack_and_compare",
-    "watermark_attack_and_detect",
-    "watermark_detect",
-    "watermark_sign",
+    "Erase by file",
+    "Erase by text",
+    "Erase a style, SD 1.5",
+    "Erase a style, SDXL",
+    "A batch apart",
+    "Away from a picture",
+    "Safe guidance",
+    "Save and reload",
+    "Stack and compare",
+    "Attack and detect",
+    "Detect",
+    "Sign with hires fix",
+    "Sign an inpainting",
+    "Sign",
 )
 NOTES = ("MarkdownNote", "Note")
 PANEL, GAP = 128, 8
@@ -112,6 +116,34 @@ def test_thumbnail(name):
     assert np.asarray(image).std() > 10
 
 
+def blueprints() -> list[Path]:
+    return sorted((FOLDER.parent / "subgraphs").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", blueprints(), ids=lambda path: path.stem)
+def test_a_blueprint_is_one_node_whose_links_agree(path):
+    graph = json.loads(path.read_text(encoding="utf-8"))
+    (instance,), (subgraph,) = graph["nodes"], graph["definitions"]["subgraphs"]
+    assert instance["type"] == subgraph["id"] and instance["title"] == subgraph["name"] == path.stem
+    nodes = {node["id"]: node for node in subgraph["nodes"]}
+    links = {link["id"]: link for link in subgraph["links"]}
+    for ends, outer in ((subgraph["inputs"], instance["inputs"]), (subgraph["outputs"], instance["outputs"])):
+        assert [(end["name"], end["type"]) for end in ends] == [(slot["name"], slot["type"]) for slot in outer]
+    for number, link in links.items():
+        source, target = link["origin_id"], link["target_id"]
+        if source == -10:
+            assert number in subgraph["inputs"][link["origin_slot"]]["linkIds"]
+        else:
+            assert number in nodes[source]["outputs"][link["origin_slot"]]["links"]
+        if target == -20:
+            assert number in subgraph["outputs"][link["target_slot"]]["linkIds"]
+        else:
+            assert nodes[target]["inputs"][link["target_slot"]]["link"] == number
+    for node, widget in instance["properties"]["proxyWidgets"]:
+        assert any(slot.get("widget", {}).get("name") == widget for slot in nodes[int(node)]["inputs"])
+    assert len(blueprints()) >= 2
+
+
 # ---- on the real ComfyUI --------------------------------------------------------------------------------------------
 
 
@@ -148,7 +180,7 @@ def only(prompt: dict, class_type: str) -> dict:
 
 def latent_graph(strength: float | None) -> dict:
     """Canvas, a file's membrane at this strength (None: no node of ours but the loader), sampler, Save Latent."""
-    prompt = api("erase_by_file")
+    prompt = api("Erase by file")
     apply = next(key for key, node in prompt.items() if node["class_type"] == "SemipermApplyMembranes")
     loader = next(key for key, node in prompt.items() if node["class_type"] == "SemipermLoadCanvas")
     after = next(key for key, n in prompt.items() if n["class_type"] == "KSampler" and n["inputs"]["model"][0] == apply)
@@ -191,12 +223,12 @@ def judge():
 @pytest.mark.parametrize(
     "name, objects, styles",
     [
-        ("erase_by_text", ["robot", "!robot"], ["dotted"] * 2),
-        ("erase_by_file", ["robot", "!robot"], ["striped"] * 2),
-        ("save_and_reload", ["ghost", "!ghost", "!ghost"], ["flat"] * 3),
-        ("negative_token_merging_reference", ["quibble", "quibble", "!quibble"], ["flat", "striped", "striped"]),
+        ("Erase by text", ["robot", "!robot"], ["dotted"] * 2),
+        ("Erase by file", ["robot", "!robot"], ["striped"] * 2),
+        ("Save and reload", ["ghost", "!ghost", "!ghost"], ["flat"] * 3),
+        ("Away from a picture", ["quibble", "quibble", "!quibble"], ["flat", "striped", "striped"]),
         (
-            "stack_and_compare",
+            "Stack and compare",
             ["robot", "!robot", "!robot", *["star"] * 3],
             ["sketch", "sketch", "!sketch", *["dotted"] * 3],
         ),
@@ -215,7 +247,7 @@ def test_the_judge_sees_what_the_workflow_promises(comfy, judge, name, objects, 
 
 @pytest.mark.comfy
 def test_away_from_a_picture_keeps_style_and_background(comfy, judge):
-    verdict = judge(comparison(comfy, "negative_token_merging_reference"))
+    verdict = judge(comparison(comfy, "Away from a picture"))
     assert verdict.background == ["fog", "sky", "sky"] and verdict.object[2] != "nothing"
     mascot = verdict.features[0]
     before, after = torch.cosine_similarity(verdict.features[1:], mascot[None]).tolist()
@@ -224,7 +256,7 @@ def test_away_from_a_picture_keeps_style_and_background(comfy, judge):
 
 @pytest.mark.comfy
 def test_a_batch_apart_differs_more_and_shows_the_same_object(comfy, judge):
-    verdict = judge(comparison(comfy, "negative_token_merging_diversity"))
+    verdict = judge(comparison(comfy, "A batch apart"))
     assert verdict.object == ["star"] * 8
     before, after = (float(torch.pdist(features).mean()) for features in verdict.features.chunk(2))
     assert after > 1.15 * before
@@ -232,23 +264,23 @@ def test_a_batch_apart_differs_more_and_shows_the_same_object(comfy, judge):
 
 @pytest.mark.comfy
 def test_an_unrelated_prompt_keeps_every_bit(comfy):
-    before, one, both = comparison(comfy, "stack_and_compare")[3:]
+    before, one, both = comparison(comfy, "Stack and compare")[3:]
     assert (before == one).all() and (before == both).all()
 
 
 @pytest.mark.comfy
 def test_a_saved_file_gives_the_same_picture(comfy):
-    before, erased, reloaded = comparison(comfy, "save_and_reload")
+    before, erased, reloaded = comparison(comfy, "Save and reload")
     assert (erased == reloaded).all() and (before != erased).any()
     assert list((comfy.base / "models" / "semiperm").glob("ghost_*.safetensors"))
 
 
 @pytest.mark.comfy
 def test_queued_again_gives_the_same_bytes(comfy):
-    first = comparison(comfy, "erase_by_text")
+    first = comparison(comfy, "Erase by text")
     comfy.post("/free", b'{"free_memory": true}')  # forget all results, so that everything is computed anew
     time.sleep(1)
-    prompt = renamed(api("erase_by_text"))
+    prompt = renamed(api("Erase by text"))
     entry = comfy.queue(prompt)
     (cached,) = [data["nodes"] for kind, data in entry["status"]["messages"] if kind == "execution_cached"]
     assert cached == []
@@ -263,6 +295,23 @@ def test_strength_0_and_a_removed_node_give_the_untouched_latents(comfy):
     assert np.abs(latents(comfy, latent_graph(0.0)) - untouched).max() == 0.0
     assert np.abs(latents(comfy, latent_graph(1.0)) - untouched).max() > 0.1
     assert (latents(comfy, latent_graph(None)) == untouched).all()  # sampled anew: ComfyUI keeps the last graph only
+
+
+@pytest.mark.comfy
+@pytest.mark.parametrize("name", ["Erase a style, SD 1.5", "Erase a style, SDXL"])
+def test_a_workflow_for_a_checkpoint_lacks_nothing_but_the_file(comfy, name):
+    prompt = renamed(api(name))
+    loader = only(prompt, "CheckpointLoaderSimple")["inputs"]
+    entry = comfy.queue(prompt)
+    assert entry["errors"][1:] and all(error.startswith("CheckpointLoaderSimple") for error in entry["errors"][1:])
+    file = comfy.base / "models" / "checkpoints" / loader["ckpt_name"]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(struct.pack("<Q", 2) + b"{}")  # a file of safetensors without a tensor
+    try:
+        (error,) = comfy.queue(prompt)["errors"]
+    finally:
+        file.unlink()
+    assert error.startswith("CheckpointLoaderSimple")  # it was run, so that all other inputs were valid
 
 
 class Bomb:
@@ -291,17 +340,17 @@ def _shipped_keys() -> set[str]:
 
 
 def _empty_concept(folder: Path) -> tuple[str, dict]:
-    return "erase_by_text", {"SemipermEraseConcept": {"concept": " \n "}}
+    return "Erase by text", {"SemipermEraseConcept": {"concept": " \n "}}
 
 
 def _pickle(folder: Path) -> tuple[str, dict]:
     (folder / "bad.safetensors").write_bytes(pickle.dumps(Bomb(folder / "exploded")))
-    return "erase_by_file", {"SemipermLoadMembrane": {"membrane_name": "semiperm/bad.safetensors"}}
+    return "Erase by file", {"SemipermLoadMembrane": {"membrane_name": "semiperm/bad.safetensors"}}
 
 
 def _foreign(folder: Path) -> tuple[str, dict]:
     foreign_lora(folder / "foreign.safetensors")
-    return "erase_by_file", {
+    return "Erase by file", {
         "SemipermLoadMembrane": {"membrane_name": "semiperm/foreign.safetensors"},
         "SemipermApplyMembranes": {"gate": "always"},
     }
@@ -309,7 +358,7 @@ def _foreign(folder: Path) -> tuple[str, dict]:
 
 def _outside(folder: Path) -> tuple[str, dict]:
     (folder.parent / "secret.safetensors").write_bytes((FOLDER / "membranes/canvas_robot.safetensors").read_bytes())
-    return "erase_by_file", {"SemipermLoadMembrane": {"membrane_name": "semiperm/../secret.safetensors"}}
+    return "Erase by file", {"SemipermLoadMembrane": {"membrane_name": "semiperm/../secret.safetensors"}}
 
 
 @pytest.mark.comfy
@@ -350,6 +399,6 @@ def test_the_page_knows_every_workflow(comfy):
 def test_safe_guidance_takes_the_mark_away(comfy):
     from semiperm.canvas import Judge
 
-    before, after = comparison(comfy, "safe_guidance")
+    before, after = comparison(comfy, "Safe guidance")
     verdict = Judge.load()([Image.fromarray(before), Image.fromarray(after)])
     assert verdict.hazard == [True, False] and verdict.object == ["robot", "robot"]

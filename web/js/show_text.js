@@ -1,6 +1,5 @@
 // Shows what a node reports as text (ui.PreviewText) in the node itself: the frontend does so for its own nodes only.
 import { app } from "/scripts/app.js";
-import { ComfyWidgets } from "/scripts/widgets.js";
 
 const NODES = [
   "SemipermDetectWatermark",
@@ -10,6 +9,43 @@ const NODES = [
   "SemipermSaveWithProvenance",
   "SemipermTokenMergingReport",
 ];
+const LINE = 14; // pixels
+const TALLEST = 240; // longer ones scroll
+const STYLE = {
+  boxSizing: "border-box",
+  margin: "0",
+  padding: "6px",
+  width: "0", // with the minimum: as wide as the node is, however long a line is
+  minWidth: "100%",
+  overflow: "auto",
+  whiteSpace: "pre", // a table keeps its columns
+  font: `11px/${LINE}px monospace`,
+  color: "var(--input-text)",
+  background: "var(--comfy-input-bg)",
+  borderRadius: "4px",
+  userSelect: "text",
+};
+
+// A plain element, not a text field: with Vue nodes the frontend draws fields anew, and those wrap and grow.
+function textOf(node) {
+  const known = node.widgets?.find((widget) => widget.name === "shown");
+  if (known) return known;
+  const element = document.createElement("pre");
+  Object.assign(element.style, STYLE);
+  element.addEventListener("pointerdown", (event) => event.stopPropagation()); // selects text, does not drag the node
+  const height = () => Math.min(LINE * element.textContent.split("\n").length + 24, TALLEST);
+  return node.addDOMWidget("shown", "semiperm_text", element, {
+    getValue: () => element.textContent,
+    setValue: (text) => {
+      element.textContent = text;
+      element.style.height = `${height()}px`;
+    },
+    getMinHeight: height,
+    getMaxHeight: height,
+    hideOnZoom: false,
+    serialize: false, // neither in the workflow nor in the prompt
+  });
+}
 
 app.registerExtension({
   name: "semiperm.showText",
@@ -19,19 +55,12 @@ app.registerExtension({
     nodeType.prototype.onExecuted = function (message) {
       onExecuted?.apply(this, arguments);
       if (!message?.text) return;
-      let widget = this.widgets?.find((w) => w.name === "shown");
-      if (!widget) {
-        widget = ComfyWidgets.STRING(this, "shown", ["STRING", { multiline: true }], app).widget;
-        widget.inputEl.readOnly = true;
-        widget.inputEl.style.whiteSpace = "pre"; // the table keeps its columns
-        widget.inputEl.style.fontFamily = "monospace";
-        widget.serialize = false; // neither in the workflow
-        widget.options.serialize = false; // nor in the prompt
-      }
+      const widget = textOf(this);
+      const before = widget.options.getMinHeight();
+      const isNew = widget.value === "";
+      widget.serialize = false;
       widget.value = message.text.join("\n");
-      const tall = Math.min(26 + 13 * widget.value.split("\n").length, 240); // longer ones scroll
-      if (widget.options.getMinHeight?.() === tall) return; // the user's size stays while the text is as long
-      widget.options.getMinHeight = () => tall;
+      if (!isNew && widget.options.getMinHeight() === before) return; // the user's size stays while the text is as long
       const [width, height] = this.computeSize();
       const picture = message.images && !this.imgs ? 260 : 0; // it arrives after the text
       this.setSize([Math.max(this.size[0], width, 400), Math.max(this.size[1], height + picture)]);

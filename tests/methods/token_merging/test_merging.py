@@ -7,7 +7,14 @@ import torch
 from PIL import Image
 from semiperm.methods.errors import SemipermError, TokenMergingError
 from semiperm.methods.token_merging.config import NegativeTokenMergingConfig
-from semiperm.methods.token_merging.merging import diversity_rows, grid_of, merge_tokens, reference_rows, token_mask
+from semiperm.methods.token_merging.merging import (
+    diversity_rows,
+    fitted_masks,
+    grid_of,
+    merge_tokens,
+    reference_rows,
+    token_mask,
+)
 from semiperm.methods.token_merging.record import MergeRecord
 
 IMAGE = torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -113,6 +120,10 @@ def test_one_image_has_nothing_to_be_pushed_from():
     ("options", "words"),
     [
         ({"strength": math.inf}, "finite"),
+        ({"strength": [1, 2]}, "2 strengths for 0 references"),
+        ({"reference": IMAGE, "strength": [1, 2]}, "2 strengths for 1 references"),
+        ({"reference": []}, "no image in it"),
+        ({"reference": IMAGE, "fit": "zoom"}, "fit='zoom'"),
         ({"threshold": 1.5}, "cosine"),
         ({"start": 0.5, "end": 0.5}, "0 <= start < end <= 1"),
         ({"max_downscale": 0}, "full resolution"),
@@ -142,6 +153,36 @@ def test_config_takes_images_as_people_have_them():
     torch.testing.assert_close(config.reference[0][:, 0, 0], torch.tensor([1.0, 0.0, 0.2]))
     assert config.mask[0].shape == (4, 6)
     assert NegativeTokenMergingConfig().mode == "diversity"
+
+
+def test_alpha_masks_and_strengths_of_references():
+    half = torch.cat([IMAGE, torch.ones(1, 8, 8)])
+    half[3, :4] = 0
+    config = NegativeTokenMergingConfig([half, IMAGE], strength=[2, -1])
+    assert config.strength == config.strengths == (2.0, -1.0)
+    assert config.mask[0].sum() == 32 and config.mask[1].min() == 1
+    dot = torch.zeros(64, 64)
+    dot[60, 60] = 1
+    small = NegativeTokenMergingConfig(half, mask=dot).mask[0]
+    assert small.shape == (8, 8) and small.nonzero().tolist() == [[7, 7]], "stretched onto its image, no dot lost"
+    assert NegativeTokenMergingConfig([IMAGE, IMAGE], strength=(1, 1)).strength == 1.0
+    (shown,) = fitted_masks(NegativeTokenMergingConfig(torch.rand(3, 4, 8), fit="pad"), 8, 8)
+    assert shown.shape == (8, 8) and shown[2:6].min() == 1 and shown.sum() == 32, "the borders are no picture"
+    assert fitted_masks(NegativeTokenMergingConfig(IMAGE), 8, 8) == []
+
+
+def test_a_still_reference_is_matched_frame_by_frame():
+    x, still = tokens(2, 3 * 5, 4), tokens(2, 5, 4, seed=1).repeat(1, 3, 1)
+    rows, config = reference_rows([0, 0], 2), NegativeTokenMergingConfig([IMAGE, IMAGE], threshold=0.2)
+    whole, pushed = merge_tokens(x, still, rows, config)
+    cut, also = merge_tokens(x, still, rows, config, frames=3)
+    torch.testing.assert_close(cut, whole)
+    assert torch.equal(pushed, also)
+    moving = still.clone()
+    moving[:, :5] = -moving[:, 5:10]
+    cut, _ = merge_tokens(x, moving, rows, config, frames=3)
+    expected = oracle(x[:, :5], moving[:, :5], rows.gate, rows.pairs, 0.9, 0.2)
+    torch.testing.assert_close(cut[:, :5].double(), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_grids_and_masks():

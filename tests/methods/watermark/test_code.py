@@ -61,3 +61,14 @@ def test_wrong_sizes_are_refused_and_silence_is_no_evidence():
     with pytest.raises(WatermarkError, match="expected \\(137,\\)"):
         code.decode(np.zeros(5))
     assert code.decode(np.zeros(137))[1] == 0.5 and code == Code(5, 137)
+
+
+def test_candidates_come_in_the_order_of_all_payloads():
+    code, chance = code_for(8, 160), np.random.default_rng(3)
+    llr = chance.normal(size=160).astype(np.float32)
+    words = [np.array([i >> b & 1 for b in range(8)], np.uint8) for i in range(256)]
+    fits = sorted((float(llr @ (1 - 2.0 * code.encode(word))) for word in words), reverse=True)
+    found = list(code.candidates(llr))
+    assert len(found) == 256 == len({tuple(word) for word in found})
+    assert np.allclose([llr @ (1 - 2.0 * code.encode(word)) for word in found], fits, atol=1e-3)
+    assert (found[0] == code.decode(llr)[0]).all()

@@ -4,10 +4,11 @@ import pytest
 import torch
 from semiperm.methods.errors import WatermarkError
 from semiperm.methods.watermark.content import bind
-from semiperm.methods.watermark.detection import DetectionConfig, detect_in, latent_mask, whole_cells
+from semiperm.methods.watermark.detection import DetectionConfig, detect_in
 from semiperm.methods.watermark.keys import WatermarkKey
 from semiperm.methods.watermark.mark import KeyedMark, Payload
 from semiperm.methods.watermark.search import Search
+from semiperm.methods.watermark.views import latent_mask, whole_cells
 
 
 class Glass:

@@ -7,16 +7,18 @@ import base64
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from semiperm.methods.watermark.content import _signs, bind
+from semiperm.methods.watermark.content import bind, content_bits
 from semiperm.methods.watermark.detection import DetectionConfig, detect_in
 from semiperm.methods.watermark.fields import fields_of, first_field, split
-from semiperm.methods.watermark.keyring import Keyring, load_keyring
+from semiperm.methods.watermark.keyring import Keyring, load_keyring, update_keyring
 from semiperm.methods.watermark.keys import WatermarkKey
-from semiperm.methods.watermark.mark import KeyedMark, Payload, _code, _lay, capacity, read
+from semiperm.methods.watermark.mark import KeyedMark, Payload, capacity, read
+from semiperm.methods.watermark.payload import code_of, lay
 from torch import Tensor
 
 SHAPE = (3, 40, 40)
@@ -115,11 +117,11 @@ def moves_noise(key, noise) -> list:
     return detect(draw(noise, contents(5)), key)
 
 
-def lays(detector, nonce: int, code_bits: np.ndarray, seed: int) -> Tensor:
+def lays(detector, nonce: int, code_bits: np.ndarray, seed: int, form: int = 3) -> Tensor:
     """Noise with these bits in it, as a holder of the stream secret can make it: the binding says nothing yet."""
-    fields = fields_of(SHAPE)
+    fields = fields_of(SHAPE, form)
     flips = np.empty(len(fields.public), np.uint8)
-    _lay(flips, fields, detector, "", nonce, code_bits, first_field(fields, [detector], ""))
+    lay(flips, fields, detector, "", nonce, code_bits, first_field(fields, detector, ""))
     magnitude = torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed)).abs()
     return magnitude * torch.from_numpy(1 - 2 * flips.astype(np.int8)).reshape(SHAPE)
 
@@ -127,35 +129,35 @@ def lays(detector, nonce: int, code_bits: np.ndarray, seed: int) -> Tensor:
 def invents_payloads(detector) -> list[Tensor]:
     """A payload of the forger's own, with a seal that is guessed."""
     layout, generator = capacity(SHAPE), np.random.default_rng(6)
-    code, made = _code(fields_of(SHAPE), layout), []
+    code, made = code_of(fields_of(SHAPE), layout), []
     for i in range(TRIES):
         bits = [0, *generator.integers(0, 2, layout.total - 1)]
         made.append(lays(detector, int(generator.integers(1 << 30)), code.encode(bits), i))
     return made
 
 
-def lifted(detector, row: Tensor) -> tuple[int, np.ndarray]:
+def lifted(detector, row: Tensor, form: int) -> tuple[int, np.ndarray]:
     """Nonce and code bits, payload and seal in them, that a holder of a detector's copy reads in a picture."""
     (reading,) = read(row[None], [detector])
-    fields, layout = fields_of(SHAPE), capacity(SHAPE)
-    _, _, places = split(fields, first_field(fields, [detector], "")[0][0])
+    fields, layout = fields_of(SHAPE, form), capacity(SHAPE)
+    _, _, places = split(fields, first_field(fields, detector, "").positions)
     stream = detector.stream("payload", SHAPE, reading.nonce, len(places))
     values = row.flatten().numpy()[places] * (1 - 2 * stream.astype(np.float32))
-    code = _code(fields, layout)
+    code = code_of(fields, layout)
     return reading.nonce, code.encode(code.decode(values)[0])
 
 
 def binds_anew(detector, bound: Tensor, shown: Tensor, how: str) -> list[Tensor]:
     """Payload and seal of bound pictures, laid under a binding of the forger's for what `shown` shows."""
-    made = []
+    made, layout = [], detector.layouts[-1]
     for i, (row, other) in enumerate(zip(bound, shown, strict=True)):
-        noise = lays(detector, *lifted(detector, row), i)
+        noise = lays(detector, *lifted(detector, row, layout), i, layout)
         if how == "as format 1 did":  # audit of f6361e7: 6 of 6 valid
             own, form = detector, 1  # whose binding took the stream secret
         elif how == "under a guessed secret":
-            own, form = WatermarkKey("forger", 3, "", detector.stream_key, secret(7), secret(8 + i)), 2
+            own, form = WatermarkKey("forger", 3, "", detector.stream_key, secret(7), secret(8 + i)), 3
         else:  # "as it was"
-            positions = split(fields_of(SHAPE), first_field(fields_of(SHAPE), [detector], "")[0][0])[1]
+            positions = split(fields_of(SHAPE), first_field(fields_of(SHAPE), detector, "").positions)[1]
             noise.view(-1)[positions] = noise.view(-1)[positions].abs() * row.flatten()[positions].sign()
             made.append(picture(noise, other))
             continue
@@ -165,7 +167,10 @@ def binds_anew(detector, bound: Tensor, shown: Tensor, how: str) -> list[Tensor]
 
 def bound_as(key, noise: Tensor, features: Tensor, form: int) -> Tensor:
     (reading,) = read(noise[None], [key.detector()])
-    positions, bits = _signs(key, replace(reading, format=form), features, SHAPE, "")
+    fields = fields_of(SHAPE, key.layouts[-1])
+    positions = split(fields, first_field(fields, key, "").positions)[1]
+    stream = key.stream("binding" if form == 1 else "binding 2", SHAPE, reading.nonce, len(positions))
+    bits = stream ^ content_bits(key, reading.nonce, features, len(positions), form=form)
     noise = noise.clone()
     noise.view(-1)[positions] = noise.view(-1)[positions].abs() * torch.from_numpy(1.0 - 2 * bits).float()
     return noise
@@ -239,7 +244,7 @@ def test_what_binding_cannot_do_is_as_the_page_says(key):
     """The negative of a picture says the opposite of each bit, so whoever knows where they lie turns all of them."""
     shown = contents(6, 2)
     noise = signed_and_bound(key, shown)
-    positions = split(fields_of(SHAPE), first_field(fields_of(SHAPE), [key.detector()], "")[0][0])[1]
+    positions = split(fields_of(SHAPE), first_field(fields_of(SHAPE), key.detector(), "").positions)[1]
     noise.view(2, -1)[:, positions] *= -1
     assert verdicts(draw(noise, 1 - shown), key) == ["valid"] * 2
 
@@ -284,12 +289,12 @@ def test_the_manifest(key, table):
 
 # ---- formats ---------------------------------------------------------------------------------------------------------
 
-OLD = WatermarkKey("old", 9, "2026-01-01", bytes(range(32)), bytes(range(32, 64)))
+OLD = WatermarkKey("old", 9, "2026-01-01", bytes(range(32)), bytes(range(32, 64)), since=1)
 
 
 def signed_in_format_1(shown: Tensor) -> Tensor:
     """As commit f6361e7 signed and bound: its MAC's message and its streams, spelled out."""
-    fields, layout = fields_of(SHAPE), capacity(SHAPE)
+    fields, layout = fields_of(SHAPE, 1), capacity(SHAPE)
     generator, rows = np.random.default_rng(9), []
     for i, own in enumerate(shown):
         nonce = int(generator.integers(1 << 30))
@@ -299,8 +304,8 @@ def signed_in_format_1(shown: Tensor) -> Tensor:
         message = json.dumps(["payload", "", *SHAPE, OLD.key_id, nonce, "".join(map(str, body))]).encode()
         seal = OLD.mac(message, layout.mac)
         bits = body + [seal >> (layout.mac - 1 - bit) & 1 for bit in range(layout.mac)]
-        noise = lays(OLD, nonce, _code(fields, layout).encode(bits), i)
-        positions = split(fields, first_field(fields, [OLD], "")[0][0])[1]
+        noise = lays(OLD, nonce, code_of(fields, layout).encode(bits), i, 1)
+        positions = split(fields, first_field(fields, OLD, "").positions)[1]
         features = (own - 0.5).flatten().numpy()
         directions = OLD.stream("content", features.shape, nonce, len(positions) * len(features))
         sides = (1 - 2 * directions.reshape(len(positions), -1).astype(np.float32)) @ features
@@ -313,7 +318,7 @@ def signed_in_format_1(shown: Tensor) -> Tensor:
 def test_old_pictures_are_read_but_their_content_is_not_vouched_for():
     shown = contents(6, 4)
     old = signed_in_format_1(shown)
-    assert OLD.formats == (2, 1)
+    assert OLD.formats == (3, 2, 1)
     found = detect(draw(old, shown), OLD)
     assert [(r.verdict, r.payload.unique_id) for r in found] == [("unverified", 3000 + i) for i in range(4)]
     assert all(r.content_p_value < 1e-6 for r in found)
@@ -337,9 +342,32 @@ def test_an_old_keyring_signs_in_the_new_format(tmp_path):
     assert key == OLD and key.content_key not in (None, key.stream_key, key.mac_key)
     shown = contents(6, 4)
     bound = signed_and_bound(key, shown)
-    assert all(reading.format == 2 for reading in read(bound, [key]))
+    assert all(reading.format == 3 for reading in read(bound, [key]))
     assert verdicts(draw(bound, shown), key) == ["valid"] * 4
-    assert (
-        verdicts(binds_anew(key.detector(), bound, contents(7, 4), "as format 1 did"), key) == ["content differs"] * 4
-    )
-    assert WatermarkKey.new("new", 1).formats == (2,) == Keyring([key]).detector().get("old").formats
+    new = replace(key, since=3)  # the forger lays the picture out as it was found
+    forged = binds_anew(new.detector(), bound, contents(7, 4), "as format 1 did")
+    assert verdicts(forged, key) == ["content differs"] * 4
+    assert WatermarkKey.new("new", 1).formats == (3,)
+    assert Keyring([key]).detector().get("old").formats == (3, 2, 1)
+
+
+def test_marks_of_format_2_are_read_by_their_keys_alone(tmp_path):
+    """As commit 7313e84 laid and sealed them, under keyrings as it wrote them."""
+    kept = json.loads((Path(__file__).parent / "marks_of_format_2.json").read_text())
+    file = tmp_path / "ring.json"
+    file.write_text(json.dumps(kept["keyring"]))
+    file.chmod(0o600)
+    ring = load_keyring(file)
+    assert [key.formats for key in ring] == [(3, 2, 1), (3, 2)]  # the first had been made before format 2
+    for mark in kept["marks"]:
+        bits = np.unpackbits(np.frombuffer(base64.b64decode(mark["signs"]), np.uint8))
+        latents = torch.from_numpy(1.0 - 2 * bits.astype(np.float32)).reshape(1, *mark["shape"])
+        key = ring.get(mark["key"])
+        (reading,) = read(latents, list(ring))
+        assert (reading.key_name, reading.mac_ok, reading.format) == (mark["key"], True, 2)
+        assert reading.payload.unique_id == mark["unique_id"] and reading.log10_p < -100
+        (unread,) = read(latents, [replace(key, since=3)])
+        assert unread.payload is None and unread.log10_p > -6
+        update_keyring(file, lambda ring: ring.new(f"later {len(ring)}"))  # written again in the newest version
+        assert list(load_keyring(file))[:2] == list(ring)
+        assert read(latents, [load_keyring(file).get(mark["key"]).detector()])[0].payload.unique_id == 77

@@ -5,6 +5,7 @@ import os
 import stat
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -117,7 +118,7 @@ def broken(text):
     yield "whole JSON", "\x00\x01" + text
     yield "not a keyring", json.dumps([1])
     yield "not a keyring", json.dumps({"keys": []})
-    yield "format version", json.dumps(data | {"version": 3})
+    yield "format version", json.dumps(data | {"version": 4})
     yield "corrupted", json.dumps({name: value for name, value in data.items() if name != "keys"})
     yield "corrupted", json.dumps(data | {"keys": [record | {"stream_key": secret[:-9]}]})
     yield "corrupted", json.dumps(data | {"keys": [record | {"stream_key": "*" + secret}]})
@@ -144,8 +145,8 @@ def test_broken_files_give_clear_errors_without_secrets_and_stay(tmp_path):
 
 def test_a_key_has_a_third_secret_that_detectors_lack():
     key, old = WatermarkKey.new("a", 1), fixed()
-    assert len({key.stream_key, key.mac_key, key.content_key}) == 3 and key.formats == (2,)
-    assert old.content_key not in (None, old.stream_key, old.mac_key) and old.formats == (2, 1)
+    assert len({key.stream_key, key.mac_key, key.content_key}) == 3 and key.formats == key.layouts == (3,)
+    assert old.content_key not in (None, old.stream_key, old.mac_key) and replace(old, since=1).formats == (3, 2, 1)
     assert old.content_key.hex()[:16] == "173a4a516f124530"  # frozen: pictures of old keys depend on it
     for one in (key, old):
         assert one.detector().content_key is None and one.detector().mac_key is None
@@ -160,18 +161,29 @@ def test_a_key_has_a_third_secret_that_detectors_lack():
         WatermarkKey("a", 1, "", bytes(32), None, bytes(32))
 
 
-def test_a_keyring_of_format_1_is_read_and_written_in_format_2(tmp_path):
+@pytest.mark.parametrize("version", [1, 2])
+def test_old_keyrings_are_read_and_written_in_the_newest_version(version, tmp_path):
     path = tmp_path / "ring.json"
     save_keyring(Keyring([fixed(), fixed("bob", 4, mac=False)]), path)
     data = json.loads(path.read_text())
-    assert data["version"] == 2
+    assert data["version"] == 3
     for record in data["keys"]:
-        del record["content_key"]
-    path.write_text(json.dumps(data | {"version": 1}))
+        del record["since"]
+        if version == 1:
+            del record["content_key"]
+    path.write_text(json.dumps(data | {"version": version}))
     ring = load_keyring(path)
-    assert list(ring) == [fixed(), fixed("bob", 4, mac=False)]
+    assert list(ring) == [replace(fixed(), since=1), replace(fixed("bob", 4, mac=False), since=version)]
     update_keyring(path, lambda ring: ring.new("carol"))
-    assert json.loads(path.read_text())["version"] == 2 and list(load_keyring(path))[:2] == list(ring)
+    assert json.loads(path.read_text())["version"] == 3 and list(load_keyring(path))[:2] == list(ring)
+    with pytest.raises(WatermarkError, match="would lose key"):  # then it would not read its old pictures
+        save_keyring(Keyring([fixed(), *list(ring)[1:], load_keyring(path).get("carol")]), path)
+
+
+@pytest.mark.parametrize("since", [0, 4, True, "3"])
+def test_a_key_of_a_later_format_is_refused(since):
+    with pytest.raises(WatermarkError, match="of format .*; this release reads 1..3"):
+        replace(fixed(), since=since)
 
 
 def add(path, first, count):

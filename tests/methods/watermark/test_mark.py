@@ -4,6 +4,7 @@ import itertools
 import math
 import resource
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from marks import gaussian_channel, key_of, seeded
 from scipy import stats
 from semiperm.kernels.keyed_correlation import walsh_scores
 from semiperm.methods.errors import WatermarkError
-from semiperm.methods.watermark.fields import fields_of, first_field, first_field_bytes
+from semiperm.methods.watermark.fields import best_patterns, fields_of, first_field, first_field_bytes, symbols_of
 from semiperm.methods.watermark.keys import WatermarkKey
 from semiperm.methods.watermark.mark import KeyedMark, Payload, capacity, read
 from semiperm.methods.watermark.statistics import LARGEST, corrected, level_counts, log_chernoff, log_tail, quantise
@@ -152,11 +153,12 @@ def test_tails_are_exact_and_chernoff_is_above_them():
 
 def test_scores_are_those_of_the_definition():
     fields, row = fields_of(SMALL), quantise(torch.randn(1, *SMALL, generator=seeded(0)))[0]
-    positions, signs = first_field(fields, [key_of(1), key_of(2)], "")
+    firsts = [first_field(fields, key_of(i), "") for i in (1, 2)]
+    positions, signs = (np.stack(part) for part in zip(*((f.positions, f.signs[0]) for f in firsts), strict=True))
     assert all(len(set(p)) == fields.length for p in positions)
     eights = first_field_bytes(fields, [key_of(1), key_of(2)], "")[1]
     scores = walsh_scores(torch.from_numpy(row[positions]), torch.from_numpy(eights))
-    for walsh, key, coset in ((0, 0, 0), (5, 1, 3), (255, 0, 31)):
+    for walsh, key, coset in ((0, 0, 0), (5, 1, 3), (255, 0, 511)):
         walsh_bits = np.array([bin(j & walsh).count("1") & 1 for j in range(fields.length)])
         flips = 1 - 2 * (signs[key, coset] ^ walsh_bits).astype(int)
         assert scores[walsh, coset, key] == row[positions[key]].astype(int) @ flips
@@ -298,7 +300,7 @@ def test_signing_is_fast_on_one_core(one_core):
 
 
 @pytest.mark.bench
-def test_ten_thousand_keys_take_two_seconds():
+def test_ten_thousand_keys_take_less_than_a_minute():
     keys, latents = [key_of(i) for i in range(10000)], KeyedMark(key_of(4321)).sample((1, *FULL), Payload(1))
     latents, taken = gaussian_channel(latents, 0.3), []
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -306,5 +308,71 @@ def test_ten_thousand_keys_take_two_seconds():
         start = time.perf_counter()
         reading = read(latents, keys)[0]
         taken.append(time.perf_counter() - start)
-    assert reading.key_name == "key 4321" and reading.mac_ok and min(taken) < 2
+    assert reading.key_name == "key 4321" and reading.mac_ok and min(taken) < 60
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory) / 1024 < 500
+
+
+# Who can link pictures
+
+
+def largest_agreement(latents):
+    """Of all pairs, either way round, in standard deviations of chance."""
+    signs = latents.flatten(1).sign()
+    return float((signs @ signs.T).fill_diagonal_(0).abs().amax()) / math.sqrt(signs.shape[1])
+
+
+@pytest.mark.slow
+def test_large_latents_of_one_key_are_not_linked_by_their_signs():
+    """Of 2,000; chance alone reaches 5.2 standard deviations in as many pairs."""
+    assert largest_agreement(KeyedMark(key_of(4)).sample((2000, *FULL), generator=seeded(4))) < 6
+
+
+def test_the_linked_pairs_of_format_2_are_gone():
+    made = [KeyedMark(key_of(4), form=form).sample((400, *FULL), generator=seeded(4)) for form in (2, 3)]
+    old, new = map(largest_agreement, made)
+    assert old > 14 and new < 6
+
+
+@pytest.mark.parametrize("shape, bits", [(SMALL, 18), (MEDIUM, 18), (FULL, 28), ((16, 64, 64), 28)])
+def test_how_many_patterns_a_first_field_has(shape, bits):
+    fields = fields_of(shape)
+    assert fields.first_nonces == 2**bits and len(set(first_field(fields, key_of(1), "").positions)) == fields.length
+
+
+def test_two_words_of_the_first_field_share_one_block_at_most():
+    fields, generator = fields_of(FULL), np.random.default_rng(0)
+    drawn = generator.integers(0, fields.symbols, (200, 2))
+    words = {(int(a), int(b)): symbols_of(fields, int(a + fields.symbols * b)) for a, b in drawn}
+    near = [symbols_of(fields, int(a + fields.symbols * b)) for a in (0, 1, 77) for b in (0, 1, 77)]
+    for some in (list(words.values()), near):
+        for i, one in enumerate(some):
+            assert all(sum(s == t for s, t in zip(one, other, strict=True)) <= 1 for other in some[:i])
+            assert len(one) == fields.blocks and all(0 <= s < fields.symbols for s in one)
+
+
+def test_the_best_word_is_found_where_no_block_alone_says_it():
+    """At 11 standard deviations over 16 blocks; the decoder's word is then the one that was signed."""
+    key, fields = key_of(5), fields_of(FULL)
+    latents = KeyedMark(key).sample((8, *FULL), generator=seeded(5))
+    sent = [reading.nonce for reading in read(latents, [key])]
+    rows = quantise(gaussian_channel(latents, 0.2))
+    found = [best_patterns(fields, key, "", row, 1)[0] for row in rows]
+    assert sum(word == nonce for (_, word), nonce in zip(found, sent, strict=True)) >= 7
+    first = first_field(fields, key, "")
+    for (score, word), row in zip(found, rows, strict=True):  # the score is that of the definition
+        assert score == row[first.positions].astype(int) @ (1 - 2 * first.bits(word).astype(int))
+
+
+def test_many_keys_are_told_apart_in_large_latents():
+    keys = [key_of(i) for i in range(40)]
+    latents = gaussian_channel(KeyedMark(keys[33]).sample((2, *FULL), generator=seeded(6)), 0.3)
+    assert [reading.key_name for reading in read(latents, keys)] == [keys[33].name] * 2
+
+
+def test_keys_that_may_have_signed_in_an_older_format_count_twice():
+    latents = torch.randn(1, *SMALL, generator=seeded(8))
+    one, old = key_of(7), replace(key_of(7), since=2)
+    alone, both = read(latents, [one])[0], read(latents, [old])[0]
+    assert both.p_value <= 1 - (1 - alone.p_value) ** 2 + 1e-12
+    signed = KeyedMark(one).sample((1, *SMALL), generator=seeded(9))
+    assert read(signed, [old])[0].log10_p == pytest.approx(read(signed, [one])[0].log10_p + math.log10(2))

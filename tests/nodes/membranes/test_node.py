@@ -10,6 +10,7 @@ import comfy_stub
 import pytest
 import torch
 from semiperm.methods.errors import MembraneError, SemipermError
+from semiperm.methods.membranes.closed_form import ClosedFormConfig
 from semiperm.methods.membranes.config import MembraneConfig
 from semiperm.methods.membranes.file import load_membranes, save_membranes
 from semiperm.methods.membranes.record import membrane_report
@@ -142,15 +143,16 @@ def calls(nodes, monkeypatch):
     """What the nodes ask of the model surgery."""
     seen = []
 
-    def erase_in(model, clip, concepts, surrogate=""):
-        seen.append(("erase", model, clip, concepts, surrogate))
+    def erase_in(model, clip, concepts, surrogate, preserve, config):
+        seen.append(("erase", model, clip, concepts, surrogate, preserve, config))
         return membranes(*concepts)
 
     def apply_membranes_to(model, stack, config, clip):
         seen.append(("apply", model, stack.concepts, config, clip))
         return f"patched {model}"
 
-    def report_of(model):
+    def report_of(model, samples):
+        assert samples.shape == (1, 4, 2, 2)
         rows = [{"kind": "positive", "prompt": None, "source": "embeds", "gamma": {"robot": 1.0}}]
         bank = SimpleNamespace(concepts=["robot"], kinds=["probe"])
         steps = [{"share": 0.0, "sigma": 1.0, "active": True}]
@@ -165,12 +167,37 @@ def calls(nodes, monkeypatch):
 CONTROL = {"strength": 0.5, "gate": "probe", "start": 0.1, "end": 0.9}
 
 
-def test_erase_concept_makes_and_applies(nodes, calls):
-    model, made = nodes.SemipermEraseConcept.execute("M", "C", "robot|android\nghost", "a tree", **CONTROL).args
-    assert model == "patched M" and made.concepts == ("robot|android", "ghost")
+def test_erase_concept_is_solving_and_applying(nodes, monkeypatch):
+    """Two nodes of their own, so that ComfyUI keeps what was solved while the strength changes."""
+    graph = {}
+
+    def node(self, kind, **inputs):
+        graph[kind] = inputs
+        return SimpleNamespace(out=lambda i: [kind, i])
+
+    builder = type("GraphBuilder", (), {"node": node, "finalize": lambda self: graph})
+    monkeypatch.setitem(sys.modules, "comfy_execution.graph_utils", SimpleNamespace(GraphBuilder=builder))
+    schema = nodes.SemipermEraseConcept.define_schema()
+    assert schema.options["enable_expand"] is True
+    assert all(socket.options["extra_dict"] == {"rawLink": True} for socket in schema.inputs[:2])
+    for preset, gate in (("selective", "auto"), ("strict", "always")):
+        found = nodes.SemipermEraseConcept.execute(["1", 0], ["1", 1], "robot|android\nghost", "a tree", preset, 0.5)
+        assert found.args == (["SemipermApplyMembranes", 0], ["SemipermSolveMembranes", 0]) and found.expand is graph
+        shared = {"model": ["1", 0], "clip": ["1", 1]}
+        assert graph["SemipermSolveMembranes"] == shared | {"concept": "robot|android\nghost", "surrogate": "a tree"}
+        assert graph["SemipermApplyMembranes"] == shared | {
+            "membranes": ["SemipermSolveMembranes", 0], "strength": 0.5, "gate": gate, "start": 0.0, "end": 1.0
+        }  # fmt: skip
+
+
+def test_solve_membranes_passes_everything_on(nodes, calls):
+    solve = nodes.SemipermSolveMembranes.execute
+    assert solve("M", "C", "robot|android\nghost", "a tree").args[0].concepts == ("robot|android", "ghost")
+    options = {"method": "rece", "rank": 3, "push": 1.0, "preserve_scale": 2.0}
+    solve("M", "C", "robot", "", "a fox\na cat", **options)
     assert calls == [
-        ("erase", "M", "C", ["robot|android", "ghost"], "a tree"),
-        ("apply", "M", ("robot|android", "ghost"), MembraneConfig(**CONTROL), "C"),
+        ("erase", "M", "C", ["robot|android", "ghost"], "a tree", [], ClosedFormConfig()),
+        ("erase", "M", "C", ["robot"], "", ["a fox", "a cat"], ClosedFormConfig(**options)),
     ]
 
 
@@ -191,9 +218,9 @@ def test_report_shows_text_and_plot_and_passes_the_latent_on(nodes, calls):
 
 
 def test_errors_reach_comfyui_as_they_are(nodes, calls, monkeypatch):
-    def refuse(model):
+    def refuse(model, samples):
         raise MembraneError("given, expected, next")
 
     monkeypatch.setattr(sys.modules["semiperm.nodes.membranes.patch"], "report_of", refuse)
     with pytest.raises(MembraneError, match="^given, expected, next$"):
-        nodes.SemipermMembraneReport.execute("M", {})
+        nodes.SemipermMembraneReport.execute("M", {"samples": None})

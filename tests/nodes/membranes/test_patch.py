@@ -77,6 +77,16 @@ def test_nodes_add_up_with_each_other_and_with_lora(found):
     assert found["lora before against after"] < 1e-4
 
 
+def test_a_lora_left_in_the_weights_is_not_read(found):
+    assert found["left in the weights"] > 1 and found["fingerprint of the live weights"] > 12, "the check can fail"
+    assert found["fit beside a lora"] == {"plain branch": [True, 0.0], "lora branch": [True, 0.0]}
+
+
+def test_a_report_belongs_to_its_latent(found):
+    assert found["fired"] == [True, False, True]
+    assert "connect the LATENT of the sampler" in found["errors"]["another latent"]
+
+
 def test_window_and_gates(found):
     active = found["window"]
     assert any(active) and not active[0] and not active[-1]
@@ -85,7 +95,17 @@ def test_window_and_gates(found):
 
 def test_errors_say_what_to_do(found):
     errors = found["errors"]
-    assert set(errors) == {"empty", "itself", "none", "window", "strength", "gate", "unsampled", "bare"}
+    assert set(errors) == {
+        "empty",
+        "itself",
+        "none",
+        "window",
+        "strength",
+        "gate",
+        "unsampled",
+        "bare",
+        "another latent",
+    }
     assert "write what to erase" in errors["empty"] and "connect CLIP" in errors["gate"]
 
 

@@ -41,7 +41,7 @@ def test_the_nodes_pass_everything_on(nodes, monkeypatch):
     surgery = SimpleNamespace(
         apply_token_merging_to=apply_token_merging_to,
         from_inputs=lambda **inputs: inputs.items(),
-        report_of=lambda model: made_up(),
+        report_of=lambda model, samples: made_up(),
     )
     monkeypatch.setitem(sys.modules, "semiperm.nodes.token_merging.patch", surgery)
     assert nodes.SemipermNegativeTokenMerging.execute("M", strength=1.0, end=0.4).args == ("patched M",)
@@ -185,7 +185,7 @@ def test_rows_do_not_depend_on_each_other(found):
 
 @comfy
 def test_conditionings_that_run_one_after_the_other(found):
-    assert found["split"] < NEAR and sorted(found["split, batches"]) == [2, 3]
+    assert found["split"] < 3e-2 and sorted(found["split, batches"]) == [2, 3]  # a tie may fall the other way
     assert {row["kind"] for row in found["split, report"]["rows"]} == {"positive"}
     assert found["areas"] > 1
 

@@ -128,11 +128,14 @@ def test_the_time_is_stamped_only_when_told(nodes, monkeypatch):
     )
     monkeypatch.setitem(sys.modules, "semiperm.nodes.watermark.noise", surgery)
     monkeypatch.setattr(nodes.time, "time", lambda: 1234.5)
+    monkeypatch.setattr(nodes, "fingerprint_of_graph", lambda: "")
     keys = SimpleNamespace(key="K")
-    nodes.SemipermWatermarkNoise.execute(keys, 7, False)
-    nodes.SemipermWatermarkNoise.execute(keys, 7, True, sampler="S")
+    for node in (nodes.SemipermWatermarkNoise, nodes.SemipermWatermarkModel):
+        node.hidden = SimpleNamespace(prompt={}, unique_id="1")
+    nodes.SemipermWatermarkNoise.execute(keys, 7, False, "S")
+    nodes.SemipermWatermarkNoise.execute(keys, 7, True, "S")
     nodes.SemipermWatermarkModel.execute("M", keys, True)
-    assert calls == [(7, "K", 0), "S", (7, "K", 1234), ("M", "K", 1234, None)]
+    assert calls == ["S", (7, "K", 0), "S", (7, "K", 1234), ("M", "K", 1234, None)]
     for node in (nodes.SemipermWatermarkNoise, nodes.SemipermWatermarkModel):
         assert node.fingerprint_inputs(stamp_time=False) == "" and node.fingerprint_inputs(stamp_time=True) == 1234.5
 
@@ -275,6 +278,11 @@ def test_content_is_bound_where_a_vae_is_connected(found):
 
 
 @comfy
+def test_the_models_own_size_is_known(found):
+    assert found["native"] == 128
+
+
+@comfy
 def test_search_undoes_a_flip(found):
     assert found["flipped"] == ["absent"] and found["flipped, search"][0] == "valid"
     assert found["flipped, search"][1] != "as given"
@@ -294,7 +302,7 @@ def test_the_mark_in_the_masked_part(found):
 @comfy
 def test_errors_say_what_to_do(found):
     words = {
-        "ancestral": "expected euler, ddim",
+        "ancestral": "such as euler, ddim",
         "detector's key": "can only detect",
         "small": "use a larger picture",
         "flat": "expected (B, C, H, W)",

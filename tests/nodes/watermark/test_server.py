@@ -77,7 +77,7 @@ def saved(comfy, outputs: dict, prompt: dict, class_type: str) -> list[Path]:
 def test_sign(comfy):
     from semiperm.canvas.judge import Judge
 
-    prompt = graph("watermark_sign")
+    prompt = graph("Sign")
     outputs = run(comfy, prompt)
     ((name, verdict, p, *_),) = table(outputs, prompt)
     assert (name, verdict) == ("0", "valid") and float(p) < 1e-12
@@ -101,14 +101,14 @@ def test_sign(comfy):
 
 
 def test_detect(comfy):
-    prompt = graph("watermark_detect")
+    prompt = graph("Detect")
     (signed, plain) = table(run(comfy, prompt), prompt)
     assert signed[:2] == ["signed", "valid"] and plain[:2] == ["not signed", "absent"]
     assert float(signed[2]) < 1e-12 and float(plain[2]) > 1e-5
 
 
 def test_attack_and_detect(comfy):
-    prompt = graph("watermark_attack_and_detect")
+    prompt = graph("Attack and detect")
     rows = {row[0]: row for row in table(run(comfy, prompt), prompt)}
     lines = inputs(prompt, "SemipermAttackSuite")["attacks"].splitlines()
     assert list(rows) == lines
@@ -118,7 +118,7 @@ def test_attack_and_detect(comfy):
 
 
 def test_verdicts_and_p_values_are_lists_and_both_signing_nodes_agree(comfy):
-    prompt = graph("watermark_detect")
+    prompt = graph("Detect")
     detector, noise = key_of(prompt, "SemipermDetectWatermark"), key_of(prompt, "SemipermWatermarkNoise")
     prompt["verdicts"] = {"class_type": "PreviewAny", "inputs": {"source": [detector, 1]}}
     prompt["p_values"] = {"class_type": "PreviewAny", "inputs": {"source": [detector, 2]}}
@@ -126,14 +126,14 @@ def test_verdicts_and_p_values_are_lists_and_both_signing_nodes_agree(comfy):
     assert outputs["verdicts"]["text"] == ["valid", "absent"]
     small, large = map(float, outputs["p_values"]["text"])
     assert small < 1e-12 < 1e-5 < large
-    other = graph("watermark_sign")
+    other = graph("Sign")
     seed = prompt[noise]["inputs"]["noise_seed"]
     assert {n["inputs"]["seed"] for n in other.values() if n["class_type"] == "KSampler"} == {seed}
     assert table(outputs, prompt)[0][1:] == table(run(comfy, other), other)[0][1:], "p-value, key and unique id"
 
 
 def test_a_keyring_is_made_where_there_is_none(comfy):
-    prompt = graph("watermark_sign")
+    prompt = graph("Sign")
     inputs(prompt, "SemipermKeyring").update(keyring_name="made here.json", key_name="studio")
     text = run(comfy, prompt)[key_of(prompt, "SemipermKeyring")]["text"][0]
     assert text.startswith("made here.json: 1 key\n-> studio  id 0")
@@ -153,7 +153,7 @@ def secrets_of(comfy) -> list[bytes]:
 
 
 def test_no_secret_leaves_the_keyring(comfy):
-    prompt = graph("watermark_sign")
+    prompt = graph("Sign")
     # what other nodes make of the sockets, and what ComfyUI says of inputs where a node fails
     prompt["any keyring"] = {"class_type": "PreviewAny", "inputs": {"source": [key_of(prompt, "SemipermKeyring"), 0]}}
     prompt["any model"] = {
@@ -161,7 +161,7 @@ def test_no_secret_leaves_the_keyring(comfy):
         "inputs": {"source": [key_of(prompt, "SemipermWatermarkModel"), 0]},
     }
     run(comfy, prompt)
-    failing = graph("watermark_sign")
+    failing = graph("Sign")
     inputs(failing, "SemipermDetectWatermark")["width"] = 128
     assert "expected both sides" in comfy.queue(failing)["errors"][0]
     secrets = secrets_of(comfy)
@@ -177,7 +177,7 @@ def test_no_secret_leaves_the_keyring(comfy):
 
 
 def test_the_server_does_not_hand_out_keyrings(comfy):
-    run(comfy, graph("watermark_sign"))
+    run(comfy, graph("Sign"))
     file = keyrings(comfy) / "my_keys.json"
     assert file.exists()
     below = ["__semiperm/keyrings/my_keys.json", "../__semiperm/keyrings/my_keys.json"]
@@ -245,7 +245,7 @@ def _other_pictures(prompt, comfy):
     ],
 )
 def test_bad_input_says_so_and_the_server_goes_on(comfy, change, node, words):
-    good = graph("watermark_sign")
+    good = graph("Sign")
     prompt = copy.deepcopy(good)
     change(prompt, comfy)
     entry = comfy.queue(prompt)
@@ -257,7 +257,7 @@ def test_bad_input_says_so_and_the_server_goes_on(comfy, change, node, words):
 
 
 def test_a_detection_runs_again_when_the_keyring_changes(comfy):
-    prompt = graph("watermark_sign")
+    prompt = graph("Sign")
     run(comfy, prompt)
     detector = key_of(prompt, "SemipermDetectWatermark")
     entry = comfy.queue(prompt)
@@ -266,3 +266,52 @@ def test_a_detection_runs_again_when_the_keyring_changes(comfy):
     path.touch()
     entry = comfy.queue(prompt)
     assert entry["errors"] == [] and detector not in comfy.cached(entry)
+
+
+# ---- later passes ---------------------------------------------------------------------------------------------------
+
+
+def key_titled(prompt: dict, title: str) -> str:
+    (key,) = [key for key, node in prompt.items() if node["_meta"]["title"].startswith(title)]
+    return key
+
+
+@pytest.mark.parametrize("name", ["Sign with hires fix", "Sign an inpainting"])
+def test_the_last_pass_signs_and_is_found(comfy, name):
+    prompt = graph(name)
+    (row,) = table(run(comfy, prompt), prompt)
+    assert row[1] == "valid" and float(row[2]) < 1e-6
+
+
+def test_a_second_pass_that_does_not_sign_is_refused_also_after_a_good_run(comfy):
+    """The graph changes behind Watermark Model, whose own inputs stay: it is asked again all the same."""
+    prompt = graph("Sign with hires fix")
+    signing, second = key_of(prompt, "SemipermWatermarkModel"), key_titled(prompt, "Second pass")
+    for node in prompt.values():
+        if node["class_type"] == "KSampler":
+            node["inputs"]["steps"] = 2
+    run(comfy, prompt)
+    prompt[second]["inputs"]["model"] = [key_of(prompt, "SemipermLoadCanvas"), 0]
+    (error,) = comfy.queue(prompt)["errors"]
+    assert error.startswith("SemipermWatermarkModel: Second pass") and "later_passes" in error
+    prompt[signing]["inputs"]["later_passes"] = "allow"
+    run(comfy, prompt)
+
+
+def test_noise_for_a_sampler_that_nobody_checked_is_refused(comfy):
+    prompt = graph("Detect")
+    inputs(prompt, "SemipermWatermarkNoise").pop("sampler")
+    ran = set(comfy.queue(prompt)["outputs"])  # the Keyring alone: ComfyUI leaves out what lacks an input
+    assert not ran & {key_of(prompt, "SaveImage"), key_of(prompt, "SemipermDetectWatermark")}
+    prompt = graph("Detect")
+    prompt["other"] = {"class_type": "KSamplerSelect", "inputs": {"sampler_name": "euler_ancestral"}}
+    for node in prompt.values():
+        if node["class_type"] == "SamplerCustomAdvanced":
+            node["inputs"]["sampler"] = ["other", 0]
+    (error,) = comfy.queue(prompt)["errors"]
+    assert "another sampler than the one that is wired into Watermark Noise" in error
+    inputs(prompt, "SemipermWatermarkNoise")["sampler"] = ["other", 0]
+    entry = comfy.queue(prompt)
+    assert "euler_ancestral with these settings is not known to keep the mark" in entry["errors"][0]
+    kinds = [data["exception_type"] for kind, data in entry["status"]["messages"] if kind == "execution_error"]
+    assert kinds == ["semiperm.WatermarkError"]

@@ -5,12 +5,12 @@ import dataclasses
 import pytest
 import torch
 import torch._dynamo.testing
+from diffusers import FluxKontextPipeline
 from PIL import Image
 from semiperm.methods.errors import ModelError, TokenMergingError
 from semiperm.methods.token_merging.config import NegativeTokenMergingConfig
 from semiperm.pipelines.family import denoiser_of
 from semiperm.pipelines.token_merging.apply import apply_negative_token_merging, remove_negative_token_merging
-from semiperm.pipelines.token_merging.reference import cover
 from tiny_models import FAMILIES, build, build_wan, call
 
 PICTURE = torch.rand(3, 24, 20, generator=torch.Generator().manual_seed(3))
@@ -142,11 +142,109 @@ def sd():
     return build("sd15")
 
 
-def test_pictures_are_cut_not_stretched():
-    wide = torch.zeros(3, 4, 12)
-    wide[:, :, 4:8] = 1
-    assert torch.equal(cover(wide, 4, 4), torch.ones(3, 4, 4))
-    assert cover(torch.rand(3, 5, 7), 16, 16).shape == (3, 16, 16)
+def test_each_reference_has_its_own_strength(sd, caplog):
+    both = [PICTURE, 1 - PICTURE]
+    outputs = {}
+    for strength in (0.9, (0.9, 0.9), (0.9, 0.0), (0.0, 0.9), (0.0, 0.0)):
+        with apply_negative_token_merging(sd, config(reference=both, strength=strength)) as handle:
+            outputs[strength] = run(sd)
+            report = handle.report()
+            shares = [row["pushed"] for row in report["rows"] if row["kind"] == "positive"]
+            assert report["strength"] == (
+                list(strength)
+                if strength in ((0.9, 0.0), (0.0, 0.9))
+                else outputs and (0.0 if strength == (0.0, 0.0) else 0.9)
+            )
+            if strength in ((0.9, 0.0), (0.0, 0.9)):
+                assert all(0 < share < 1 for share in shares), "what is like the other reference is left alone"
+    assert torch.equal(outputs[0.9], outputs[0.9, 0.9]) and torch.equal(outputs[0.0, 0.0], run(sd))
+    assert not torch.allclose(outputs[0.9, 0.0], outputs[0.0, 0.9], **CLOSE)
+
+
+@pytest.mark.parametrize("fit", ["crop", "pad", "stretch"])
+def test_what_lies_under_alpha_0_has_no_say(sd, fit):
+    """Two references that differ where they are transparent alone."""
+    alpha = torch.zeros(1, 24, 20)
+    alpha[:, 4:20, 4:16] = 1
+    seen = []
+    for hidden in (0.0, 1.0):
+        picture = torch.where(alpha > 0, PICTURE, hidden)
+        with apply_negative_token_merging(sd, config(reference=torch.cat([picture, alpha]), fit=fit)):
+            seen.append(run(sd))
+    assert torch.equal(*seen)
+    with apply_negative_token_merging(sd, config(fit=fit)):
+        assert not torch.allclose(run(sd), seen[0], **CLOSE)
+
+
+def test_a_mask_in_the_part_that_is_cut_off_is_an_error(sd):
+    picture, mask = torch.rand(3, 16, 64), torch.zeros(16, 64)
+    mask[:, :8] = 1
+    with apply_negative_token_merging(sd, config(reference=picture, mask=mask)):
+        with pytest.raises(TokenMergingError, match="a mask has nothing white.*fit='pad'"):
+            run(sd)
+    with apply_negative_token_merging(sd, config(reference=picture, mask=mask, fit="pad")) as handle:
+        run(sd)
+    assert handle.report()["rows"][0]["pushed"] == 1
+
+
+def test_a_run_that_pushed_nothing_says_so(sd, caplog):
+    with apply_negative_token_merging(sd, config(threshold=1.0, strength=0.5)) as handle:
+        run(sd)
+    assert "no token of any picture was like the reference" in caplog.text
+    assert not any(row["pushed"] for row in handle.report()["rows"])
+    caplog.clear()
+    with apply_negative_token_merging(sd, config(strength=0.0)) as handle:
+        run(sd)
+    report = handle.report()
+    assert not caplog.text and [step["active"] for step in report["steps"]] == [False] * len(report["steps"]) != []
+
+
+def test_another_strength_or_threshold_compiles_nothing():
+    pipe = build("sd15")
+    with apply_negative_token_merging(pipe, config(reference_prompt="a dog")) as handle:
+        eager = run(pipe)
+        handle.set(strength=0.4, threshold=0.1)
+        other = run(pipe)
+        handle.set(strength=0.9, threshold=-1.0)
+        assert torch.equal(run(pipe), eager) and not torch.allclose(other, eager, **CLOSE)
+        with pytest.raises(TokenMergingError, match="threshold=3"):
+            handle.set(threshold=3)
+        handle.prepare(16, 16)
+        torch._dynamo.reset()
+        counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+        pipe.unet = torch.compile(pipe.unet, fullgraph=True, backend=counter)
+        torch.testing.assert_close(run(pipe), eager, **CLOSE)
+        graphs = counter.frame_count
+        handle.set(strength=0.4, threshold=0.1)
+        torch.testing.assert_close(run(pipe), other, **CLOSE)
+        assert counter.frame_count == graphs
+        with pytest.raises(TokenMergingError, match="another graph"):
+            handle.set(strength=0)
+    torch._dynamo.reset()
+
+
+def test_kontext_pushes_the_picture_and_not_its_context():
+    """An editing model's input picture stands behind the picture's tokens: it is neither pushed nor pushed from."""
+    pipe = FluxKontextPipeline(**build("flux").components)
+    pipe.set_progress_bar_config(disable=True)
+    picture = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    options = {"height": 16, "width": 16, "max_area": 256, "_auto_resize": False, "num_images_per_prompt": 2}
+
+    def draw():
+        noise = torch.Generator().manual_seed(0)
+        return pipe(picture, PROMPTS[0], num_inference_steps=2, generator=noise, output_type="latent", **options).images
+
+    untouched = draw()
+    for mode in ({}, {"reference": None}):
+        with apply_negative_token_merging(pipe, config(**mode)) as handle:
+            merging, pushed = handle.merging, []
+            push = merging._push
+            merging._push = lambda x, call, push=push, pushed=pushed: (
+                pushed.append((x.shape[1], call.image_tokens, call.sequence)) or push(x, call)
+            )
+            assert not torch.equal(draw(), untouched)
+        assert set(pushed) == {(16, 16, 32)}
+    assert torch.equal(draw(), untouched)
 
 
 def test_a_pil_image_is_a_reference(sd):

@@ -115,7 +115,7 @@ def test_everything_is_restored_after_an_error():
     expected, methods = call(pipe), dict(vars(pipe))
     with pytest.raises(RuntimeError, match="mine"), replace_noise(pipe, noise_of(pipe)):
         raise RuntimeError("mine")
-    with pytest.raises(WatermarkError, match="eta=0"), replace_noise(pipe, noise_of(pipe)):
+    with pytest.raises(ModelError, match="eta=0, or up to 0.3"), replace_noise(pipe, noise_of(pipe)):
         call(pipe, eta=0.5)
     assert dict(vars(pipe)) == methods and call(pipe).equal(expected)
     pipe.prepare_latents = own = pipe.prepare_latents  # somebody else's wrapper stays

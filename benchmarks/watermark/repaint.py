@@ -1,0 +1,95 @@
+"""What each way to read brings where a model has repainted the picture, and where its colours are gone.
+
+All read the same pictures. Those named by one look have the whole error to themselves; the ladders share it as
+detection does. Units as in statistics.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+from ...methods.watermark.detection import DetectionConfig, detect_in
+from ...methods.watermark.issued import Issued, issued_in, read_issued
+from ...methods.watermark.mark import Payload, read
+from ...methods.watermark.reader import STEPS
+from ...methods.watermark.statistics import levelled
+from .canvas import LADDER, OURS, SHAPE, SIZE, asked, attacked, draw, mark_of, noise_of, the_reader, world
+from .canvas_rows import FALSE, SURE, share
+from .marks import MARKS, SOFT, seeded
+
+ATTACKS = ("regenerate:0.14", "regenerate:0.3", "grey")
+PICTURES, QUICK_PICTURES, UNIT = 48, 4, 4
+DATABASE = 1_000  # marks that were issued, the picture's own among them
+LOOK = 5  # inversion steps of the single looks
+SINGLE, LISTS, READ, LADDERS, WITH_READER = (
+    "one look",
+    "one look, lists of codewords",
+    "reader, lists of codewords",
+    "ladder",
+    "ladder with the reader",
+)
+INFORMED, INFORMED_READ, SHADED = "informed", "informed, reader", "gaussian shading, soft, message known"
+
+
+def plan(quick: bool) -> list[dict]:
+    """All units."""
+    count = QUICK_PICTURES if quick else PICTURES
+    return [{"task": "repaint", "start": i, "count": min(UNIT, count - i)} for i in range(0, count, UNIT)]
+
+
+@lru_cache(maxsize=1)
+def _others() -> list[Issued]:
+    """Marks that were issued to others."""
+    chance, key = np.random.default_rng(0), mark_of(OURS).key
+    drawn = chance.integers(0, 1 << 18, DATABASE - 1), chance.integers(0, 1 << 24, DATABASE - 1)
+    return [Issued(key.key_id, int(nonce), Payload(int(ident)), SHAPE) for nonce, ident in zip(*drawn, strict=True)]
+
+
+def compute(unit: dict) -> dict:
+    """log10 p of each way and attack."""
+    from ...canvas import DEFAULT_GUIDANCE
+
+    start, count, key, reader = unit["start"], unit["count"], mark_of(OURS).key, the_reader()
+    texts, noise, found = [text for text, _ in asked(start, count)], noise_of(OURS, start, count), {}
+    pixels, inverter = draw(texts, noise, DEFAULT_GUIDANCE), world()[1]
+    issued = [*_others(), *issued_in(noise, key)]
+    shading = MARKS[SOFT](mark_of(OURS).key, 24)
+    shaded = draw(texts, shading.sample((count, *SHAPE), seeded("shaded", start)), DEFAULT_GUIDANCE)
+    for text in ATTACKS:
+        worse = attacked(pixels, text, start)
+        latents = inverter.encode(list(worse))
+        looked = levelled(inverter.invert(latents, LOOK))
+        said = {SINGLE: read(looked, [key]), LISTS: read(looked, [key], thorough=True)}
+        said[INFORMED] = read_issued(looked, issued, [key])
+        config = DetectionConfig(ladder=LADDER, size=SIZE)
+        said[LADDERS] = detect_in(list(worse), inverter, [key], config)
+        if reader is not None:
+            with torch.no_grad():
+                votes = reader([inverter.invert(latents, steps) for steps in STEPS])
+            said[READ] = read(votes, [key], votes=True, thorough=True)
+            said[INFORMED_READ] = read_issued(votes, issued, [key], votes=True)
+            config = DetectionConfig(ladder=LADDER, size=SIZE, reader=reader)
+            said[WITH_READER] = detect_in(list(worse), inverter, [key], config)
+        found[text] = {name: [round(one.log10_p, 3) for one in many] for name, many in said.items()}
+        other = inverter.invert(inverter.encode(list(attacked(shaded, text, start))), LOOK)
+        p = [max(shading.p_value(row[None]), 1e-300) for row in levelled(other)]
+        found[text][SHADED] = [round(float(np.log10(value)), 3) for value in p]
+    return found
+
+
+def rows(units: Sequence[dict], results: Sequence[dict]) -> list[dict]:
+    """{"table": "repaint", "attack", "way", "n", "tpr": share at p < 1e-3, "detected": at p < 1e-6}."""
+    made = []
+    for text in ATTACKS:
+        for name in (SINGLE, LISTS, READ, LADDERS, WITH_READER, INFORMED, INFORMED_READ, SHADED):
+            log10_p = np.array([value for result in results for value in result[text].get(name, [])])
+            if len(log10_p):
+                row = {"table": "repaint", "attack": text, "way": name, "n": len(log10_p)}
+                made.append(
+                    row | {"tpr": share(log10_p < np.log10(FALSE)), "detected": share(log10_p < np.log10(SURE))}
+                )
+    return made

@@ -1,0 +1,37 @@
+"""What several membrane nodes have in common."""
+
+from comfy_api.latest import io
+
+CATEGORY = "semiperm/membranes"
+
+
+def strength_input() -> io.Input:
+    return io.Float.Input(
+        "strength",
+        default=1.0,
+        min=-2.0,
+        max=4.0,
+        step=0.05,
+        tooltip="How far an open membrane moves the model. 1 is as made, 0 is exactly the untouched model, below 0"
+        " pushes towards the concept.",
+    )
+
+
+def concept_inputs() -> list[io.Input]:
+    """The inputs that say what to erase."""
+    return [
+        io.String.Input(
+            "concept",
+            multiline=True,
+            default="",
+            placeholder="one concept per line; other words for it behind |",
+            tooltip="What to erase, one concept per line. Write other words for the same thing behind a bar:"
+            " robot|android",
+        ),
+        io.String.Input(
+            "surrogate",
+            default="",
+            tooltip="What the model should see instead, for all lines, such as 'a person'. Empty: nothing in"
+            " particular.",
+        ),
+    ]
