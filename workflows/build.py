@@ -140,8 +140,8 @@ NOTES = {
     + SWITCH
     + " Begin with *Negative Token Merging*, whose settings are the paper's.",
     "Safe guidance": "## Safe guidance\nThe same prompt and seed twice: by the model as it is (left), and steered away "
-    "from a category of harm by *Safe Guidance* (right): the canvas's hazard, a mark in a corner. The right latent goes "
-    "through *Guidance Report* to its decoder, so that no picture is decoded of a run in which protection did not run. "
+    "from a category of harm by *Safe Guidance* (right): the canvas's hazard, a mark in a corner. The right latent "
+    "goes through *Guidance Report* to its decoder, so that no picture is decoded of a run without protection. "
     "cfg must be above 1." + SWITCH.replace("and concept", "and category"),
     "Sign": "## Sign\nThe same prompt and seed twice: by the model as it is (left), and with the signs of "
     "its noise set by your key (middle): another picture of the same quality. *Detect Watermark* finds the mark again "

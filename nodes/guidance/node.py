@@ -14,6 +14,7 @@ from ...methods.guidance.nag import NAG
 from ...methods.guidance.nag import PRESETS as NAG_PRESETS
 from ...methods.guidance.safree import SAFREE
 from ...methods.guidance.sld import PRESETS, SLD
+from ..sockets import aliases
 
 CATEGORY = "semiperm/safe guidance"
 _ALL, _OWN = "all", "own words"
@@ -93,6 +94,7 @@ class SemipermSafeGuidance(io.ComfyNode):
             category=CATEGORY,
             description="Steers a picture away from a category of harm while it forms, where the prompt comes near it."
             " Costs one more picture a step for each category. Needs cfg above 1.",
+            **aliases("SLD", "safety", "nsfw filter", "guard", "content filter"),
             inputs=[_model(), _clip(), _category(), _strength(), _words()],
             outputs=[io.Model.Output("guided_model", display_name="MODEL", tooltip=_GUIDED)],
         )
@@ -113,6 +115,7 @@ class SemipermSafeGuidanceAdvanced(io.ComfyNode):
             category=CATEGORY,
             description="Safe Guidance with everything that can be set: preset, window, and leaving silent categories"
             " out.",
+            **aliases("SLD", "safe latent diffusion", "safety", "guard"),
             inputs=[
                 _model(),
                 _clip(),
@@ -156,6 +159,7 @@ class SemipermSafeGuider(io.ComfyNode):
             category=CATEGORY,
             description="A guider for SamplerCustomAdvanced on a model of Safe Guidance: it takes no model without one,"
             " and other packs cannot drop the negative prompt from it.",
+            **aliases("safe cfg guider", "SLD guider", "guard"),
             inputs=[
                 io.Model.Input("model", tooltip="The model that comes out of Safe Guidance."),
                 io.Conditioning.Input("positive", tooltip="The prompt that is filtered."),
@@ -184,10 +188,11 @@ class SemipermPromptFilter(io.ComfyNode):
             category=CATEGORY,
             description="Encodes a prompt, and takes what its words have of a category out of them for the first part"
             " of sampling. Costs nothing while sampling; works at any cfg.",
+            **aliases("SAFREE", "safe prompt", "clip text encode safe"),
             inputs=[
                 io.Model.Input("model", tooltip="The model that the prompt is for; it is not changed."),
                 _clip(),
-                io.String.Input("text", multiline=True, tooltip="The prompt."),
+                io.String.Input("text", multiline=True, tooltip="The prompt that is encoded and filtered."),
                 _category(),
                 _strength(),
                 io.Boolean.Input(
@@ -198,7 +203,11 @@ class SemipermPromptFilter(io.ComfyNode):
                 _words(),
             ],
             outputs=[
-                io.Conditioning.Output("conditioning", display_name="CONDITIONING", tooltip="The filtered prompt."),
+                io.Conditioning.Output(
+                    "conditioning",
+                    display_name="CONDITIONING",
+                    tooltip="The filtered prompt, for a sampler's positive.",
+                ),
                 io.String.Output("report", display_name="report", tooltip="Which share of the words was changed."),
             ],
         )
@@ -222,6 +231,7 @@ class SemipermValueDecomposer(io.ComfyNode):
             category=CATEGORY,
             description="Takes what a prompt's words have of a category out of what they give to attention, in every"
             " step. Costs next to nothing; works at any cfg. SD1.5, SD2 and SDXL.",
+            **aliases("AdaVD", "concept removal", "erase value"),
             inputs=[
                 io.Model.Input("model", tooltip="The model: SD1.5, SD2 or SDXL."),
                 _clip(),
@@ -257,6 +267,7 @@ class SemipermNAG(io.ComfyNode):
             category=CATEGORY,
             description="A negative prompt for models that have none: attention is pushed away from a category. Works"
             " at cfg 1 and in few steps. SD1.5, SD2 and SDXL, turbo models included.",
+            **aliases("NAG", "negative prompt turbo", "negative without cfg"),
             inputs=[
                 io.Model.Input("model", tooltip="The model: SD1.5, SD2 or SDXL."),
                 _clip(),
@@ -319,6 +330,7 @@ class SemipermGuidanceReport(io.ComfyNode):
             category=CATEGORY,
             description="Shows what Safe Guidance did in the last sampling run, image by image; fails where it did not"
             " run.",
+            **aliases("safety report", "SLD report", "guard report"),
             inputs=[
                 io.Model.Input("model", tooltip="The model that the sampler used: from Safe Guidance."),
                 io.Latent.Input("samples", tooltip="The sampler's latent, so that this node runs after it."),
