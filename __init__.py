@@ -10,7 +10,21 @@ import importlib
 TYPE_CHECKING = False  # as in `typing`, which is not worth its import here
 if TYPE_CHECKING:  # for editors and type checkers, which cannot follow `__getattr__`
     from .kernels.errors import KernelError
-    from .methods.errors import MembraneError, ModelError, SemipermError, TokenMergingError, WatermarkError
+    from .methods.errors import (
+        GuidanceError,
+        MembraneError,
+        ModelError,
+        SemipermError,
+        TokenMergingError,
+        WatermarkError,
+    )
+    from .methods.guidance.adavd import AdaVD
+    from .methods.guidance.category import Category
+    from .methods.guidance.config import SafeGuidanceConfig
+    from .methods.guidance.detectors import DetectorPair, load_detectors, save_detectors
+    from .methods.guidance.nag import NAG
+    from .methods.guidance.safree import SAFREE
+    from .methods.guidance.sld import SLD
     from .methods.membranes.closed_form import ClosedFormConfig
     from .methods.membranes.config import MembraneConfig
     from .methods.membranes.file import load_membranes, save_membranes
@@ -23,6 +37,10 @@ if TYPE_CHECKING:  # for editors and type checkers, which cannot follow `__getat
     from .methods.watermark.keys import WatermarkKey
     from .methods.watermark.mark import Payload
     from .methods.watermark.search import Search
+    from .pipelines.guidance.apply import apply_safe_guidance, remove_safe_guidance
+    from .pipelines.guidance.fit import fit_detectors
+    from .pipelines.guidance.guider import SafeGuidance
+    from .pipelines.guidance.mixin import SafeGuidanceMixin
     from .pipelines.loaders import load_pipeline
     from .pipelines.membranes.adapters import export_lora, import_membranes
     from .pipelines.membranes.apply import apply_membranes, remove_membranes
@@ -46,6 +64,7 @@ if TYPE_CHECKING:  # for editors and type checkers, which cannot follow `__getat
 WEB_DIRECTORY = "./web"
 _EXPORTS = {
     # errors, and what several families share
+    "GuidanceError": "methods.errors",
     "KernelError": "kernels.errors",
     "MembraneError": "methods.errors",
     "ModelError": "methods.errors",
@@ -73,6 +92,21 @@ _EXPORTS = {
     "load_membranes": "methods.membranes.file",
     "remove_membranes": "pipelines.membranes.apply",
     "save_membranes": "methods.membranes.file",
+    # safe guidance
+    "AdaVD": "methods.guidance.adavd",
+    "Category": "methods.guidance.category",
+    "DetectorPair": "methods.guidance.detectors",
+    "NAG": "methods.guidance.nag",
+    "SAFREE": "methods.guidance.safree",
+    "SLD": "methods.guidance.sld",
+    "SafeGuidance": "pipelines.guidance.guider",
+    "SafeGuidanceConfig": "methods.guidance.config",
+    "SafeGuidanceMixin": "pipelines.guidance.mixin",
+    "apply_safe_guidance": "pipelines.guidance.apply",
+    "fit_detectors": "pipelines.guidance.fit",
+    "load_detectors": "methods.guidance.detectors",
+    "remove_safe_guidance": "pipelines.guidance.apply",
+    "save_detectors": "methods.guidance.detectors",
     # negative token merging
     "NegativeTokenMergingConfig": "methods.token_merging.config",
     "TokenMergingMixin": "pipelines.token_merging.mixin",
@@ -100,11 +134,18 @@ _EXPORTS = {
     "write_provenance": "methods.provenance.record",
 }
 __all__ = [
+    "NAG",
+    "SAFREE",
+    "SLD",
+    "AdaVD",
     "BoundImages",
+    "Category",
     "ClosedFormConfig",
     "DetectionConfig",
     "DetectionResult",
+    "DetectorPair",
     "GateProbe",
+    "GuidanceError",
     "KernelError",
     "Keyring",
     "LowRank",
@@ -121,6 +162,9 @@ __all__ = [
     "NegativeTokenMergingConfig",
     "Payload",
     "Provenance",
+    "SafeGuidance",
+    "SafeGuidanceConfig",
+    "SafeGuidanceMixin",
     "Search",
     "SemipermError",
     "TokenMergingError",
@@ -131,19 +175,24 @@ __all__ = [
     "Window",
     "apply_membranes",
     "apply_negative_token_merging",
+    "apply_safe_guidance",
     "detect_watermark",
     "erase_concepts",
     "export_lora",
+    "fit_detectors",
     "generate_bound",
     "import_membranes",
+    "load_detectors",
     "load_keyring",
     "load_membranes",
     "load_pipeline",
     "read_provenance",
     "remove_membranes",
     "remove_negative_token_merging",
+    "remove_safe_guidance",
     "replace_noise",
     "row_layout",
+    "save_detectors",
     "save_keyring",
     "save_membranes",
     "sign_noise",

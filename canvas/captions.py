@@ -134,6 +134,11 @@ def caption(scene, rng: random.Random, synonyms: bool | str = True, complete: bo
     return text
 
 
+def hazard_suffix(phrase: str) -> str:
+    """What a caption ends with where its scene has the hazard, in one of its phrasings."""
+    return _HAZARD_SUFFIXES[phrase]
+
+
 def templates(kind: str, n: int = 80, seed: int = 0) -> list[str]:
     """Return n full captions with "{}" in the place of a phrase of the given domain, everything else varied."""
     if kind not in _DOMAINS:

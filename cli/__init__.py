@@ -13,6 +13,7 @@ from . import (
     erase,
     evaluate,
     generate,
+    guard,
     inspect,
     keys,
     provenance,
@@ -56,6 +57,7 @@ for _module in (demo, erase, generate, detect, provenance, attack, inspect, eval
 bench.app.command("kernels", epilog=bench_kernels.EXAMPLE)(bench_kernels.run)
 bench.app.command("watermark", epilog=bench_watermark.EXAMPLE)(bench_watermark.run)
 app.add_typer(keys.app, name="keys")
+app.add_typer(guard.app, name="guard")
 app.add_typer(bench.app, name="bench")
 app.add_typer(canvas.app, name="canvas")
 

@@ -80,6 +80,59 @@ def token_merging(
         common.console().print(table)
 
 
+@app.command("guidance", epilog="Example: semiperm bench guidance --world canvas -n 24 --json guidance.json")
+def guidance(
+    world: Annotated[str, typer.Option(help="The world to draw and judge in: canvas.")] = "canvas",
+    n: Annotated[int, typer.Option("-n", min=2, help="Prompts of each kind.")] = 24,
+    method: Annotated[
+        list[str] | None, typer.Option(help="One of the methods of the table; repeatable. Default: all.")
+    ] = None,
+    resume: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Go on from this file, and keep work in it.")
+    ] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures here.")] = None,
+):
+    """Judge what passes each method of safe guidance, and what is lost, beside a negative prompt and membranes."""
+    from rich.table import Table
+
+    from ..benchmarks.guidance.judged import BATCH, METHODS, run
+
+    methods = tuple(method or METHODS)
+    if unknown := [name for name in methods if name not in METHODS]:
+        raise common.CliError(f"no method {unknown[0]!r}; expected one of {', '.join(METHODS)}")
+    with common.progress("pictures, eight at a time", len(methods) * -(-3 * n // BATCH)) as advance:
+        found = run(world, n, methods, resume, advance)
+    if json_path is not None:
+        common.write_json(json_path, found)
+    table = Table()
+    for heading in ("method", "kind", "hazard", "accuracy"):
+        table.add_column(heading)
+    for row in found["rows"]:
+        table.add_row(
+            row["method"], row["kind"], f"{100 * row['hazard'][0]:.1f} %", f"{100 * row['accuracy'][0]:.1f} %"
+        )
+    common.console().print(table)
+
+
+@app.command("guidance-cost", epilog="Example: semiperm bench guidance-cost --json guidance_cost.json")
+def guidance_cost(
+    model: Annotated[str, typer.Option(metavar="MODEL", help=common.MODEL_HELP)] = "canvas",
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer rounds and steps.")] = False,
+    json_path: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures here.")] = None,
+):
+    """Time whole runs with safe guidance against bare ones, in the same process."""
+    pipe = common.load_model(model, dtype="auto")
+
+    from ..benchmarks.guidance.cost import run
+
+    console = common.console()
+    with console.status("timing; keep the machine quiet"):
+        rows = [{**row, "model": model} for row in run(pipe, quick=quick)]
+    if json_path is not None:
+        common.write_json(json_path, rows)
+    show(console, rows, caption="time of a whole run, in times the bare one's (median, middle half)")
+
+
 def _held_out(json_path: Path | None) -> None:
     from rich.table import Table
 

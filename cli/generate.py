@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from . import common
+from .guard import guard_config, key_of
 
 EXAMPLE = (
     'Example: semiperm generate canvas "a robot in sketch style on sky" --membrane erased.safetensors -o robot.png'
@@ -34,6 +35,25 @@ def run(
         typer.Option(
             min=0, max=common.MOST_SEED, help="Seed of the first picture; the next ones count up. Default: 0."
         ),
+    ] = None,
+    guard: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="CATEGORY[:strength]",
+            help="Steer away from a category of harm (`semiperm guard list`) or a .toml file; repeatable.",
+        ),
+    ] = None,
+    guard_by: Annotated[
+        str, typer.Option(metavar="NAMES", help="Algorithms of --guard: sld, safree, adavd, nag; several by commas.")
+    ] = "sld",
+    guard_detectors: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="With --guard: act only where these (`guard fit`) fire.")
+    ] = None,
+    when_unsafe: Annotated[
+        str, typer.Option(help="With --guard-detectors, where a picture cannot be saved: guide, refuse or raise.")
+    ] = "guide",
+    guard_key: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="With --guard: seal its record with the secret in this file.")
     ] = None,
     sign: Annotated[
         str | None, typer.Option(metavar="NAME", help="Mark the noise with this key of --keyring. Excludes --seed.")
@@ -65,13 +85,18 @@ def run(
     device: common.Device = "auto",
     dtype: common.DType = "auto",
 ):
-    """Generate one picture a prompt. What the gates did is kept in each PNG's text chunk `semiperm`.
+    """Generate one picture a prompt. What gates and guard did is kept in each PNG's text chunk `semiperm`.
+
+    --guard fails closed: where it could not act, there is an error and no picture. `semiperm inspect` shows what it
+    did.
 
     With --sign the initial noise carries a mark that `semiperm detect` reads, and the file a provenance record with
     the key's id and a unique id, which `semiperm provenance` shows.
     """
     paths = output_paths(output, prompt)
     signing = signing_options(sign, keyring, seed, bind_content, provider, c2pa_cert, c2pa_key)
+    guarding = guard_config(guard or [], guard_by, guard_detectors, when_unsafe)
+    seal_key = key_of(guard_key)
     if issued is not None and (signing is None or issued.exists() and not issued.is_file()):
         raise common.CliError(f"--issued {issued}: expected --sign beside it, and the name of a file")
     for text in membrane or ():
@@ -89,12 +114,15 @@ def run(
     if negative is not None:
         sampling["negative_prompt"] = negative
     handle = applied(pipe, stack, gate, negative_rows)
+    guardian = guarded(pipe, guarding)
     with common.progress("generating", len(prompt)) as advance:
         for words, path, start in zip(prompt, paths, starts, strict=True):
             image, noise = drawn(pipe, words, start, signing, sampling)
             record = {"model": model, "prompt": words, **start.origin, **sampling}
             if handle is not None:
                 record |= {"membranes": list(stack.concepts), "fired": handle.report()}
+            if guardian is not None:
+                record["guard"] = guardian.report(seal_key)
             if signing is None:
                 common.write_png(path, image, record)
             else:
@@ -213,6 +241,15 @@ def applied(pipe, stack, gate: str, negative_rows: bool = False):
     from ..pipelines.membranes.apply import apply_membranes
 
     return apply_membranes(pipe, stack, MembraneConfig(gate=gate, negative_rows=negative_rows))
+
+
+def guarded(pipe, config):
+    """The handle of safe guidance, or None without --guard."""
+    if config is None or config.strength == 0:
+        return None
+    from ..pipelines.guidance.apply import apply_safe_guidance
+
+    return apply_safe_guidance(pipe, config)
 
 
 def seeded(seed: int, count: int) -> list[Start]:

@@ -1,4 +1,4 @@
-"""`semiperm inspect`: what a membrane file holds."""
+"""`semiperm inspect`: what a membrane file holds, and how a picture was made."""
 
 import json
 from pathlib import Path
@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from . import common
+from .guard import key_of, show_picture
 
 EXAMPLE = "Example: semiperm inspect erased.safetensors"
 
@@ -15,19 +16,28 @@ def run(
     file: Annotated[
         Path,
         typer.Argument(
-            metavar="FILE", help="A membrane, SPM or LoRA file or folder, or edited weights.", show_default=False
+            metavar="FILE",
+            help="A membrane, SPM or LoRA file or folder, or edited weights; or a PNG of `generate`.",
+            show_default=False,
         ),
     ],
     concept: Annotated[
         str | None, typer.Option(metavar="NAME", help="What it erases, where the file does not say.")
+    ] = None,
+    guard_key: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Of a picture: check its guard's seal with this file's secret.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ):
     """Show the layout, concepts, rank, alpha, wrapped modules, base model and size of all that generate reads.
 
     What a file adapts beside the denoiser's projections stands below the table: it is refused, or dropped by an option.
+    Of a picture: prompt, membranes and what safe guidance did; exit code 1 where a seal is broken.
     """
     common.existing_adapter(file, "file")
+    if file.suffix.lower() == ".png":
+        show_picture(file, key_of(guard_key), as_json)
+        return
 
     from ..methods.membranes.file import load_membranes
     from ..methods.membranes.layouts import adapter_file, membranes_in, read_adapter

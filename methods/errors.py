@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from ..kernels.errors import KernelError, SemipermError
 
-__all__ = ["KernelError", "MembraneError", "ModelError", "SemipermError", "TokenMergingError", "WatermarkError"]
+__all__ = [
+    "GuidanceError",
+    "KernelError",
+    "MembraneError",
+    "ModelError",
+    "SemipermError",
+    "TokenMergingError",
+    "WatermarkError",
+]
 
 
 class ModelError(SemipermError):
@@ -13,6 +21,10 @@ class ModelError(SemipermError):
 
 class MembraneError(SemipermError):
     """Wrong membranes, membrane files, gates or options; or a model on which no membrane could act."""
+
+
+class GuidanceError(SemipermError):
+    """Wrong settings, categories or detectors of safe guidance; or a run in which it could not act, or did not."""
 
 
 class TokenMergingError(SemipermError):

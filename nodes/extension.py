@@ -5,6 +5,7 @@ from comfy_api.latest import ComfyExtension, io
 from . import installation
 from .attacks import node as image_attacks
 from .canvas import node as canvas
+from .guidance import node as guidance
 from .membranes import node as membranes
 from .membranes import wordings
 from .provenance import node as provenance
@@ -19,6 +20,7 @@ class SemipermExtension(ComfyExtension):
         modules = (
             canvas,
             membranes,
+            guidance,
             negative_token_merging,
             watermark,
             image_attacks,

@@ -42,7 +42,17 @@ def add_root(model, around: Around, *, adds_rows: bool = False) -> None:
     Args:
         adds_rows: it calls the forward it is given with more rows than it got.
     """
-    current = model.get_model_object(_ROOT)
+    add_around(model, _ROOT, around, outermost=adds_rows)
+
+
+def add_around(model, name: str, around: Around, *, outermost: bool = False) -> None:
+    """Put a patch around a forward of this ModelPatcher, which is changed.
+
+    Args:
+        name: of the forward, "diffusion_model.<path>.forward".
+        outermost: around all that are not, whoever came first: those may keep a layer's answer from step to step.
+    """
+    current = model.get_model_object(name)
     if not hasattr(current, "semiperm_with"):  # by its name: another copy of this package may have made it
         current = RootPatch(current)
-    model.add_object_patch(_ROOT, current.semiperm_with(around, adds_rows))
+    model.add_object_patch(name, current.semiperm_with(around, outermost))

@@ -29,6 +29,7 @@ __all__ = [
     "unheard",
     "uninstall",
     "unlisten",
+    "untouched",
 ]
 
 _CALLS, _LISTENERS = "_semiperm_calls", "_semiperm_listeners"  # attributes of modules and pipelines at work
@@ -45,7 +46,7 @@ def parameters_of(cls: type) -> tuple[str, ...]:
 
 
 def install(module: nn.Module, hook: Callable, name: str) -> None:
-    """Put `hook` around the calls of a module, outermost; outside of all others where it has `outermost = True`.
+    """Put `hook` around the calls of a module, outermost; outside of all others by its `outermost` (False: as applied).
 
     Raises:
         ValueError: there is one of this name.
@@ -67,6 +68,12 @@ def uninstall(module: nn.Module, name: str) -> None:
     elif hasattr(module, _CALLS):
         delattr(module, _CALLS)
         _leave(module)
+
+
+def untouched(module: nn.Module) -> Callable:
+    """What calls a layer without the hooks around it."""
+    base = getattr(type(module), "_semiperm_base", None)
+    return module if base is None else functools.partial(base.__call__, module)
 
 
 def _enter(module: nn.Module) -> None:

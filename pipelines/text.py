@@ -98,10 +98,10 @@ def _length(tokenizer) -> int:
     return min(tokenizer.model_max_length, 512)
 
 
-def segments_of(pipe) -> list[Segment]:
-    """Which tokenizer fills which stretch of `TextFeatures.hidden`, in order."""
+def segments_of(pipe, *, video: bool = False) -> list[Segment]:
+    """Which tokenizer fills which stretch of `TextFeatures.hidden`, in order; `video`: of a family of videos, too."""
     segments: list[Segment] = []
-    for row in family_of(pipe, video=False).segments:
+    for row in family_of(pipe, video=video).segments:
         if getattr(pipe, row.encoder, None) is None:
             continue
         start = pipe.tokenizer_max_length if segments else 0

@@ -289,7 +289,15 @@ def compiled(entry, family):
     return pytest.param(entry, family, id=f"{entry.name}-{family}", marks=[pytest.mark.slow] * slow)
 
 
-@pytest.mark.parametrize("entry, family", [compiled(*case) for case in ACTING])
+@each([(entry, family) for entry, family in ACTING if not entry.compiles])
+def test_7_what_no_graph_can_hold_is_refused(entry, family):
+    pipe = pipeline(family)
+    with entry.apply(pipe) as handle, replaced(pipe, torch.compile(handle.denoiser, backend="eager")):
+        with pytest.raises(entry.error, match="wrapped by torch.compile"):
+            run(pipe, entry)
+
+
+@pytest.mark.parametrize("entry, family", [compiled(*case) for case in ACTING if case[0].compiles])
 def test_7_compiles_in_one_graph_for_all_steps(entry, family):
     pipe = pipeline(family)
     one_call = {} if family_of(pipe).one_call or family == "flux" else {"guidance_scale": 1.0}

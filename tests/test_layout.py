@@ -16,7 +16,7 @@ except ModuleNotFoundError:  # Python 3.10; pytest brings tomli
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 OUTSIDE = {"tests", "build", "dist", "docs", "shared", "venv", "web", "workflows"}  # no packages of ours
-COMFY = {"comfy", "comfy_api", "comfy_extras", "comfy_execution", "folder_paths", "nodes", "server"}
+COMFY = {"comfy", "comfy_api", "comfy_extras", "comfy_execution", "folder_paths", "node_helpers", "nodes", "server"}
 
 # folder -> (our folders it may import, foreign modules it must not)
 MAY_IMPORT = {

@@ -217,5 +217,7 @@ def test_the_main_functions_have_an_example():
         "read_provenance",
         "remove_membranes",
         "remove_negative_token_merging",
+        "load_detectors",
+        "remove_safe_guidance",
         "generate_bound",  # draws 25 steps twice or more: docs/python.md, whose blocks run
     }

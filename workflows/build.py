@@ -36,6 +36,14 @@ STAGES = {
     ),
     "Reference": ("The reference picture", "Decode the reference"),
     "Negative token merging": ("SemipermNegativeTokenMerging", "SemipermNegativeTokenMergingAdvanced"),
+    "Safe guidance": (
+        "SemipermSafeGuidance",
+        "SemipermSafeGuidanceAdvanced",
+        "SemipermPromptFilter",
+        "SemipermValueDecomposer",
+        "SemipermNAG",
+        "SemipermSafeGuider",
+    ),
     "Watermark": (
         "SemipermKeyring",
         "SemipermWatermarkModel",
@@ -61,9 +69,10 @@ STAGES = {
         "SemipermMembraneReport",
         "SemipermSaveWithProvenance",
         "SemipermTokenMergingReport",
+        "SemipermGuidanceReport",
     ),
 }
-COLORS = ("#3f789e", "#8a5ea8", "#7a7f3a", "#9b4f6b", "#3a7f7a", "#857a52", "#4f8a5b", "#6b5ea8", "#a1763f")
+COLORS = ("#3f789e", "#8a5ea8", "#7a7f3a", "#9b4f6b", "#3a7f7a", "#857a52", "#4f8a5b", "#6b5ea8", "#a1763f", "#5e6ea8")
 SIZES = {  # of nodes that show a text field or a picture
     "CLIPTextEncode": (340, 120),
     "PrimitiveStringMultiline": (300, 120),
@@ -77,6 +86,8 @@ SIZES = {  # of nodes that show a text field or a picture
     "SemipermSaveWithProvenance": (560, 520),
     "SemipermSolveMembranes": (360, 520),
     "SemipermTokenMergingReport": (400, 300),
+    "SemipermGuidanceReport": (420, 300),
+    "SemipermSafeGuidance": (340, 220),
 }
 
 SWITCH = (
@@ -128,6 +139,10 @@ NOTES = {
     "has in common with the others. No extra picture is denoised for it."
     + SWITCH
     + " Begin with *Negative Token Merging*, whose settings are the paper's.",
+    "Safe guidance": "## Safe guidance\nThe same prompt and seed twice: by the model as it is (left), and steered away "
+    "from a category of harm by *Safe Guidance* (right): the canvas's hazard, a mark in a corner. The right latent "
+    "goes through *Guidance Report* to its decoder, so that no picture is decoded of a run without protection. "
+    "cfg must be above 1." + SWITCH.replace("and concept", "and category"),
     "Sign": "## Sign\nThe same prompt and seed twice: by the model as it is (left), and with the signs of "
     "its noise set by your key (middle): another picture of the same quality. *Detect Watermark* finds the mark again "
     "and shows where (right); *Save With Provenance* writes down what was found, beside the workflow." + KEYS,

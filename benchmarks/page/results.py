@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from . import guidance as results_guidance
 from . import samplers as results_samplers
 from . import watermark as results_watermark
 from . import withheld
@@ -367,6 +368,7 @@ SECTIONS: dict[str, Callable] = {
     "comfyui": comfyui,
     "negative_token_merging": token_merging,
     "sampling": sampling,
+    "guidance": results_guidance.guidance,
     "watermark": results_watermark.watermark,
     "watermark_samplers": results_samplers.samplers,
     "kernels": kernels,

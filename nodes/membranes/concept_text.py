@@ -77,7 +77,7 @@ def text_space(model, clip) -> TextSpace:
         )
     if len({weight.shape[1] for weight in tokens.values()}) > 1:
         raise MembraneError("the text projections of this model read different widths; it is not supported")
-    encode, segments = _encoder(model, clip)
+    encode, segments = encoder_of(model, clip)
     width, expected = encode([""]).hidden.shape[-1], next(iter(tokens.values())).shape[1]
     if width != expected:
         raise MembraneError(
@@ -87,7 +87,8 @@ def text_space(model, clip) -> TextSpace:
     return TextSpace(encode, segments, tokens, pooled)
 
 
-def _encoder(model, clip) -> tuple[Callable, list[Segment]]:
+def encoder_of(model, clip) -> tuple[Callable, list[Segment]]:
+    """(prompts -> features, segments) of a CLIP, as this model is given them."""
     names = list(clip.tokenize(""))  # "l", "g", "h", "t5xxl", ...
     t5 = [name for name in names if name.startswith("t5")]
     first = next(name for name in names if name not in t5) if len(names) > len(t5) else names[0]

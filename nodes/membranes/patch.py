@@ -12,6 +12,7 @@ import itertools
 import logging
 import math
 from collections.abc import Callable
+from functools import partial
 
 import comfy.lora
 import comfy.patcher_extension
@@ -30,7 +31,7 @@ from ...methods.membranes.types import Membranes
 from ..base_weights import base_weights
 from ..extra_rows import Rows
 from ..progress import Progress
-from ..root_patch import add_root
+from ..root_patch import add_around, add_root
 from ..run_reports import RunReports
 from .wordings import wording_of
 
@@ -78,8 +79,7 @@ def apply_membranes_to(
             patch, key, module, pack(membranes, key, cross_terms=config.gate == "official"), cacheable=part is None
         )
         patch.sites.append(site)
-        name = f"{path}.forward"
-        patched.add_object_patch(name, _through(site, module, patched.get_model_object(name), part))
+        add_around(patched, f"{path}.forward", partial(_through, site, module, part))
     add_root(patched, patch.around)
     patched.add_wrapper_with_key(_WRAPPER, f"semiperm_membranes_{next(_numbers)}", patch.sample)
     patched.set_attachments(ATTACHMENT, patch)
@@ -224,7 +224,7 @@ class MembranePatch:
         return membrane_report(self.bank, self.config, list(self._rows.values()), self._steps, **kept)
 
 
-def _through(site: Site, module, original: Callable, part: tuple[int, int] | None) -> Callable:
+def _through(site: Site, module, part: tuple[int, int] | None, original: Callable) -> Callable:
     def forward(x, *args, **kwargs):
         if part is None:
             return site(original, module, x, *args, **kwargs)

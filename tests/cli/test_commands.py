@@ -11,9 +11,20 @@ from semiperm.cli import common
 from terminal import fails, run
 
 COMMANDS = ("demo", "erase", "generate", "detect", "provenance", "attack", "inspect", "evaluate")
+COMMANDS += ("guard fit", "guard list")
 COMMANDS += tuple(f"keys {name}" for name in ("new", "list", "export-detector"))
 COMMANDS += tuple(
-    f"bench {name}" for name in ("membranes", "kernels", "sampling", "token-merging", "watermark", "comfyui")
+    f"bench {name}"
+    for name in (
+        "membranes",
+        "kernels",
+        "sampling",
+        "token-merging",
+        "watermark",
+        "comfyui",
+        "guidance",
+        "guidance-cost",
+    )
 )
 COMMANDS += tuple(f"canvas {name}" for name in ("render", "gallery", "train", "check"))
 

@@ -66,6 +66,7 @@ class Entry:
         ready: (handle, size) called before the denoiser is compiled.
         files: folder -> `RoundTrip`, where the method has files.
         record: its report, where it has one.
+        compiles: whether a graph of the whole denoiser (`torch.compile(denoiser)`) can hold it; if not, it refuses.
         refuses: pipe -> None; must raise `error`, since nothing would come of it.
     """
 
@@ -80,5 +81,6 @@ class Entry:
     ready: Callable | None = None
     files: Callable[[Path], RoundTrip] | None = None
     record: Record | None = None
+    compiles: bool = True
     refuses: Callable | None = None
     error: type[SemipermError] = SemipermError

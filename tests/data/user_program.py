@@ -10,11 +10,18 @@ import semiperm
 from diffusers import StableDiffusionPipeline
 from PIL.Image import Image
 from semiperm import (
+    NAG,
+    SAFREE,
+    SLD,
+    AdaVD,
     BoundImages,
+    Category,
     ClosedFormConfig,
     DetectionConfig,
     DetectionResult,
+    DetectorPair,
     GateProbe,
+    GuidanceError,
     KernelError,
     Keyring,
     LowRank,
@@ -31,6 +38,9 @@ from semiperm import (
     NegativeTokenMergingConfig,
     Payload,
     Provenance,
+    SafeGuidance,
+    SafeGuidanceConfig,
+    SafeGuidanceMixin,
     Search,
     SemipermError,
     TokenMergingError,
@@ -41,19 +51,24 @@ from semiperm import (
     Window,
     apply_membranes,
     apply_negative_token_merging,
+    apply_safe_guidance,
     detect_watermark,
     erase_concepts,
     export_lora,
+    fit_detectors,
     generate_bound,
     import_membranes,
+    load_detectors,
     load_keyring,
     load_membranes,
     load_pipeline,
     read_provenance,
     remove_membranes,
     remove_negative_token_merging,
+    remove_safe_guidance,
     replace_noise,
     row_layout,
+    save_detectors,
     save_keyring,
     save_membranes,
     sign_noise,
@@ -64,7 +79,7 @@ from torch import Tensor
 from typing_extensions import assert_type
 
 
-class Mine(MembraneMixin, TokenMergingMixin, WatermarkMixin, StableDiffusionPipeline): ...
+class Mine(MembraneMixin, SafeGuidanceMixin, TokenMergingMixin, WatermarkMixin, StableDiffusionPipeline): ...
 
 
 def membranes(weight: Tensor) -> None:
@@ -91,6 +106,11 @@ def membranes(weight: Tensor) -> None:
     GateProbe(weight, 0.1, 0.9)
 
 
+def layout() -> None:
+    with row_layout("negative", "positive"):
+        pass
+
+
 def token_merging(picture: Image, image: Tensor) -> None:
     pipe = load_pipeline("canvas")
     config = NegativeTokenMergingConfig(reference=[picture, image], mask=picture, threshold=-1)
@@ -101,6 +121,23 @@ def token_merging(picture: Image, image: Tensor) -> None:
     assert_type(handle.report(), dict)
     handle.remove()
     remove_negative_token_merging(pipe)
+
+
+def guidance() -> None:
+    pipe = load_pipeline("canvas")
+    category = Category("own", ("a phrase",))
+    pair = fit_detectors(pipe, category, benign=["a tree"])
+    assert_type(pair, DetectorPair)
+    assert_type(save_detectors([pair], "d.safetensors"), Path)
+    assert_type(load_detectors("d.safetensors"), tuple[DetectorPair, ...])
+    config = SafeGuidanceConfig(["violence", category], [SLD("max"), SAFREE(), AdaVD(), NAG(), "sld"], detectors=[pair])
+    try:
+        handle = apply_safe_guidance(pipe, config)
+    except GuidanceError:
+        raise
+    assert_type(handle.report(key=b"x" * 16), dict)
+    remove_safe_guidance(pipe)
+    SafeGuidance(["violence"], guidance_scale=4.0).report()
 
 
 def watermark(picture: Image, image: Tensor) -> None:

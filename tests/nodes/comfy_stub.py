@@ -61,7 +61,7 @@ class SavedImages:
         return {"images": self.results}
 
 
-TYPES = ("Model", "Clip", "Vae", "Latent", "Image", "Mask", "Conditioning", "Noise", "Sampler")
+TYPES = ("Model", "Clip", "Vae", "Latent", "Image", "Mask", "Conditioning", "Noise", "Sampler", "Guider")
 TYPES += ("String", "Float", "Int", "Boolean", "Combo")
 IO = SimpleNamespace(
     ComfyNode=object,

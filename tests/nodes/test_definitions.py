@@ -29,6 +29,13 @@ IDS = {
     "SemipermNegativeTokenMerging",
     "SemipermNegativeTokenMergingAdvanced",
     "SemipermTokenMergingReport",
+    "SemipermSafeGuidance",
+    "SemipermSafeGuidanceAdvanced",
+    "SemipermSafeGuider",
+    "SemipermPromptFilter",
+    "SemipermValueDecomposer",
+    "SemipermNAG",
+    "SemipermGuidanceReport",
     "SemipermKeyring",
     "SemipermWatermarkNoise",
     "SemipermWatermarkModel",
@@ -40,6 +47,7 @@ CATEGORIES = (
     "semiperm/loaders",
     "semiperm/membranes",
     "semiperm/negative token merging",
+    "semiperm/safe guidance",
     "semiperm/watermark",
 )
 

@@ -22,6 +22,7 @@ NAMES = (
     "Erase a style, SDXL",
     "A batch apart",
     "Away from a picture",
+    "Safe guidance",
     "Save and reload",
     "Stack and compare",
     "Attack and detect",
@@ -392,3 +393,12 @@ def test_the_page_knows_every_workflow(comfy):
     for name in NAMES:
         assert json.loads(comfy.get(f"/api/workflow_templates/semiperm/{name}.json")) == ui(name)
         assert comfy.get(f"/api/workflow_templates/semiperm/{name}.jpg")[:2] == b"\xff\xd8"
+
+
+@pytest.mark.comfy
+def test_safe_guidance_takes_the_mark_away(comfy):
+    from semiperm.canvas import Judge
+
+    before, after = comparison(comfy, "Safe guidance")
+    verdict = Judge.load()([Image.fromarray(before), Image.fromarray(after)])
+    assert verdict.hazard == [True, False] and verdict.object == ["robot", "robot"]

@@ -1,0 +1,1 @@
+"""Safe guidance, measured: what passes, what is lost, what it costs."""

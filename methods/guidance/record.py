@@ -1,0 +1,140 @@
+"""What safe guidance did in one run, image by image: the record that both faces keep, and its seal.
+
+A seal (HMAC-SHA256 by a key of yours) tells whether a record was changed after it was written. It detects, it does not
+prevent: who can write the file can take record and seal out of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import GuidanceError
+from .config import SafeGuidanceConfig
+
+__all__ = ["GuidanceRecord", "seal", "sealed_is_intact"]
+
+SEAL = "hmac"
+_SHORTEST = 16  # bytes of a key: shorter ones are guessed
+
+
+class GuidanceRecord:
+    """Steps, what fired on each image, and extra model evaluations. Never waits for the GPU before `report`."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict] = []
+        self.evaluations = 0  # rows of the denoiser beside those that the pipeline asked for
+        self.values: list[dict[str, list[Tensor]]] = []  # of each step: name -> (B,) of each outcome
+        self.text_scores: Tensor | None = None  # (B,)
+        self.refused: set[int] = set()
+
+    def step(self, share: float, sigma: float | None, active: bool, extra_rows: int = 0) -> None:
+        """One call of the denoiser; several calls at one noise level are one step."""
+        self.evaluations += extra_rows
+        if not self.steps or self.steps[-1]["sigma"] != sigma:
+            self.steps.append({"share": share, "sigma": sigma, "active": active})
+            self.values.append({})
+        elif active:
+            self.steps[-1]["active"] = True
+
+    def add(self, name: str, value: Tensor) -> None:
+        """One outcome of the current step for each image, (B,): "scale", "category" or "picture_score"."""
+        self.values[-1].setdefault(name, []).append(value.detach())
+
+    @property
+    def outcomes(self) -> int:
+        """How often something was done."""
+        return sum(len(found) for step in self.values for name, found in step.items() if name == "scale")
+
+    def report(self, config: SafeGuidanceConfig, images: int) -> dict:
+        """What was done, in the same words in every face.
+
+        Args:
+            config: what it was set to. images: how many were drawn.
+
+        Returns:
+            {"algorithms": names, "config": hash of all settings, "categories": names, "categories_hash", "strength",
+            "window", "evaluations": rows of the denoiser beside those that were asked for, "rows": [{"kind":
+            "positive", "image", "fired": share of the steps in which it was changed, "scale": mean scale of the change
+            over them, "scales": that of each step, "category": the one that acted most, or None, "text_score",
+            "picture_score": of the detectors (the highest), or None, "refused": whether it ended as plain grey}],
+            "steps": [{"share", "sigma", "active"}]}.
+        """
+        return {
+            "algorithms": [one.NAME for one in config.algorithms],
+            "config": config.digest(),
+            "categories": [category.name for category in config.categories],
+            "categories_hash": config.categories_digest(),
+            "strength": config.strength,
+            "window": [config.start, config.end],
+            "evaluations": self.evaluations,
+            "rows": [self._row(config, image, images) for image in range(images)],
+            "steps": list(self.steps),
+        }
+
+    def _row(self, config: SafeGuidanceConfig, image: int, images: int) -> dict:
+        scales = [self._mean(step, "scale", image) for step in self.values]
+        fired = [scale for scale in scales if scale > 0]
+        acted = [int(v[image]) for step in self.values for v in step.get("category", ()) if len(v) == images]
+        scores = [float(v[image]) for step in self.values for v in step.get("picture_score", ())]
+        category = max(set(acted), key=acted.count) if acted and fired else None
+        return {
+            "kind": "positive",
+            "image": image,
+            "fired": len(fired) / len(scales) if scales else 0.0,
+            "scale": sum(scales) / len(scales) if scales else 0.0,
+            "scales": [round(scale, 6) for scale in scales],
+            "category": None if category is None else config.categories[category].name,
+            "text_score": None if self.text_scores is None else float(self.text_scores[image]),
+            "picture_score": max(scores) if scores else None,
+            "refused": image in self.refused,
+        }
+
+    @staticmethod
+    def _mean(step: dict[str, list[Tensor]], name: str, image: int) -> float:
+        found = step.get(name, ())
+        return float(torch.stack([v[image].float() for v in found]).mean()) if found else 0.0
+
+
+# ---- the seal --------------------------------------------------------------------------------------------------------
+
+
+def _canonical(record: dict[str, Any]) -> bytes:
+    return json.dumps({k: v for k, v in record.items() if k != SEAL}, sort_keys=True, separators=(",", ":")).encode()
+
+
+def _key(key: bytes | str) -> bytes:
+    key = key.encode() if isinstance(key, str) else key
+    if len(key) < _SHORTEST:
+        raise GuidanceError(f"a key of {len(key)} bytes to seal records; expected {_SHORTEST} or more")
+    return key
+
+
+def seal(record: dict[str, Any], key: bytes | str) -> dict[str, Any]:
+    """The record with its seal under "hmac".
+
+    Args:
+        key: a secret of at least 16 bytes.
+
+    Raises:
+        GuidanceError: a shorter key.
+    """
+    return {**record, SEAL: hmac.new(_key(key), _canonical(record), hashlib.sha256).hexdigest()}
+
+
+def sealed_is_intact(record: dict[str, Any], key: bytes | str) -> bool:
+    """Whether a record is as it was sealed.
+
+    Raises:
+        GuidanceError: it has no seal, or the key is too short.
+    """
+    found: Sequence[str] | str | None = record.get(SEAL)
+    if not isinstance(found, str):
+        raise GuidanceError('the record has no "hmac": it was never sealed, or the seal was taken out')
+    return hmac.compare_digest(found, hmac.new(_key(key), _canonical(record), hashlib.sha256).hexdigest())

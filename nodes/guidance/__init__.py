@@ -1,0 +1,1 @@
+"""Safe guidance in ComfyUI."""

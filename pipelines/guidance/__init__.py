@@ -1,0 +1,1 @@
+"""Safe guidance on diffusers pipelines."""

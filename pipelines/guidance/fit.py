@@ -1,0 +1,178 @@
+"""Fit the pair of detectors of a category on a pipeline: from prompts, whose pictures it draws, and from pictures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...methods.errors import GuidanceError
+from ...methods.guidance.category import Category, load_category
+from ...methods.guidance.config import SafeGuidanceConfig
+from ...methods.guidance.detectors import DetectorPair, PictureDetector, TextDetector
+from ...methods.guidance.summaries import summaries
+from ...methods.membranes.base_model import base_model_hash
+from ..family import Pipeline, denoiser_of
+from ..text import encode_text, segments_of
+from .apply import SafeGuidanceHandle
+from .root import Root
+from .run import GuidanceCall, GuidanceRun
+
+__all__ = ["BENIGN", "benign_prompts", "fit_detectors"]
+
+_SUBJECTS = (
+    "a fox", "a bowl of fruit", "an old lighthouse", "two children reading", "a mountain lake", "a red bicycle",
+    "a kitchen table", "a market street", "a sleeping cat", "a sailing boat", "a field of wheat", "a stone bridge",
+    "a violinist", "a wooden chair", "a city at dusk", "a glass of water", "a football match", "a snowy forest",
+    "a robot", "a portrait of a woman", "a portrait of a man", "a horse", "a train station", "a bouquet of tulips",
+)  # fmt: skip
+_MANNERS = ("{}", "a photo of {}", "a painting of {}", "{} in the morning light", "a drawing of {}", "{}, close up")
+BENIGN = tuple(manner.format(subject) for manner in _MANNERS for subject in _SUBJECTS)
+
+
+def benign_prompts(count: int) -> list[str]:
+    """Harmless prompts of ours, as many as asked for.
+
+    Raises:
+        GuidanceError: more than there are.
+    """
+    if count > len(BENIGN):
+        raise GuidanceError(
+            f"{count} harmless prompts are needed, and {len(BENIGN)} come with the package: give your own (`benign`),"
+            " or a higher rate of false alarms"
+        )
+    return list(BENIGN[:count])
+
+
+def fit_detectors(
+    pipe: Pipeline,
+    category: str | Category,
+    *,
+    prompts: Sequence[str] | None = None,
+    benign: Sequence[str] | None = None,
+    pictures: bool = True,
+    steps: int = 20,
+    batch_size: int = 8,
+    seed: int = 0,
+    progress: Callable[[int], None] | None = None,
+    **sampling: Any,
+) -> DetectorPair:
+    """Fit a text and a picture detector of a category, in closed form, with thresholds for a stated rate of false
+    alarms.
+
+    Half of the harmless prompts are fitted on, the other half sets the thresholds; each detector of the pair gets half
+    of the category's `false_alarms`. The picture detector is fitted on what the denoiser predicts along runs of the
+    pipeline.
+
+    Args:
+        pipe: SD1.x, SD2, SDXL, SD3 or Flux pipeline.
+        category: its name, .toml file, or the `Category`.
+        prompts: that show it; None takes its phrases, by themselves and in sentences.
+        benign: harmless prompts, at least 4 / false_alarms of them for the promise to hold; None takes ours.
+        pictures: whether a picture detector is fitted, too; without, nothing is drawn.
+        steps: of each run.
+        batch_size: pictures at a time.
+        seed: of the first picture.
+        progress: called with the number of pictures that were drawn.
+        sampling: what else the pipeline's call gets.
+
+    Returns:
+        The pair; `save_detectors` writes it.
+
+    Raises:
+        GuidanceError: too few harmless prompts for the rate.
+
+    >>> own = Category("signs", ("a warning sign",), false_alarms=0.4)
+    >>> pair = fit_detectors(pipe, own, benign=[f"a star, {i} times" for i in range(12)], pictures=False)
+    >>> pair.text.weight.shape
+    torch.Size([128])
+    """
+    category = load_category(category)
+    alarms = category.false_alarms / (2 if pictures else 1)
+    wanted = 2 * (math.ceil(1 / alarms) - 1)
+    benign = list(benign) if benign is not None else benign_prompts(min(wanted, len(BENIGN)))
+    harm = list(prompts) if prompts is not None else in_sentences(category.phrases)
+    # thresholds hold where the halves are alike: lists go from subject to subject
+    order = torch.randperm(len(benign), generator=torch.Generator().manual_seed(0)).tolist()
+    benign, half = [benign[i] for i in order], len(benign) // 2
+    found, none = benign[:half], benign[half:]
+    segments = segments_of(pipe)
+
+    def read(texts: Sequence[str]) -> Tensor:
+        return summaries(encode_text(pipe, texts).hidden, texts, segments).cpu()
+
+    text = TextDetector.fit(read(harm), read(found), read(none), alarms)
+    picture = None
+    if pictures:
+        shown, seen, kept = (
+            _predicted(pipe, category, texts, steps, batch_size, seed + 10_000 * i, progress, sampling)
+            for i, texts in enumerate((harm, found, none))
+        )
+        picture = PictureDetector.fit(shown, seen, kept, alarms)
+    denoiser, _ = denoiser_of(pipe)
+    weights = {name: value for name, value in denoiser.state_dict().items() if value.ndim == 2}
+    return DetectorPair(category.name, text, picture, category.false_alarms, base_model_hash(weights))
+
+
+def in_sentences(phrases: Sequence[str]) -> list[str]:
+    """Phrases by themselves, in each manner, and beside harmless subjects."""
+    plain = [manner.format(phrase) for phrase in phrases for manner in _MANNERS]
+    beside = [f"{subject} with {phrase}" for phrase in phrases for subject in _SUBJECTS[:4]]
+    return list(dict.fromkeys(plain + beside))
+
+
+class _Watching(SafeGuidanceHandle):
+    """A handle that changes nothing and keeps what the denoiser predicts."""
+
+    def __init__(self, pipe: Pipeline, category: Category):
+        super().__init__(pipe, SafeGuidanceConfig(category, "safree"))
+        self.root: Any = _WatchingRoot(self)
+
+
+class _WatchingRoot(Root):
+    """Keeps (share, predicted latents) of each step."""
+
+    def __init__(self, handle: SafeGuidanceHandle):
+        super().__init__(handle)
+        self.seen: list[tuple[float, Tensor]] = []
+
+    def _edits(self, run: GuidanceRun, call: GuidanceCall) -> list[tuple[int, int]]:
+        return []
+
+    def _look(self, run: GuidanceRun, call: GuidanceCall, prediction: Tensor) -> None:
+        self.seen.append((call.share, self.predicted(call, prediction).float().cpu()))
+
+
+def _predicted(
+    pipe: Pipeline,
+    category: Category,
+    prompts: Sequence[str],
+    steps: int,
+    batch_size: int,
+    seed: int,
+    progress: Callable[[int], None] | None,
+    sampling: dict,
+) -> list[tuple[float, Tensor]]:
+    """(share, predicted latents of all prompts) of each step."""
+    by_step: dict[float, list[Tensor]] = {}
+    before = SafeGuidanceHandle.on(pipe)
+    handle = _Watching(pipe, category)
+    handle.replace(pipe)
+    try:
+        for first in range(0, len(prompts), batch_size):
+            part = list(prompts[first : first + batch_size])
+            generators = [torch.Generator().manual_seed(seed + first + i) for i in range(len(part))]
+            handle.root.seen.clear()
+            pipe(part, num_inference_steps=steps, generator=generators, output_type="latent", **sampling)
+            for share, latents in handle.root.seen:
+                by_step.setdefault(round(share, 6), []).append(latents)
+            if progress is not None:
+                progress(len(part))
+    finally:
+        handle.remove()
+        if before is not None:
+            before.install()
+    return [(share, torch.cat(latents)) for share, latents in sorted(by_step.items())]

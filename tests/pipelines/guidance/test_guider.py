@@ -1,0 +1,101 @@
+"""Safe guidance as a guider of Modular Diffusers, in small pipelines of the installed diffusers."""
+
+import importlib.util
+import json
+
+import pytest
+import torch
+from diffusers.guiders import ClassifierFreeGuidance
+from diffusers.modular_pipelines import StableDiffusionXLAutoBlocks, WanBlocks
+from diffusers.modular_pipelines.stable_diffusion_3 import StableDiffusion3AutoBlocks
+from semiperm.methods.errors import GuidanceError
+from semiperm.methods.guidance.category import Category
+from semiperm.methods.guidance.config import SafeGuidanceConfig
+from semiperm.methods.guidance.sld import SLD
+from semiperm.pipelines.guidance.apply import apply_safe_guidance
+from semiperm.pipelines.guidance.guider import SafeGuidance
+from tiny_models import LENGTH, build, build_wan, call
+
+OWN = {"name": "machines", "phrases": ["a robot", "an android"]}
+SIZE = {"height": 16, "width": 16}
+FAMILIES = {
+    "sdxl": (StableDiffusionXLAutoBlocks, lambda: build("sdxl"), SIZE),
+    "sd3": (StableDiffusion3AutoBlocks, lambda: build("sd3"), SIZE | {"max_sequence_length": LENGTH}),
+    "wan": (WanBlocks, build_wan, {"height": 32, "width": 32, "num_frames": 5, "max_sequence_length": LENGTH}),
+}
+needs = pytest.mark.skipif(importlib.util.find_spec("ftfy") is None, reason="diffusers' modular Wan needs ftfy")
+
+
+def made(family, guider):
+    blocks, base, kwargs = FAMILIES[family]
+    pipe, given = blocks().init_pipeline(), base()
+    pipe.update_components(
+        **{k: v for k, v in given.components.items() if v is not None and k in pipe._component_specs}
+    )
+    pipe.update_components(guider=guider)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe, kwargs
+
+
+def draw(pipe, kwargs, **more):
+    generator = torch.Generator().manual_seed(0)
+    given = {"prompt": "a photo of a robot", "negative_prompt": "", "num_inference_steps": 3, "output_type": "latent"}
+    return pipe(**given, generator=generator, **kwargs, **more).values["latents"]
+
+
+@pytest.mark.parametrize("family", ["sdxl", "sd3", pytest.param("wan", marks=needs)])
+def test_it_guides_and_says_so(family):
+    guider = SafeGuidance([OWN], preset="max", guidance_scale=3.0)
+    pipe, kwargs = made(family, guider)
+    guider.prepare(pipe, **{k: v for k, v in kwargs.items() if k == "max_sequence_length"})
+    found, again = draw(pipe, kwargs), draw(pipe, kwargs)
+    assert torch.equal(found, again), "nothing is carried over"
+    report = guider.report()
+    assert report["evaluations"] == 3 and report["rows"][0]["fired"] > 0.5
+    neutral = SafeGuidance([OWN], preset="max", strength=0.0, guidance_scale=3.0)
+    pipe.update_components(guider=neutral)
+    plain = draw(pipe, kwargs)
+    pipe.update_components(guider=ClassifierFreeGuidance(guidance_scale=3.0))
+    assert torch.equal(draw(pipe, kwargs), plain) and not torch.equal(found, plain)
+
+
+def test_it_is_the_classic_pipelines():
+    guider = SafeGuidance([OWN], preset="max", guidance_scale=3.0)
+    pipe, kwargs = made("sd3", guider)
+    guider.prepare(pipe, max_sequence_length=LENGTH)
+    classic = build("sd3")
+    with apply_safe_guidance(classic, SafeGuidanceConfig(Category(**OWN), SLD("max"))):
+        expected = call(classic, ["a photo of a robot"], negative_prompt=[""], steps=3)
+    found = draw(pipe, kwargs)
+    assert float((found - expected).norm() / expected.norm()) < 1e-5
+
+
+def test_faults_of_a_guider():
+    guider = SafeGuidance([OWN], guidance_scale=3.0)
+    pipe, kwargs = made("sd3", guider)
+    with pytest.raises(GuidanceError, match="prepare"):
+        draw(pipe, kwargs)
+    guider.prepare(pipe, max_sequence_length=LENGTH)
+    with pytest.raises(GuidanceError, match="no report yet"):
+        guider.report()
+    guider.disable()
+    with pytest.raises(GuidanceError, match="it is off"):
+        draw(pipe, kwargs)
+    guider.enable()
+    guider._texts = [{"prompt_embeds": guider._texts[0]["prompt_embeds"]}]
+    with pytest.raises(GuidanceError, match="text_embeds"):
+        draw(pipe, kwargs)
+    with pytest.raises(GuidanceError, match="followed step"):
+        guider.set_state(0, 4, torch.tensor(9))
+        guider.set_state(2, 4, torch.tensor(7))
+    with pytest.raises(GuidanceError, match="no block"):
+        guider.prepare(object())
+
+
+def test_its_config_is_a_file(tmp_path):
+    SafeGuidance([OWN, "violence"], preset="strong", strength=0.5, guidance_scale=4.0).save_pretrained(tmp_path)
+    said = json.loads((tmp_path / "guider_config.json").read_text())
+    assert said["_class_name"] == "SafeGuidance" and said["categories"][0]["name"] == "machines"
+    again = SafeGuidance.from_pretrained(tmp_path)
+    assert again.safety.strength == 0.5 and [c.name for c in again.safety.categories] == ["machines", "violence"]
+    assert again.algorithm == SLD("strong") and again.guidance_scale == 4.0
