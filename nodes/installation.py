@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import re
+import sys
 from pathlib import Path
 
 from ..methods import errors
@@ -23,14 +24,16 @@ def check() -> None:
         getattr(errors, name).__module__ = "semiperm"
     if lacking := missing():
         logger.warning(
-            "semiperm: the watermark nodes need %s, which ComfyUI's Python lacks; install: %s",
+            "semiperm: its nodes need %s, which ComfyUI's Python lacks; install: %s",
             " and ".join(lacking),
             install_command("-r", f'"{REQUIREMENTS}"'),
         )
 
 
 def missing() -> list[str]:
-    """Packages of requirements.txt that this Python does not have."""
+    """Packages of requirements.txt that this Python does not have, and needs: some are for older ones alone."""
     lines = REQUIREMENTS.read_text(encoding="utf-8").splitlines()
-    names = [match[0] for line in lines if (match := re.match(r"[\w-]+", line))]
+    older = {line: re.search(r'python_version < "3\.(\d+)"', line) for line in lines}
+    wanted = [line for line in lines if not older[line] or sys.version_info < (3, int(older[line][1]))]
+    names = [match[0] for line in wanted if (match := re.match(r"[\w-]+", line))]
     return [name for name in names if importlib.util.find_spec(name.replace("-", "_")) is None]

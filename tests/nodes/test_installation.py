@@ -24,7 +24,7 @@ def test_a_missing_package_is_told_with_the_right_python(installation, monkeypat
     with caplog.at_level(logging.WARNING, "semiperm"):
         installation.check()
     (said,) = [record.getMessage() for record in caplog.records]
-    assert "watermark nodes need cryptography" in said
+    assert "its nodes need cryptography" in said
     assert f'"/opt/comfy ui/python" -m pip install -r "{installation.REQUIREMENTS}"' in said
 
 
