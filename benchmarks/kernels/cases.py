@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...kernels.dual_context_attention import dual_context_attention
 from ...kernels.gated_low_rank import gated_low_rank
 from ...kernels.keyed_correlation import keyed_correlation
 from ...kernels.normalized_attention_guidance import normalized_attention_guidance
@@ -181,6 +182,34 @@ class NormalizedAttentionGuidance(Operation):
         return 3 * math.prod(self.size) * element, 0
 
 
+class DualContextAttention(Operation):
+    """Joint attention of an image's tokens N, which both contexts share, and P words in each of two contexts."""
+
+    name, letters, bound = "dual_context_attention", "BHNDP", "arithmetic"
+    phi = 4.0
+
+    def inputs(self, device, dtype) -> tuple[Tensor, ...]:
+        batch, heads, tokens, width, words = self.size
+        lengths = (tokens, tokens, tokens, words, words, words, words)
+        return tuple(_noise(n, batch, heads, size, width).to(device, dtype) for n, size in enumerate(lengths))
+
+    def kernel(self, q, k, v, k_positive, v_positive, k_negative, v_negative) -> tuple[Tensor, Tensor]:
+        positive, negative = (k_positive, v_positive), (k_negative, v_negative)
+        return dual_context_attention(q, (k, v), positive, negative, phi=self.phi)[:2]
+
+    def naive(self, q, k, v, k_positive, v_positive, k_negative, v_negative) -> tuple[Tensor, Tensor]:
+        """torch's attention twice, as the released code attends."""
+        return tuple(
+            F.scaled_dot_product_attention(q, torch.cat((k, own_k), 2), torch.cat((v, own_v), 2))
+            for own_k, own_v in ((k_positive, v_positive), (k_negative, v_negative))
+        )
+
+    def work(self, element) -> tuple[int, int]:
+        batch, heads, tokens, width, words = self.size
+        moved = batch * heads * width * (5 * tokens + 4 * words) * element
+        return moved, 4 * batch * heads * tokens * width * (tokens + 2 * words)
+
+
 class SafeGuidanceStep(Operation):
     name, letters = "safe_guidance/safe_guidance_step", "BCHW"
     guidance_scale, safety_guidance_scale, threshold, momentum_scale, beta = 7.5, 0.5, 0.01, 0.3, 0.4
@@ -264,6 +293,7 @@ def small_cases() -> list[Operation]:
         GatedLowRank(3, 77, 40, 56, 5),
         KeyedCorrelation(3, 5, 256, 3),
         NormalizedAttentionGuidance(3, 77, 72),
+        DualContextAttention(2, 3, 77, 40, 13),
         SafeGuidanceStep(3, 4, 9, 7),
     ]
 
@@ -276,6 +306,7 @@ def timed_cases(device: torch.device, quick: bool) -> list[Operation]:
     if quick:
         cases = [TokenMatchMerge(4, 1024, 640), GatedLowRank(2, 1024, 640, 640, 20)]
         cases.append(KeyedCorrelation(2, 64, 2048, 4))
+        cases.append(DualContextAttention(1, 4, 1024, 64, 77))
         return cases + [NormalizedAttentionGuidance(2, 1024, 640), SafeGuidanceStep(4, 4, 64, 64)]
     if device.type == "cuda":
         cases = [TokenMatchMerge(4, 4096, 640), TokenMatchMerge(4, 4096, 3072), TokenMatchMerge(2, 32760, 1536)]
@@ -287,6 +318,8 @@ def timed_cases(device: torch.device, quick: bool) -> list[Operation]:
     cases += [
         KeyedCorrelation(*((16, 1024) if device.type == "cuda" else (4, 64)), length, 4) for length in (2048, 8192)
     ]
+    # a layer of Flux at 1024 pixels; SD3's at 512 on a CPU
+    cases.append(DualContextAttention(*((1, 24, 4096, 128, 512) if device.type == "cuda" else (1, 24, 1024, 64, 154))))
     return cases + [NormalizedAttentionGuidance(2, 4096, 640), SafeGuidanceStep(4, 4, 128, 128)]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -120,10 +119,9 @@ class NegativeTokenMergingConfig:
     @property
     def strengths(self) -> tuple[float, ...]:
         """Of each reference; in diversity mode of all images."""
-        number = len(cast("tuple | None", self.reference) or (None,))  # a tuple since __post_init__
-        return cast(
-            "tuple[float, ...]", self.strength if isinstance(self.strength, tuple) else (self.strength,) * number
-        )
+        if isinstance(self.strength, Sequence):
+            return tuple(self.strength)
+        return (self.strength,) * (len(self.reference) if isinstance(self.reference, tuple) else 1)
 
     @property
     def mode(self) -> str:

@@ -137,9 +137,7 @@ class TokenMergingHandle(Handle):
         run = self.here
         going = run if run is not None and not run.over else None
         super().ended(pipe)
-        if going is None or not going.over or self.compiled:
-            return
-        if nothing := going.record.record.nothing(self.config):
+        if going and going.over and not self.compiled and (nothing := going.record.record.nothing(self.config)):
             logger.warning("%s: %s", self.NAME.strip("_"), nothing)
 
     def report(self) -> dict:
