@@ -93,15 +93,17 @@ def test_the_judge_refuses_what_is_no_picture(judge, bad, message):
         judge(bad)
 
 
-def test_samples_follow_the_caption_and_keep_their_noise(pipe, judge):
+@pytest.mark.parametrize("every", [2, pytest.param(1, marks=pytest.mark.slow)])
+def test_samples_follow_the_caption_and_keep_their_noise(pipe, judge, every):
     """A short version of `semiperm canvas check`; the figures of the model card are in benchmarks/results."""
-    pairs = checking.prompts_of_pairs(1, seed=3)[-24:]  # the three characters in every style
-    images = checking.sample(pipe, [p for p, _, _ in pairs], range(24), steps=8)
+    pairs = checking.prompts_of_pairs(1, seed=3)[-24::every]  # the three characters in every style
+    count = len(pairs)
+    images = checking.sample(pipe, [p for p, _, _ in pairs], range(count), steps=8)
     seen = judge(images)
-    assert sum(a == o for a, (_, o, _) in zip(seen.object, pairs, strict=True)) >= 18
-    assert sum(a == s for a, (_, _, s) in zip(seen.style, pairs, strict=True)) >= 18
-    noise = checking.initial_latents(range(24))
+    assert sum(a == o for a, (_, o, _) in zip(seen.object, pairs, strict=True)) >= 0.75 * count
+    assert sum(a == s for a, (_, _, s) in zip(seen.style, pairs, strict=True)) >= 0.75 * count
+    noise = checking.initial_latents(range(count))
     agreement = checking.sign_agreement(noise, checking.invert(pipe, images))
     assert agreement.mean() > 0.65
-    other = checking.sign_agreement(checking.initial_latents(range(24, 48)), noise)
+    other = checking.sign_agreement(checking.initial_latents(range(count, 2 * count)), noise)
     assert (other - 0.5).abs().max() < 0.1
