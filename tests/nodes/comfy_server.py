@@ -69,7 +69,7 @@ def link_pack(base: Path) -> Path:
 class ComfyServer:
     """A running ComfyUI on 127.0.0.1. `base` is its base directory: base / "models" / "semiperm" and so on."""
 
-    def __init__(self, base: Path, *arguments: str, patience: float = 180):
+    def __init__(self, base: Path, *arguments: str, patience: float = 600):
         self.base = base
         link_pack(base)
         with socket.socket() as probe:
