@@ -149,7 +149,7 @@ def test_the_results_page_is_fresh():
 def section(anchor: str) -> str:
     """The part of docs/results.md under a heading of the second level."""
     parts = (ROOT / "docs" / "results.md").read_text(encoding="utf-8").split("\n## ")[1:]
-    found = {part.splitlines()[0].lower().replace(" ", "-"): part for part in parts}
+    found = {re.sub(r"[^\w -]", "", part.splitlines()[0].lower()).replace(" ", "-"): part for part in parts}
     return found[anchor]
 
 
