@@ -1,12 +1,13 @@
 """What check_wordings.py measured in the real ComfyUI: words open gates there, too."""
 
 import pytest
+from comfy_server import in_comfyui
 
 pytestmark = pytest.mark.comfy
 
 
 @pytest.fixture(scope="module")
-def found(in_comfyui):
+def found():
     return in_comfyui("check_wordings.py")
 
 
