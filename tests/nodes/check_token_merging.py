@@ -12,6 +12,7 @@ import comfy.samplers
 import torch
 from safetensors.torch import load_file
 from semiperm.methods.errors import SemipermError
+from semiperm.methods.membranes.config import MembraneConfig
 from semiperm.nodes.canvas.model import load_canvas
 from semiperm.nodes.membranes.concept_text import erase_in
 from semiperm.nodes.membranes.patch import apply_membranes_to
@@ -176,8 +177,9 @@ found["diversity, queued again"] = difference(sample(apart), spread)
 # with membranes, before and after: the same, and both act
 membranes = erase_in(model, clip, ["robot"])
 prompts = conditioning(PLUSH, OTHER)
-erased = apply_membranes_to(model, membranes)
-before, after = apply(erased, **PUSH), apply_membranes_to(pushing, membranes)
+by_prompt = MembraneConfig(gate="probe")  # "auto" leaves this encoder's membranes always on
+erased = apply_membranes_to(model, membranes, config=by_prompt)
+before, after = apply(erased, **PUSH), apply_membranes_to(pushing, membranes, config=by_prompt)
 first = sample(before, prompts)
 found["membrane before against after"] = difference(first, sample(after, prompts))
 found["membrane alone, row of no robot"] = difference(sample(erased, prompts)[:1], sample(model, prompts)[:1])
