@@ -70,8 +70,8 @@ def at_once(count: int) -> Callable[[dict], str]:
             " common nouns that the canvas does not draw. Asked in withheld words; columns as above.",
             _table(rows, {"untouched": "untouched", "membrane": f"{count} membranes, gate auto"}),
             "Limits: this world's text encoder never learnt most of these nouns, so that its detectors cannot tell and"
-            " the gates stay open: whatever is asked for passes every membrane. It is the worst case for a stack, and no"
-            " figure for encoders that know the words.",
+            " the gates stay open: whatever is asked for passes every membrane. It is the worst case for a stack, and"
+            " no figure for encoders that know the words.",
         )
 
     return section
