@@ -12,7 +12,6 @@ import comfy.samplers
 import torch
 from safetensors.torch import load_file
 from semiperm.methods.errors import SemipermError
-from semiperm.methods.membranes.config import MembraneConfig
 from semiperm.nodes.canvas.model import load_canvas
 from semiperm.nodes.membranes.concept_text import erase_in
 from semiperm.nodes.membranes.patch import apply_membranes_to
@@ -177,12 +176,10 @@ found["diversity, queued again"] = difference(sample(apart), spread)
 # with membranes, before and after: the same, and both act
 membranes = erase_in(model, clip, ["robot"])
 prompts = conditioning(PLUSH, OTHER)
-by_prompt = MembraneConfig(gate="probe")  # "auto" leaves this encoder's membranes always on
-erased = apply_membranes_to(model, membranes, config=by_prompt)
-before, after = apply(erased, **PUSH), apply_membranes_to(pushing, membranes, config=by_prompt)
+erased = apply_membranes_to(model, membranes)
+before, after = apply(erased, **PUSH), apply_membranes_to(pushing, membranes)
 first = sample(before, prompts)
 found["membrane before against after"] = difference(first, sample(after, prompts))
-found["membrane alone, row of no robot"] = difference(sample(erased, prompts)[:1], sample(model, prompts)[:1])
 found["with and without the membrane"] = difference(first[1:], both[1:])
 found["with and without merging"] = difference(first[1:], sample(erased, prompts)[1:])
 found["both, gates"] = [round(row["gamma"]["robot"], 3) for row in membrane_report(after)["rows"]]
