@@ -84,10 +84,11 @@ def difference(a, b):
 ROBOT, OTHER = "a photo of a robot in a quiet garden", "a photo of a horse near the sea"
 plain, plain_other = sample(model, ROBOT), sample(model, OTHER)
 membranes = erase_in(model, clip, ["robot"])
-erased = apply_membranes_to(model, membranes)
+erased = apply_membranes_to(model, membranes, MembraneConfig(gate="probe"))  # "auto" may leave it always on
 found = {"modules": len(membranes.module_keys), "effect": difference(sample(erased, ROBOT), plain)}
 found["gammas"] = [row["gamma"]["robot"] for row in report_of(erased)["rows"]]
 found["other rows"] = difference(sample(erased, OTHER), plain_other)
+found["other gamma"] = report_of(erased)["rows"][-1]["gamma"]["robot"]
 found["removed"] = difference(sample(model, ROBOT), plain)
 
 # an adapter on a projection of image tokens too; in SD3 and Flux it is a slice of a larger weight
@@ -113,7 +114,7 @@ for module in membranes[0].modules:
     patches[target] = ("diff", ((pair.up @ pair.down * pair.scale).to(delta),))
 folded = model.clone()
 folded.add_patches(patches)
-always = apply_membranes_to(model, Membranes([*membranes, *adapter]), MembraneConfig(gate="always"))
+always = apply_membranes_to(model, Membranes([*membranes, *adapter]), MembraneConfig(gate="always", negative_rows=True))
 found["against folded weights"] = difference(sample(always, ROBOT), sample(folded, ROBOT))
 found["sliced"] = part is not None
 found["pooled"] = len(space.pooled)

@@ -213,7 +213,7 @@ for name, call in {
 }.items():
     try:
         call()
-    except WatermarkError as error:
+    except (ModelError, WatermarkError) as error:
         errors[name] = str(error)
 found["errors"] = errors
 print(json.dumps(found))

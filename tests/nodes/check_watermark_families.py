@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import comfy.sample
 import torch
-from semiperm.methods.errors import WatermarkError
+from semiperm.methods.errors import ModelError, WatermarkError
 from semiperm.methods.watermark.keyring import load_keyring
 from semiperm.nodes.watermark.inversion import ComfyInverter
 from semiperm.nodes.watermark.noise import sign_model, signed_like
@@ -49,7 +49,7 @@ try:
     inverter = ComfyInverter(model, vae, conditioning())
     try:
         inverter.encode([torch.rand(3, 16, 16)])
-    except WatermarkError as error:
+    except (ModelError, WatermarkError) as error:
         found["vae"] = str(error)
     calls.clear()
     result = inverter.invert(noise, 1)
@@ -62,6 +62,6 @@ try:
     calls.clear()
     five = inverter.invert(noise, 5)
     found["five"] = len(calls), list(five.shape) == list(noise.shape), bool(five.isfinite().all())
-except WatermarkError as error:
+except (ModelError, WatermarkError) as error:
     found["refused"] = str(error)
 print(json.dumps(found))

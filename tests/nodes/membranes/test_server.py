@@ -85,10 +85,10 @@ def test_another_strength_or_preset_is_not_solved_again(comfy):
 
 
 def test_each_latent_has_its_own_report(comfy):
-    """One erased model, two samplers; the report of the robot's latent says so, whichever ran last."""
+    """One erased model, two samplers; the report of a latent is of its own run, whichever ran last."""
     prompt = graph()
     prompt["other"] = {"class_type": "CLIPTextEncode", "inputs": {"text": "a flat star", "clip": ["1", 1]}}
-    second = prompt["6"]["inputs"] | {"positive": ["other", 0]}
+    second = prompt["6"]["inputs"] | {"positive": ["other", 0], "steps": 3}
     prompt["7"] = {"class_type": "KSampler", "inputs": second}
     prompt["waits"] = {"class_type": "LatentBatch", "inputs": {"samples1": ["6", 0], "samples2": ["7", 0]}}
     prompt["save"]["inputs"]["samples"] = ["waits", 0]
@@ -97,7 +97,7 @@ def test_each_latent_has_its_own_report(comfy):
         prompt[key] = {"class_type": "SemipermMembraneReport", "inputs": inputs}
     entry = comfy.queue(prompt)
     texts = {key: "\n".join(entry["outputs"][key]["text"]) for key in ("r6", "r7")}
-    assert "every membrane fired" in texts["r6"] and "never fired" in texts["r7"]
+    assert "active in 4 of 4 steps" in texts["r6"] and "active in 3 of 3 steps" in texts["r7"]
     prompt["r6"]["inputs"]["samples"] = ["waits", 0]
     (error,) = comfy.queue(prompt)["errors"]
     assert "connect the LATENT of the sampler itself" in error
