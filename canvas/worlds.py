@@ -78,6 +78,12 @@ def encoder_of(workdir: Path, which: str, tokenizer) -> nn.Module:
     return encoder.eval().requires_grad_(False)
 
 
+def _flow_texts(workdir: Path, seed: int):
+    """The tokenizer and both text encoders, which the flow model and its distillate read."""
+    tokenizer = tokenizer_of(workdir, seed)
+    return tokenizer, (encoder_of(workdir, "first", tokenizer), encoder_of(workdir, "second", tokenizer))
+
+
 def train_canvas(
     workdir: Path,
     steps: int = 12_000,
@@ -111,8 +117,7 @@ def train_flow(
     stop_after: int | None = None,
 ) -> None:
     """Train the flow model and write its averaged weights, `transformer.ema.safetensors`."""
-    tokenizer = tokenizer_of(workdir, seed)
-    encoders = encoder_of(workdir, "first", tokenizer), encoder_of(workdir, "second", tokenizer)
+    tokenizer, encoders = _flow_texts(workdir, seed)
     data = encode_pool(workdir, "canvas-flow", pictures, seed)
     model = flow.train_flow(data, tokenizer, encoders, Run(Path(workdir), steps, 64, seed, compile, stop_after))
     save_tensors(model.state_dict(), Path(workdir) / "transformer.ema.safetensors")
@@ -151,8 +156,7 @@ def train_turbo(
     stop_after: int | None = None,
 ) -> None:
     """Distil the trained flow model to four steps and write the low-rank change, `turbo.ema.safetensors`."""
-    tokenizer = tokenizer_of(workdir, seed)
-    encoders = encoder_of(workdir, "first", tokenizer), encoder_of(workdir, "second", tokenizer)
+    tokenizer, encoders = _flow_texts(workdir, seed)
     teacher = flow.build_transformer(2 * vocabulary.WIDTH)
     teacher.load_state_dict(_finished(workdir, "transformer.ema"))
     data = encode_pool(workdir, "canvas-flow", pictures, seed)

@@ -8,6 +8,7 @@ import typer
 from . import common
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure time, side by side with the peers.")
+_WHOLE_RUN = "time of a whole run, in times the bare one's (median, middle half)"
 
 
 @app.command("membranes", epilog="Example: semiperm bench membranes --json membranes.json")
@@ -21,12 +22,7 @@ def membranes(
 
     from ..benchmarks.membranes.run import run
 
-    console = common.console()
-    with console.status("timing; keep the machine quiet"):
-        rows = [{**row, "model": model} for row in run(pipe, quick=quick)]
-    if json_path is not None:
-        common.write_json(json_path, rows)
-    show(console, rows)
+    _time(run, pipe, model, quick, json_path)
 
 
 @app.command("sampling", epilog="Example: semiperm bench sampling --json sampling.json")
@@ -40,12 +36,7 @@ def sampling(
 
     from ..benchmarks.token_merging.sampling import run
 
-    console = common.console()
-    with console.status("timing; keep the machine quiet"):
-        rows = [{**row, "model": model} for row in run(pipe, quick=quick)]
-    if json_path is not None:
-        common.write_json(json_path, rows)
-    show(console, rows, "window", "time of a whole run, in times the bare one's (median, middle half)")
+    _time(run, pipe, model, quick, json_path, case="window", caption=_WHOLE_RUN)
 
 
 @app.command("token-merging", epilog="Example: semiperm bench token-merging --json token_merging.json")
@@ -125,12 +116,17 @@ def guidance_cost(
 
     from ..benchmarks.guidance.cost import run
 
+    _time(run, pipe, model, quick, json_path, caption=_WHOLE_RUN)
+
+
+def _time(run, pipe, model: str, quick: bool, json_path: Path | None, **shown: str) -> None:
+    """Run a benchmark of a loaded model, write its rows where asked, and show them: `shown` is for `show`."""
     console = common.console()
     with console.status("timing; keep the machine quiet"):
         rows = [{**row, "model": model} for row in run(pipe, quick=quick)]
     if json_path is not None:
         common.write_json(json_path, rows)
-    show(console, rows, caption="time of a whole run, in times the bare one's (median, middle half)")
+    show(console, rows, **shown)
 
 
 def _held_out(json_path: Path | None) -> None:
