@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import re
+import threading
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -88,10 +91,24 @@ def wordings(pipe, prompts: Sequence[str], *others: Sequence[str] | None) -> lis
     ]
 
 
+# A tokenizer keeps the padding of its last call as state: asked between two lines of a pipeline that another thread
+# runs, it would pad that pipeline's prompts our way. We ask copies.
+_copies: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+_asking = threading.RLock()
+
+
+def _ask(tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of texts, cut but not padded, by a copy of the tokenizer; copied anew when tokens were added to it."""
+    with _asking:
+        copied = _copies.get(tokenizer)
+        if copied is None or len(copied) != len(tokenizer):
+            copied = _copies[tokenizer] = copy.deepcopy(tokenizer)
+        return copied(list(texts), truncation=True, max_length=_length(tokenizer)).input_ids
+
+
 def _ids(tokenizer, prompts: Sequence[str]) -> list[list[int]]:
     special = set(tokenizer.all_special_ids)
-    encoded = tokenizer(list(prompts), truncation=True, max_length=_length(tokenizer)).input_ids
-    return [[i for i in row if i not in special] for row in encoded]
+    return [[i for i in row if i not in special] for row in _ask(tokenizer, prompts)]
 
 
 def _length(tokenizer) -> int:
@@ -113,7 +130,7 @@ def segments_of(pipe, *, video: bool = False) -> list[Segment]:
 
 def prefix_tokens(tokenizer, texts: Sequence[str]) -> list[int]:
     """How many positions each text fills at the start of a sequence, the begin-of-text token included."""
-    begins = tokenizer.bos_token_id is not None and tokenizer("a").input_ids[0] == tokenizer.bos_token_id
+    begins = tokenizer.bos_token_id is not None and _ask(tokenizer, ["a"])[0][0] == tokenizer.bos_token_id
     return [int(begins) + len(ids) for ids in _ids(tokenizer, texts)]
 
 

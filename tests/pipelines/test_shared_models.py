@@ -15,6 +15,7 @@ from semiperm.methods.membranes.config import MembraneConfig
 from semiperm.pipelines.handle import Handle
 from semiperm.pipelines.hooks import listeners_of
 from semiperm.pipelines.membranes.apply import apply_membranes, remove_membranes
+from semiperm.pipelines.text import token_ids, wordings
 from semiperm.pipelines.token_merging.apply import remove_negative_token_merging
 from tiny_models import build, call
 
@@ -130,6 +131,17 @@ def test_two_threads_on_one_unet(method):
     assert not failed, failed
     for (number, _), picture in found.items():
         close(picture, expected[number])
+
+
+def test_reading_words_leaves_the_tokenizer_as_it_was():
+    pipe = build("sd15")
+    pipe.tokenizer(["a cat"], padding="max_length", truncation=True, max_length=20)
+    state = pipe.tokenizer.backend_tokenizer.padding, pipe.tokenizer.backend_tokenizer.truncation
+    before = token_ids(pipe, ["a robot and a newword"])
+    wordings(pipe, ["a robot"])
+    assert (pipe.tokenizer.backend_tokenizer.padding, pipe.tokenizer.backend_tokenizer.truncation) == state
+    pipe.tokenizer.add_tokens("newword")
+    assert token_ids(pipe, ["a robot and a newword"]) != before, "added tokens are known"
 
 
 def test_from_pipe_shares_the_method(method):
