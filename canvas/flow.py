@@ -124,7 +124,12 @@ def train_flow(
 
     kind = run.precision(NAME, model, loss_of)
     denoise = torch.compile(model, dynamic=False) if run.compile else model
-    return run.train(NAME, model, loss_of, kind, lr=1e-3, warmup=300, ema=0.999)
+    return run.train(NAME, model, loss_of, kind, lr=1e-3, warmup=300, ema=0.999, matrices=in_blocks)
+
+
+def in_blocks(name: str) -> bool:
+    """Whether a parameter stands in a transformer block (their matrices are Muon's), its modulation excepted."""
+    return name.startswith("transformer_blocks.") and ".norm1" not in name
 
 
 @torch.no_grad()

@@ -1,4 +1,5 @@
-"""One training loop for every part of the canvas model: AdamW, warm-up, cosine, EMA, checkpoints, log, progress bar."""
+"""One training loop for every part of the canvas models: AdamW (or Muon for matrices), warm-up, cosine, EMA, checkpoints,
+log, progress bar."""
 
 import json
 import math
@@ -39,6 +40,7 @@ def train(
     warmup: int = 100,
     checkpoint_every: int = 200,
     stop_after: int | None = None,
+    matrices: Callable[[str], bool] | None = None,
 ) -> dict[str, Tensor]:
     """Train `model`, resuming from `workdir/<name>.safetensors` where it exists, and return the EMA weights.
 
@@ -46,13 +48,22 @@ def train(
         loss_of: step -> named losses; "loss" is minimised. Must draw its data from the step number alone, so that a
             resumed run sees what an unbroken one would have seen.
         steps: length of the schedule. stop_after: end early at this step (the checkpoint can be resumed).
+        matrices: which of the two-dimensional parameters, by name, Muon trains (orthogonalised momentum, of AdamW's
+            size: arXiv 2502.16982); None: AdamW trains all.
     """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     path, log_path = Path(workdir) / f"{name}.safetensors", Path(workdir) / f"{name}.log.jsonl"
     parameters = {k: p for k, p in model.named_parameters() if p.requires_grad}
     average = {k: p.detach().clone() for k, p in parameters.items()}
-    optimizer = torch.optim.AdamW(parameters.values(), lr=lr, weight_decay=weight_decay, betas=(0.9, 0.99), fused=True)
+    chosen = [p for k, p in parameters.items() if matrices and p.ndim == 2 and matrices(k)]
+    ids = {id(p) for p in chosen}
+    rest = [p for p in parameters.values() if id(p) not in ids]
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(rest, lr=lr, weight_decay=weight_decay, betas=(0.9, 0.99), fused=True)
+    ]
+    if chosen:
+        optimizers.append(torch.optim.Muon(chosen, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
     first = 0
     if path.exists():
         with safe_open(str(path), "pt") as f:
@@ -60,17 +71,24 @@ def train(
             for k, p in parameters.items():
                 p.data.copy_(f.get_tensor(f"model.{k}"))
                 average[k].copy_(f.get_tensor(f"ema.{k}"))
-                optimizer.state[p] = {
-                    "step": torch.tensor(float(first)),
-                    "exp_avg": f.get_tensor(f"m.{k}"),
-                    "exp_avg_sq": f.get_tensor(f"v.{k}"),
-                }
+                if id(p) in ids:
+                    optimizers[1].state[p] = {"momentum_buffer": f.get_tensor(f"muon.{k}")}
+                else:
+                    optimizers[0].state[p] = {
+                        "step": torch.tensor(float(first)),
+                        "exp_avg": f.get_tensor(f"m.{k}"),
+                        "exp_avg_sq": f.get_tensor(f"v.{k}"),
+                    }
 
     def checkpoint(step: int) -> None:
         out = {}
         for k, p in parameters.items():
-            state = optimizer.state[p]
-            out |= {f"model.{k}": p, f"ema.{k}": average[k], f"m.{k}": state["exp_avg"], f"v.{k}": state["exp_avg_sq"]}
+            out |= {f"model.{k}": p, f"ema.{k}": average[k]}
+            if id(p) in ids:
+                out[f"muon.{k}"] = optimizers[1].state[p]["momentum_buffer"]
+            else:
+                state = optimizers[0].state[p]
+                out |= {f"m.{k}": state["exp_avg"], f"v.{k}": state["exp_avg_sq"]}
         save_tensors(out, path, {"step": str(step)})
 
     last = min(steps, stop_after or steps)
@@ -81,13 +99,14 @@ def train(
     with Progress(*columns) as progress, log_path.open("a") as log:
         bar = progress.add_task(name, total=last, completed=first)
         for step in range(first, last):
-            for group in optimizer.param_groups:
+            for group in (group for optimizer in optimizers for group in optimizer.param_groups):
                 group["lr"] = learning_rate(step, steps, lr, warmup)
             losses = loss_of(step)
             losses["loss"].backward()
             torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
             decay = min(ema, (1 + step) / (10 + step))
             torch._foreach_lerp_(list(average.values()), [p.data for p in parameters.values()], 1 - decay)
             for k, v in losses.items():

@@ -24,6 +24,24 @@ def build_unet(seed: int = 0) -> nn.Module:
     return UNet2DConditionModel(**CONFIG)
 
 
+@torch.no_grad()
+def start_from(unet: nn.Module, first: dict[str, Tensor], turn: Tensor) -> nn.Module:
+    """Give the UNet the first world's weights, which draw most of this world's shapes already; what reads the text
+    (keys and values of cross-attention) stays random.
+
+    Args:
+        turn: (4, 4), how the first world's latents are rotated into this one's; noise turns with them.
+    """
+    state = {k: v.float() for k, v in first.items() if not k.endswith(("attn2.to_k.weight", "attn2.to_v.weight"))}
+    state["conv_in.weight"] = torch.einsum("oihw,ci->ochw", state["conv_in.weight"], turn.float())
+    for name in ("conv_out.weight", "conv_out.bias"):
+        state[name] = torch.einsum("ci,i...->c...", turn.float(), state[name])
+    _, unknown = unet.load_state_dict(state, strict=False)
+    if unknown:
+        raise ValueError(f"the first world's UNet has other layers than this one, such as {unknown[0]}")
+    return unet
+
+
 def texts_of(pool: Pool, seed: int, step: int, batch: int) -> tuple[np.ndarray, list[str]]:
     """Return the pictures of a training step and new captions of them, a share of them empty."""
     index = pool.draw_batch(np.random.default_rng((seed, step)), batch)

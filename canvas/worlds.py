@@ -13,7 +13,7 @@ from .loop import save_tensors
 from .precision import Run
 
 TOKENIZER = "tokenizer"
-PICTURES = 24_000
+PICTURES = 12_000
 
 
 def _finished(workdir: Path, name: str) -> dict[str, torch.Tensor]:
@@ -51,6 +51,14 @@ def start_canvas_autoencoder(workdir: Path, first_world: Path, seed: int = 0) ->
         save_tensors(vae.state_dict(), path)
 
 
+def start_unet(workdir: Path, first_world: Path, seed: int = 0) -> nn.Module:
+    """Return the UNet to begin with: the first world's, turned as its latents were by whitening."""
+    mix = load_file(str(first_world / "vae.safetensors"))["quant_conv.weight"][:4, :, 0, 0].double()
+    whitened = _finished(workdir, "vae-canvas-encoder")["quant_conv.weight"][:4, :, 0, 0].double()
+    left, _, right = torch.linalg.svd(whitened @ torch.linalg.pinv(mix))
+    return unet.start_from(unet.build_unet(seed), load_file(str(first_world / "unet.safetensors")), left @ right)
+
+
 def encode_pool(workdir: Path, which: str, pictures: int = PICTURES, seed: int = 0) -> pool.Pool:
     """Return the pool's latents for a world, encoded where they are missing."""
     vae = autoencoders.build(which)
@@ -86,6 +94,7 @@ def _flow_texts(workdir: Path, seed: int):
 
 def train_canvas(
     workdir: Path,
+    first_world: Path,
     steps: int = 12_000,
     pictures: int = PICTURES,
     seed: int = 0,
@@ -96,7 +105,7 @@ def train_canvas(
     tokenizer = tokenizer_of(workdir, seed)
     data, encoder = encode_pool(workdir, "canvas", pictures, seed), encoder_of(workdir, "first", tokenizer)
     run = Run(Path(workdir), steps, 48, seed, compile, stop_after)
-    model = unet.train_unet(data, tokenizer, encoder, unet.build_unet(seed), run)
+    model = unet.train_unet(data, tokenizer, encoder, start_unet(workdir, first_world, seed), run)
     save_tensors(model.state_dict(), Path(workdir) / "unet.ema.safetensors")
 
 
@@ -174,7 +183,7 @@ PARTS: dict[str, tuple[int, Callable]] = {
     "decoder-canvas-flow": (1500, functools.partial(train_autoencoder, which="canvas-flow")),
     "judge-first": (3000, functools.partial(train_judge, which="first")),
     "judge-second": (4000, functools.partial(train_judge, which="second")),
-    "canvas": (16_000, train_canvas),
+    "canvas": (6000, train_canvas),
     "canvas-flow": (16_000, train_flow),
     "canvas-turbo": (2000, train_turbo),
 }
@@ -194,4 +203,6 @@ def train_part(part: str, workdir: Path, first_world: Path, *, steps: int | None
         raise ValueError(f"no part is called {part!r}; choose from {', '.join(PARTS)}")
     default, run = PARTS[part]
     start_canvas_autoencoder(workdir, first_world, settings.get("seed", 0))
+    if run is train_canvas:
+        settings["first_world"] = first_world
     run(Path(workdir), steps=default if steps is None else steps, **settings)
