@@ -1,4 +1,4 @@
-"""One training loop for every part of the canvas models: AdamW (or Muon for matrices), warm-up, cosine, EMA, checkpoints,
+"""One training loop for all parts of the canvas models: AdamW (Muon for matrices), warm-up, cosine, EMA, checkpoints,
 log, progress bar."""
 
 import json
