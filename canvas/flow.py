@@ -20,6 +20,9 @@ FIRST_TOKENS = 40  # nearly all captions are shorter; see train_flow
 FIRST_SHARE = 0.75
 SHIFT = 3.0  # of the schedule, as Stable Diffusion 3 has it
 JOINT_DIM = 4096
+# Of the loss of channels that `autoencoders.grow` added: they hold texture, as loud as the shapes once latents are
+# whitened, and there are three of them for each that holds shape and colour.
+DETAIL_WEIGHT = 0.3
 DEPTH = 4  # hidden size 64 x depth: ComfyUI reads the depth off the width
 NAME = "flow"
 
@@ -106,6 +109,8 @@ def train_flow(
     model = build_transformer(2 * WIDTH, run.seed, depth)
     scale_to_unit(model, read(encoders, tokenize(tokenizer, texts_of(pool, run.seed, 0, 32)[1])))
     denoise = model  # compiled once the precision is chosen
+    weight = torch.tensor([1.0] * 4 + [DETAIL_WEIGHT] * 12)
+    weight /= weight.mean()
 
     def loss_of(step: int, kind: str) -> dict[str, Tensor]:
         index, texts = texts_of(pool, run.seed, step, run.batch)
@@ -119,8 +124,15 @@ def train_flow(
             text = read(encoders, cut(tokenize(tokenizer, texts), short, tokenizer.eos_token_id))
             noisy = (1 - s) * latents + s * noise
             out = denoise(noisy, text.states, text.pooled, 1000 * sigma, return_dict=False)[0]
-        error = (out.float() - (noise - latents)).pow(2).mean((1, 2, 3))
-        return {"loss": error.mean(), "noisy": error[sigma > 0.75].mean(), "clear": error[sigma < 0.5].mean()}
+        error = (out.float() - (noise - latents)).pow(2).mean((2, 3))
+        loss = (error * weight).mean()
+        error = error.mean(1)
+        return {
+            "loss": loss,
+            "mse": error.mean(),
+            "noisy": error[sigma > 0.75].mean(),
+            "clear": error[sigma < 0.5].mean(),
+        }
 
     kind = run.precision(NAME, model, loss_of)
     denoise = torch.compile(model, dynamic=False) if run.compile else model

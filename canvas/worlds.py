@@ -178,14 +178,14 @@ def train_turbo(
 PARTS: dict[str, tuple[int, Callable]] = {
     "reading-first": (1800, functools.partial(train_reading, which="first")),
     "reading-second": (1200, functools.partial(train_reading, which="second")),
-    "vae-canvas-flow": (800, functools.partial(train_autoencoder, which="canvas-flow")),
-    "decoder-canvas": (1000, functools.partial(train_autoencoder, which="canvas")),
-    "decoder-canvas-flow": (1500, functools.partial(train_autoencoder, which="canvas-flow")),
-    "judge-first": (3000, functools.partial(train_judge, which="first")),
-    "judge-second": (4000, functools.partial(train_judge, which="second")),
+    "vae-canvas-flow": (900, functools.partial(train_autoencoder, which="canvas-flow")),
+    "decoder-canvas": (500, functools.partial(train_autoencoder, which="canvas")),
+    "decoder-canvas-flow": (500, functools.partial(train_autoencoder, which="canvas-flow")),
+    "judge-first": (2000, functools.partial(train_judge, which="first")),
+    "judge-second": (2000, functools.partial(train_judge, which="second")),
     "canvas": (6000, train_canvas),
-    "canvas-flow": (16_000, train_flow),
-    "canvas-turbo": (2000, train_turbo),
+    "canvas-flow": (5000, train_flow),
+    "canvas-turbo": (500, train_turbo),
 }
 
 
