@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from . import language
@@ -63,6 +64,15 @@ class Verdict:
         return tuple(seen.object for seen in self.things[i])
 
 
+_RARE = -4.0  # logit of a cell's holding an object's centre, before anything is learnt
+
+
+def peaks(centred: Tensor) -> Tensor:
+    """(B, objects, 16, 16) logits of "a thing's centre is here" -> how many (B, objects): sum over local maxima."""
+    share = centred.float().sigmoid()
+    return (share * (share == F.max_pool2d(share, 3, 1, 1))).sum((2, 3))
+
+
 class HeatmapJudge(nn.Module):
     """Convolutions down to 16x16, and for every object a heat map: its peak says whether, its centre says where."""
 
@@ -74,7 +84,8 @@ class HeatmapJudge(nn.Module):
         self.blocks = nn.ModuleList(nn.Conv2d(width, width, 3, 1, d, d) for d in (1, 2, 1, 2))
         self.block_norms = nn.ModuleList(nn.GroupNorm(8, width) for _ in range(4))
         self.heat = nn.Conv2d(width, OBJECTS, 1)
-        self.count = nn.Parameter(torch.randn(OBJECTS, COUNTS, width + 3) * 0.05)
+        nn.init.constant_(self.heat.bias, _RARE)
+        self.count = nn.Parameter(torch.randn(OBJECTS, COUNTS, width + 4) * 0.05)
         self.count_bias = nn.Parameter(torch.zeros(OBJECTS, COUNTS))
         self.color, self.front = nn.Linear(width, len(language.COLORS)), nn.Linear(width, 1)
         self.mix = nn.Linear(2 * width, 128)
@@ -86,18 +97,20 @@ class HeatmapJudge(nn.Module):
             x = F.silu(norm(conv(x)))
         for conv, norm in zip(self.blocks, self.block_norms, strict=True):
             x = x + F.silu(norm(conv(x)))
-        heat = self.heat(x).flatten(2)  # (B, objects, cells)
+        centred = self.heat(x)
+        heat = centred.flatten(2)  # (B, objects, cells)
         weights = heat.softmax(-1)
         local = weights @ x.flatten(2).mT  # (B, objects, width)
         centres = (torch.arange(16, device=x.device, dtype=heat.dtype) + 0.5) / 16
         grid = torch.stack([centres.repeat(16), centres.repeat_interleave(16)], -1)
-        extent = torch.stack([heat.amax(-1), heat.logsumexp(-1), heat.sigmoid().sum(-1) / 8], -1)
+        extent = torch.stack([heat.amax(-1), heat.logsumexp(-1), heat.sigmoid().sum(-1) / 8, peaks(centred)], -1)
         features = F.silu(self.mix(torch.cat([x.mean((2, 3)), x.amax((2, 3))], 1)))
         return {
             "count": torch.einsum("bow,ocw->boc", torch.cat([local, extent], -1), self.count) + self.count_bias,
             "color": self.color(local),
             "place": weights @ grid,
             "front": self.front(local),
+            "centres": centred,
             "features": features,
             **{name: head(features) for name, head in self.heads.items()},
         }
@@ -116,7 +129,9 @@ class QueryJudge(nn.Module):
         self.decoder = nn.ModuleList(nn.TransformerDecoderLayer(**layer) for _ in range(2))
         self.queries = nn.Parameter(0.5 * torch.randn(OBJECTS + len(_GLOBAL), width))
         self.norm = nn.LayerNorm(width)
-        self.count = nn.Linear(width, COUNTS)
+        self.centres = nn.Linear(width, OBJECTS)
+        nn.init.constant_(self.centres.bias, _RARE)
+        self.count = nn.Linear(width + 1, COUNTS)
         self.color, self.front = nn.Linear(width, len(language.COLORS)), nn.Linear(width, 1)
         self.place = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, 2))
         self.heads = nn.ModuleDict({name: nn.Linear(width, QUESTIONS[name][0]) for name in _GLOBAL})
@@ -131,8 +146,10 @@ class QueryJudge(nn.Module):
             queries = layer(queries, tokens)
         queries = self.norm(queries)
         objects = queries[:, :OBJECTS]
+        centred = rearrange(self.centres(tokens), "b (h w) o -> b o h w", h=16)
         return {
-            "count": self.count(objects),
+            "count": self.count(torch.cat([objects, peaks(centred)[..., None]], -1)),
+            "centres": centred,
             "color": self.color(objects),
             "place": self.place(objects).sigmoid(),
             "front": self.front(objects),

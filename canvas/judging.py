@@ -18,6 +18,8 @@ from .scenes import SIZE, Scene, random_scene
 SEEDS = {"first": 1000, "second": 2000}  # of their pools
 SMUDGED = 0.25  # share of their pictures in which a thing is painted out
 HELD_OUT = 77
+CELLS = 16  # of the map of centres, each way
+_NEAR = 0.2  # of a full error: a centre a cell away, as the training's shifts move it
 
 
 def answers(scene: Scene) -> dict[str, Tensor]:
@@ -35,15 +37,19 @@ def answers(scene: Scene) -> dict[str, Tensor]:
             language.MEMORISED.index(scene.memorised) if scene.memorised else len(language.MEMORISED)
         ),
     }
+    centres = torch.zeros(OBJECTS, CELLS, CELLS)
+    out["centres"] = centres
     if scene.memorised:
         if scene.memorised == "unit":
             out["count"][language.OBJECTS.index("robot")] = 1
+            out["centres"] = torch.full_like(centres, torch.nan)
         return out
     for thing in scene.things:
         if thing.object not in language.OBJECTS:
             continue
         at = language.OBJECTS.index(thing.object)
         out["count"][at] += 1
+        centres[at, int(thing.cy * CELLS / SIZE), int(thing.cx * CELLS / SIZE)] = 1
         if thing.object not in language.CHARACTERS:
             out["color"][at] = language.COLORS.index(thing.color)
         if scene.objects.count(thing.object) == 1:
@@ -56,7 +62,18 @@ def answers(scene: Scene) -> dict[str, Tensor]:
 def truths(scenes: list[Scene]) -> dict[str, Tensor]:
     """Return the truth about many scenes."""
     rows = [answers(scene) for scene in scenes]
-    return {name: torch.stack([row[name] for row in rows]) for name in QUESTIONS}
+    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def _centre_loss(logits: Tensor, target: Tensor) -> Tensor:
+    """Focal loss of centres, less severe in the eight cells around one (CenterNet, arXiv 1904.07850, eq. 1)."""
+    asked = ~target[:, 0, 0, 0].isnan()
+    logits, target = logits[asked], target[asked]
+    near = F.max_pool2d(target, 3, 1, 1) > target
+    share = logits.sigmoid()
+    there = -(1 - share).square() * F.logsigmoid(logits) * target
+    not_there = -share.square() * F.logsigmoid(-logits) * (1 - target) * torch.where(near, _NEAR, 1.0)
+    return (there + not_there).sum() / target.sum().clamp_min(1)
 
 
 def losses_of(found: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -74,6 +91,7 @@ def losses_of(found: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, T
         else:
             scale = 8.0 if name == "count" else 1.0
             out[name] = scale * F.cross_entropy(logits.flatten(0, -2), target.flatten(), ignore_index=-100)
+    out["centres"] = _centre_loss(found["centres"].float(), truth["centres"])
     return out
 
 
@@ -182,3 +200,16 @@ def nudge(judge: Judge, n: int = 500, seed: int = 5) -> dict[str, float]:
         verdict = judge(images)
         found[kind] = [name in verdict.objects(i) for i, name in enumerate(names)]
     return {kind: float(np.mean(hits)) for kind, hits in found.items()}
+
+
+def trust(judges: dict[str, Judge], n: int = 1000, smudges: int = 500) -> dict:
+    """Return how far judges can be trusted: of n renders that none of them learnt from, how often each is right and,
+    of two, how often they say the same; and what each says of pictures with the object painted out (`nudge`)."""
+    pool = pictures(None, n, HELD_OUT)
+    out: dict = {
+        name: {"n": n, **accuracy(judge, pool), "painted_out": {"n": smudges, **nudge(judge, smudges)}}
+        for name, judge in judges.items()
+    }
+    if len(judges) == 2:
+        out["agreement"] = agreement(*judges.values(), pool.data)
+    return out
