@@ -1,4 +1,4 @@
-"""The section of docs/results.md on the second edition's worlds, from world_<model>.json: what `canvas check` measured."""
+"""The section of docs/results.md on the second edition's worlds: what `canvas check` wrote to world_<model>.json."""
 
 from __future__ import annotations
 
