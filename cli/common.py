@@ -187,6 +187,19 @@ def load_model(model: str, device: str = "auto", dtype: str = "auto"):
     return pipe
 
 
+def world_of(name: str):
+    """The embedded world of a model's name.
+
+    Raises:
+        CliError: there is none.
+    """
+    from ..canvas.editions import WORLDS
+
+    if name not in WORLDS:
+        raise CliError(f"--world {name} is no embedded model; choose from {', '.join(WORLDS)}")
+    return WORLDS[name]
+
+
 def check_device(device: str) -> None:
     """Refuse a device that torch does not know, or that is not in this machine.
 
