@@ -70,11 +70,6 @@ def run(
     explained in docs/methods.md. The judges know the objects, styles and hazards of the embedded worlds; MODEL must be
     trained on one of them.
     """
-    if model in common.MODELS and common.MODELS[model].edition != 1:
-        raise common.CliError(
-            f"{model} draws the second edition's world, which the judge of `evaluate` does not know; give canvas, or"
-            f" measure what it draws by `semiperm canvas check {model}`"
-        )
     if bool(membrane) == suite:
         raise common.CliError("give either --membrane FILE (one or more) or --suite")
     if prompts is not None:

@@ -7,8 +7,6 @@ after each attack, as files are. Units as in statistics.py, each naming its mode
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 

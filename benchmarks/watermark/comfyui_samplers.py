@@ -45,9 +45,10 @@ def plan():
 
 def compute(unit):
     start, count = unit["start"], unit["count"]
+    texts = [one.prompt for one in place.asked(start, count)]
     latents = comfy.sample.sample(
         model, place.noise(OURS, start, count), unit["steps"], unit["guidance"], unit["sampler"], "normal",
-        conditioning([one.prompt for one in place.asked(start, count)]), conditioning([""]), torch.zeros(count, 4, 16, 16),
+        conditioning(texts), conditioning([""]), torch.zeros(count, 4, 16, 16),
         disable_pbar=True, seed=1,
     )  # fmt: skip
     pixels = rearrange(vae.decode(latents)[..., :3], "b h w c -> b c h w").clamp(0, 1)
