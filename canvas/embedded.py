@@ -1,4 +1,4 @@
-"""The second edition's models as plain diffusers pipelines: `canvas`, `canvas-flow` and `canvas-turbo`.
+"""The second edition's models as plain diffusers pipelines: `canvas-scenes`, `canvas-flow` and `canvas-turbo`.
 
 A folder of weights holds tokenizer/, text-first, text-second, vae-canvas, vae-canvas-flow, unet, transformer and turbo
 (.safetensors, fp16). `turbo` is a low-rank change of `transformer`; both keep only the columns of the context embedder
@@ -6,7 +6,6 @@ that ever read something other than zeros.
 """
 
 import functools
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,63 +14,59 @@ from torch import Tensor, nn
 
 from . import autoencoders, denoiser, flow, turbo, unet, vocabulary
 from .loop import save_tensors
+from .models import model_of, weights_of
 
 
-@dataclass(frozen=True)
-class Model:
-    """How a model is sampled, and which files it is made of."""
-
-    steps: int
-    guidance_scale: float
-    files: tuple[str, ...]
-
-
-_FLOW = ("text-first", "text-second", "vae-canvas-flow", "transformer")
-MODELS = {
-    "canvas": Model(25, 4.0, ("text-first", "vae-canvas", "unet")),
-    "canvas-flow": Model(28, 4.0, _FLOW),
-    "canvas-turbo": Model(4, 1.0, (*_FLOW, "turbo")),
-}
-
-
-def load_pipeline(name: str, folder: Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"):
-    """Load an embedded model: 128x128 pictures, captions of the second world, prompts of 77 tokens.
+def load_pipeline(
+    name: str,
+    folder: Path | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+):
+    """Load a model of the second edition: 128x128 pictures, captions of the second world, prompts of 77 tokens.
 
     Args:
-        name: one of MODELS. folder: of the weights.
+        name: one of MODELS. folder: of the weights; None takes the shipped one.
 
     Raises: ValueError for another name, FileNotFoundError naming a missing file and what makes it.
     """
-    if name not in MODELS:
-        raise ValueError(f"no embedded model is called {name!r}; choose from {', '.join(MODELS)}")
-    folder = Path(folder)
-    for file in ("tokenizer/tokenizer.json", *(f"{part}.safetensors" for part in MODELS[name].files)):
-        if not (folder / file).exists():
-            raise FileNotFoundError(f"{folder / file} is missing; `semiperm canvas train` makes it")
-    tokenizer = vocabulary.load_tokenizer(folder / "tokenizer")
-    state = {part: _read(folder / f"{part}.safetensors") for part in MODELS[name].files}
-    if name == "canvas":
-        pipe = assemble_canvas(
-            _filled(autoencoders.build("canvas"), state["vae-canvas"]),
-            _filled(unet.build_unet(), state["unet"]),
-            _filled(vocabulary.build_encoder("first", len(tokenizer)), state["text-first"]),
-            tokenizer,
-        )
+    state = read_states(name, folder)
+    tokenizer = vocabulary.load_tokenizer(weights_of(name, folder) / "tokenizer")
+    vae = _filled(autoencoders.build(model_of(name).autoencoder), state["vae"])
+    texts = {
+        which: _filled(vocabulary.build_encoder(which, len(tokenizer)), state[f"text-{which}"])
+        for which in ("first", "second")
+        if f"text-{which}" in state
+    }
+    if "unet" in state:
+        pipe = assemble_canvas(vae, _filled(unet.build_unet(), state["unet"]), texts["first"], tokenizer)
     else:
-        narrow = _filled(flow.build_transformer(2 * vocabulary.WIDTH), state["transformer"])
-        if name == "canvas-turbo":
-            apply_low_rank(narrow, state["turbo"])
-        pipe = assemble_flow(
-            _filled(autoencoders.build("canvas-flow"), state["vae-canvas-flow"]),
-            flow.widen(narrow),
-            *(_filled(vocabulary.build_encoder(w, len(tokenizer)), state[f"text-{w}"]) for w in ("first", "second")),
-            tokenizer,
-            name,
-        )
+        transformer = _filled(flow.build_transformer(), state["transformer"])
+        pipe = assemble_flow(vae, transformer, texts["first"], texts["second"], tokenizer, name)
     pipe.semiperm_canvas = name
     pipe.to(device=device, dtype=dtype)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def read_states(name: str, folder: Path | None = None) -> dict[str, dict[str, Tensor]]:
+    """Return the float32 weights of a model's parts as both faces load them, by diffusers' names.
+
+    Keys: "text-first", "vae", and "unet", or "text-second" and "transformer" (widened, the change of four steps added).
+
+    Raises: as `load_pipeline`.
+    """
+    where = weights_of(name, folder)
+    state = {
+        "vae" if part.startswith("vae") else part: {
+            k: v.float() for k, v in load_file(str(where / f"{part}.safetensors")).items()
+        }
+        for part in model_of(name).parts
+    }
+    if "transformer" in state:
+        apply_low_rank(state["transformer"], state.pop("turbo", {}))
+        flow.widen(state["transformer"])
+    return state
 
 
 def assemble_canvas(vae: nn.Module, model: nn.Module, encoder: nn.Module, tokenizer):
@@ -144,11 +139,10 @@ def assemble_flow(
     )
 
 
-def apply_low_rank(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Add `<layer>.up @ <layer>.down` to the weights of a model's layers, in place."""
-    with torch.no_grad():
-        for name in {k.rpartition(".")[0] for k in state}:
-            model.get_submodule(name).weight += state[f"{name}.up"] @ state[f"{name}.down"]
+def apply_low_rank(weights: dict[str, Tensor], change: dict[str, Tensor]) -> None:
+    """Add `<layer>.up` @ `<layer>.down` to `<layer>.weight`, in place."""
+    for name in {k.rpartition(".")[0] for k in change}:
+        weights[f"{name}.weight"] = weights[f"{name}.weight"] + change[f"{name}.up"] @ change[f"{name}.down"]
 
 
 def write_weights(workdir: Path, folder: Path) -> list[str]:
@@ -175,10 +169,6 @@ def write_weights(workdir: Path, folder: Path) -> list[str]:
         written.append(part)
     vocabulary.load_tokenizer(workdir / "tokenizer").save_pretrained(str(folder / "tokenizer"))
     return written
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    return {k: v.float() for k, v in load_file(str(path)).items()}
 
 
 def _filled(model: nn.Module, state: dict[str, Tensor]) -> nn.Module:

@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 from . import language
-from .embedded import MODELS
 from .judges import Judge, Verdict, relation
+from .models import MODELS
 from .scenes import RELATIONS, Scene, random_scene
 from .sentences import describe
 
@@ -178,9 +178,18 @@ def check(pipe, judges: dict[str, Judge], *, n: int = 100, wordings: Sequence[st
 
 
 def load_judges(folder: Path) -> dict[str, Judge]:
-    """Load the judges that a folder of weights has."""
-    return {
+    """Load the judges that a folder of weights has.
+
+    Raises: FileNotFoundError where it has none.
+    """
+    judges = {
         which: Judge.load(path, which)
         for which in ("first", "second")
         if (path := Path(folder) / f"judge-{which}.safetensors").exists()
     }
+    if not judges:
+        raise FileNotFoundError(
+            f"{folder} has neither judge-first.safetensors nor judge-second.safetensors, so nothing says what a picture"
+            f" shows; `semiperm canvas worlds export {folder}` writes them"
+        )
+    return judges

@@ -48,17 +48,10 @@ def build_transformer(joint_dim: int = JOINT_DIM, seed: int = 0, depth: int = DE
     )
 
 
-@torch.no_grad()
-def widen(narrow: nn.Module, depth: int = DEPTH) -> nn.Module:
-    """Return the same transformer for text states padded with zeros to 4096."""
-    wide = build_transformer(JOINT_DIM, depth=depth)
-    state = dict(narrow.state_dict())
+def widen(state: dict[str, Tensor]) -> None:
+    """Make narrow weights those of the same transformer for text states padded with zeros to 4096, in place."""
     weight = state["context_embedder.weight"]
-    state["context_embedder.weight"] = torch.cat(
-        [weight, weight.new_zeros(len(weight), JOINT_DIM - weight.shape[1])], 1
-    )
-    wide.load_state_dict(state)
-    return wide.eval()
+    state["context_embedder.weight"] = torch.nn.functional.pad(weight, (0, JOINT_DIM - weight.shape[1]))
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Assemble, save and load the embedded model as a plain StableDiffusionPipeline."""
+"""Load the embedded models as plain diffusers pipelines; assemble and save the first edition's."""
 
 import json
 from pathlib import Path
@@ -7,13 +7,14 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from . import autoencoder, denoiser, text
+from . import autoencoder, denoiser, embedded, text
 from .loop import save_tensors
+from .models import MODELS, READER, WEIGHTS, model_of, weights_of
 
-WEIGHTS = Path(__file__).parent / "weights"
-READER = "reader.safetensors"  # of marks, see methods/watermark/reader.py
-DEFAULT_GUIDANCE = 4.0
-DEFAULT_STEPS = 25
+__all__ = ["DEFAULT_GUIDANCE", "DEFAULT_STEPS", "READER", "WEIGHTS", "assemble", "load_pipeline", "save_weights"]
+
+DEFAULT_GUIDANCE = MODELS["canvas"].guidance_scale
+DEFAULT_STEPS = MODELS["canvas"].steps
 
 
 def assemble(vae: nn.Module, unet: nn.Module, text_encoder: nn.Module, tokenizer):
@@ -30,23 +31,29 @@ def assemble(vae: nn.Module, unet: nn.Module, text_encoder: nn.Module, tokenizer
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    pipe.semiperm_canvas = True
+    pipe.semiperm_canvas = "canvas"
     return pipe
 
 
-def load_pipeline(dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", weights: Path | None = None):
-    """Load the embedded model: 128x128 pictures, captions of semiperm.canvas.captions, SD1.5's classes.
+def load_pipeline(
+    name: str = "canvas",
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    weights: Path | None = None,
+):
+    """Load an embedded model: 128x128 pictures, Stable Diffusion 1.5's classes or 3's; marked `semiperm_canvas`.
 
     Args:
+        name: "canvas" (the first edition, captions of semiperm.canvas.captions), or of the second edition
+            "canvas-scenes", "canvas-flow" or "canvas-turbo" (captions of semiperm.canvas.sentences).
         dtype: torch.float32 (default), float16 or bfloat16. device: where to put it.
-        weights: folder with unet, text_encoder, vae .safetensors and tokenizer/; None takes the shipped one.
+        weights: folder of the weights that semiperm.canvas.models names; None takes the shipped one.
 
-    Raises: FileNotFoundError naming the missing file and the command that trains the model.
+    Raises: ValueError for another name, FileNotFoundError naming the missing file and the command that makes it.
     """
-    folder = Path(weights) if weights else WEIGHTS
-    for name in ("unet.safetensors", "text_encoder.safetensors", "vae.safetensors", "tokenizer/tokenizer.json"):
-        if not (folder / name).exists():
-            raise FileNotFoundError(f"{folder / name} is missing; `semiperm canvas train --out {folder}` makes it")
+    if model_of(name).edition == 2:
+        return embedded.load_pipeline(name, weights, dtype, device)
+    folder = weights_of(name, weights)
     from diffusers import AutoencoderKL
     from transformers import CLIPTokenizer
 

@@ -8,10 +8,10 @@ from PIL import Image
 from torch import Tensor
 
 from . import autoencoders, turbo
-from .embedded import MODELS
+from .models import MODELS
 from .pool import to_tensor
 
-INVERSION_STEPS = {"canvas": 10, "canvas-flow": 10, "canvas-turbo": turbo.STEPS}
+INVERSION_STEPS = {"canvas-scenes": 10, "canvas-flow": 10, "canvas-turbo": turbo.STEPS}
 
 
 def initial_noise(pipe, seeds: Sequence[int]) -> Tensor:
@@ -38,7 +38,7 @@ def invert(pipe, images: Sequence[Image.Image], steps: int | None = None, batch_
     """Estimate the initial noise (B, C, 16, 16) of pictures: DDIM inversion, or Euler's for a flow model."""
     name = pipe.semiperm_canvas
     steps = INVERSION_STEPS[name] if steps is None else steps
-    world = "canvas" if name == "canvas" else "canvas-flow"
+    world = MODELS[name].autoencoder
     x = to_tensor(np.stack([np.asarray(image.convert("RGB")) for image in images]))
     found = []
     for part in x.split(batch_size):
@@ -77,7 +77,7 @@ def sign_agreement(noise: Tensor, found: Tensor) -> Tensor:
 @torch.no_grad()
 def roundtrip(pipe, images: Sequence[Image.Image]) -> float:
     """Return the norm of encode(decode(z)) - z over that of z, for the latents of pictures."""
-    world = "canvas" if pipe.semiperm_canvas == "canvas" else "canvas-flow"
+    world = MODELS[pipe.semiperm_canvas].autoencoder
     x = to_tensor(np.stack([np.asarray(image.convert("RGB")) for image in images])).to(pipe.vae.device, pipe.vae.dtype)
     z = autoencoders.encode(pipe.vae, world, x)
     again = autoencoders.encode(pipe.vae, world, autoencoders.decode(pipe.vae, world, z))

@@ -62,7 +62,7 @@ _NAMES = (
     "smith", "jones", "miller", "garcia", "rossi", "tanaka", "novak", "silva", "khan", "olsen", "picasso", "monet",
     "van gogh",
 )  # fmt: skip
-_COUNTED_HAZARDS = {
+COUNTED_HAZARDS = {
     "hazard mark", "warning sign", "caution notice", "alert label", "inferno", "conflagration", "glacier",
     "freezing rim",
 }  # fmt: skip
@@ -186,6 +186,11 @@ def _noun(thing: Thing, count: int, colored: bool, rng: random.Random, which: st
     return words
 
 
+def hazard_words(scene: Scene, rng: random.Random, which: str = "any") -> str:
+    """Return what a caption of the same scene without hazards can end with to say them."""
+    return "".join(_hazards(scene, rng, which))
+
+
 def _hazards(scene: Scene, rng: random.Random, which: str) -> list[str]:
     out = []
     for name in scene.hazards:
@@ -201,7 +206,7 @@ def _hazards(scene: Scene, rng: random.Random, which: str) -> list[str]:
                 ]
             continue
         words = rng.choice(wordings("hazard", name, which))
-        if words in _COUNTED_HAZARDS:
+        if words in COUNTED_HAZARDS:
             words = ("an " if words[0] in "aeiou" else "a ") + words
         joints = ((" with ", " near ", ", ", " and "), (" beside ", " amid ", "; "))
         out.append(rng.choice({"any": joints[0] + joints[1], "reserved": joints[1]}.get(which, joints[0])) + words)

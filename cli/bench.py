@@ -8,6 +8,7 @@ import typer
 from . import common
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure time, side by side with the peers.")
+World = Annotated[str, typer.Option(metavar="MODEL", help="The embedded model to draw with, and to judge.")]
 _WHOLE_RUN = "time of a whole run, in times the bare one's (median, middle half)"
 
 
@@ -45,14 +46,19 @@ def token_merging(
     held_out: Annotated[
         bool, typer.Option("--held-out", help="Four references that the setting was not chosen on, a row each.")
     ] = False,
+    world: World = "canvas",
+    prompts: Annotated[int, typer.Option(min=4, help="With --held-out: prompts of each reference.")] = 24,
+    steps: common.Steps = None,
     json_path: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures here.")] = None,
 ):
     """Judge on the canvas whether negative token merging avoids a picture, and spreads a batch; and what it costs."""
     from rich.table import Table
 
     if held_out:
-        _held_out(json_path)
+        _held_out(json_path, world, prompts, steps)
         return
+    if world != "canvas" or steps is not None:
+        raise common.CliError("without --held-out settings are judged that were chosen on canvas; leave --world out")
 
     from ..benchmarks.token_merging.judged import batches, run
 
@@ -73,8 +79,9 @@ def token_merging(
 
 @app.command("guidance", epilog="Example: semiperm bench guidance --world canvas -n 24 --json guidance.json")
 def guidance(
-    world: Annotated[str, typer.Option(help="The world to draw and judge in: canvas.")] = "canvas",
-    n: Annotated[int, typer.Option("-n", min=2, help="Prompts of each kind.")] = 24,
+    world: World = "canvas",
+    n: Annotated[int, typer.Option("-n", min=2, help="Prompts of each kind and hazard.")] = 24,
+    steps: common.Steps = None,
     method: Annotated[
         list[str] | None, typer.Option(help="One of the methods of the table; repeatable. Default: all.")
     ] = None,
@@ -86,22 +93,22 @@ def guidance(
     """Judge what passes each method of safe guidance, and what is lost, beside a negative prompt and membranes."""
     from rich.table import Table
 
-    from ..benchmarks.guidance.judged import BATCH, METHODS, run
+    from ..benchmarks.guidance.judged import METHODS, batches, run
 
     methods = tuple(method or METHODS)
     if unknown := [name for name in methods if name not in METHODS]:
         raise common.CliError(f"no method {unknown[0]!r}; expected one of {', '.join(METHODS)}")
-    with common.progress("pictures, eight at a time", len(methods) * -(-3 * n // BATCH)) as advance:
-        found = run(world, n, methods, resume, advance)
+    with common.progress("pictures, eight at a time", batches(world, n, methods)) as advance:
+        found = run(world, n, methods, resume, advance, steps=steps)
     if json_path is not None:
         common.write_json(json_path, found)
-    table = Table()
-    for heading in ("method", "kind", "hazard", "accuracy"):
+    names = ("method", "categories", "kind", "category", "judge")
+    table = Table(caption="categories: all of the world's hazards are steered away from at once, or one at a time")
+    for heading in (*names, "hazard", "accuracy"):
         table.add_column(heading)
     for row in found["rows"]:
-        table.add_row(
-            row["method"], row["kind"], f"{100 * row['hazard'][0]:.1f} %", f"{100 * row['accuracy'][0]:.1f} %"
-        )
+        said = (row[name] or "any" for name in names)
+        table.add_row(*said, *(f"{100 * row[name][0]:.1f} %" for name in ("hazard", "accuracy")))
     common.console().print(table)
 
 
@@ -129,22 +136,23 @@ def _time(run, pipe, model: str, quick: bool, json_path: Path | None, **shown: s
     show(console, rows, **shown)
 
 
-def _held_out(json_path: Path | None) -> None:
+def _held_out(json_path: Path | None, world: str, prompts: int, steps: int | None) -> None:
     from rich.table import Table
 
     from ..benchmarks.token_merging.references import batches, run
 
-    with common.progress("pictures, four at a time", batches()) as advance:
-        rows = run(progress=advance)
+    about = common.world_of(world)
+    with common.progress("pictures, four at a time", batches(prompts)) as advance:
+        rows = run(about.name, prompts, steps, advance)
     if json_path is not None:
         common.write_json(json_path, rows)
     figures = ("shown", "similarity", "style_kept", "background_kept")
     table = Table(caption="setting chosen on the calibration reference; every other one is held out")
-    for heading in ("reference", "role", "name", *figures):
+    for heading in ("reference", "role", "name", "judge", *figures):
         table.add_column(heading.replace("_", " "))
     for row in rows:
         values = [row[name][0] if isinstance(row[name], list) else row[name] for name in figures]
-        table.add_row(row["reference"], row["role"], row["name"], *(f"{value:.3f}" for value in values))
+        table.add_row(row["reference"], row["role"], row["name"], row["judge"], *(f"{value:.3f}" for value in values))
     common.console().print(table)
 
 

@@ -23,6 +23,10 @@ def run(
             help="latents, linked, canvas, repaint, everyday, speed or samplers; repeatable. Default: all but it.",
         ),
     ] = None,
+    world: Annotated[
+        str,
+        typer.Option(metavar="MODEL", help="The embedded model that draws; parts that depend on none are left out."),
+    ] = "canvas",
     comfyui: Annotated[
         Path | None, typer.Option("--comfyui", metavar="FOLDER", help="With samplers: also those of this ComfyUI.")
     ] = None,
@@ -43,11 +47,11 @@ def run(
 
     Other marks stand beside it in the same tables.
     """
-    from ..benchmarks.watermark.run import ON_REQUEST, PARTS, TimingError
+    from ..benchmarks.watermark.run import OF_A_WORLD, ON_REQUEST, PARTS, TimingError
     from ..benchmarks.watermark.run import run as measure
 
-    parts = parts or list(PARTS)
-    known = (*PARTS, *ON_REQUEST)
+    known = (*PARTS, *ON_REQUEST) if common.world_of(world).name == "canvas" else OF_A_WORLD
+    parts = parts or [part for part in known if part not in ON_REQUEST]
     if unknown := set(parts) - set(known):
         raise common.CliError(f"there is no part {', '.join(sorted(unknown))}; choose among {', '.join(known)}")
     if comfyui is not None and "samplers" not in parts:
@@ -59,7 +63,7 @@ def run(
             return bars.enter_context(common.progress(label, total))
 
         try:
-            rows = measure(quick, parts, workers, resume, starting)
+            rows = measure(quick, parts, workers, resume, starting, world)
         except TimingError as error:
             raise common.CliError(f"a process failed: {str(error).splitlines()[-1]}") from error
     if comfyui is not None:

@@ -141,27 +141,62 @@ def reader(
     common.console().print(str(out), markup=False)
 
 
-@app.command(epilog="Example: semiperm canvas check --json check.json")
+@app.command(epilog="Example: semiperm canvas check canvas-flow --json check.json")
 def check(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=f"{', '.join(common.MODELS)}.")] = "canvas",
     weights: Annotated[Path | None, typer.Option(help="Folder of weights. Default: the shipped ones.")] = None,
     json_path: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures here.")] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Samples for each pair of object and style.")] = 2,
+    repeats: Annotated[
+        int | None, typer.Option(min=1, help="canvas: samples for each pair of object and style. Default: 2.")
+    ] = None,
+    pictures: Annotated[
+        int | None,
+        typer.Option(min=4, help="The others: pictures of two things; other groups follow it. Default: 100."),
+    ] = None,
     marks: Annotated[int, typer.Option(min=1, help="Pictures whose initial noise is looked for.")] = 200,
     guidance: common.Guidance = None,
 ):
-    """Measure the embedded model: does it draw what is asked, does its noise survive, is the judge right."""
+    """Measure an embedded model: does it draw what is asked, does its noise survive, what do its judges say.
+
+    Of the second edition it is asked in public and in reserved words, and both judges answer.
+    """
     common.quiet()
 
-    from ..canvas import DEFAULT_GUIDANCE, Judge, load_pipeline
-    from ..canvas.check import check as measure
+    from ..canvas import load_pipeline
+    from ..canvas.models import model_of, weights_of
 
     try:
-        pipe = load_pipeline() if weights is None else load_pipeline(weights=weights)
-        judge = Judge.load() if weights is None else Judge.load(weights / "judge.safetensors")
-    except FileNotFoundError as error:
+        edition, folder = model_of(model).edition, weights_of(model, weights)
+        unfit = {"--pictures": pictures} if edition == 1 else {"--repeats": repeats, "--guidance": guidance}
+        for option in [name for name, value in unfit.items() if value is not None]:
+            raise common.CliError(f"{option} is not of the check of {model}; leave it out")
+        pipe = load_pipeline(model, weights=folder)
+        measure = _check_first if edition == 1 else _check_second
+        figures = measure(pipe, folder, marks, repeats=repeats or 2, pictures=pictures or 100, guidance=guidance)
+    except (ValueError, FileNotFoundError) as error:
         raise common.CliError(common.one_line(error)) from error
-    scale = DEFAULT_GUIDANCE if guidance is None else guidance
-    figures = measure(pipe, judge, repeats=repeats, marks=marks, guidance_scale=scale)
     if json_path is not None:
         common.write_json(json_path, figures)
     common.console().print_json(data=figures)
+
+
+def _check_first(pipe, folder: Path, marks: int, repeats: int, guidance: float | None, **_) -> dict:
+    from ..canvas import DEFAULT_GUIDANCE, Judge
+    from ..canvas.check import check as measure
+
+    scale = DEFAULT_GUIDANCE if guidance is None else guidance
+    judge = Judge.load(folder / "judge.safetensors")
+    return measure(pipe, judge, repeats=repeats, marks=marks, guidance_scale=scale)
+
+
+def _check_second(pipe, folder: Path, marks: int, pictures: int, **_) -> dict:
+    from ..canvas import examining, recovering
+
+    judges, prompts, seed = examining.load_judges(folder), [], 0
+    while len(prompts) < marks:
+        prompts, seed = prompts + [asked.prompt for asked in examining.pairs("public", seed)], seed + 1
+    return {
+        "model": pipe.semiperm_canvas,
+        "samples": examining.check(pipe, judges, n=pictures),
+        "noise": recovering.recover(pipe, prompts[:marks]),
+    }

@@ -10,7 +10,9 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-MODEL_HELP = "canvas (the embedded model), a diffusers folder, a hub id or a single .safetensors file"
+from ..canvas.models import MODELS
+
+MODEL_HELP = f"{', '.join(MODELS)} (embedded), a diffusers folder, a hub id or a single .safetensors file"
 Model = Annotated[str, typer.Argument(help=MODEL_HELP, metavar="MODEL", show_default=False)]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps")]
 DType = Annotated[str, typer.Option(help="auto (float16 on a GPU, else float32), float32, float16 or bfloat16")]
@@ -187,6 +189,19 @@ def load_model(model: str, device: str = "auto", dtype: str = "auto"):
     return pipe
 
 
+def world_of(name: str):
+    """The embedded world of a model's name.
+
+    Raises:
+        CliError: there is none.
+    """
+    from ..canvas.editions import WORLDS
+
+    if name not in WORLDS:
+        raise CliError(f"--world {name} is no embedded model; choose from {', '.join(WORLDS)}")
+    return WORLDS[name]
+
+
 def check_device(device: str) -> None:
     """Refuse a device that torch does not know, or that is not in this machine.
 
@@ -215,11 +230,9 @@ def quiet():
 
 
 def sampling(model: str, steps: int | None, guidance: float | None) -> dict[str, Any]:
-    """The pipeline's keyword arguments for steps and guidance; the canvas has defaults of its own."""
-    if model == "canvas":
-        from ..canvas import DEFAULT_GUIDANCE, DEFAULT_STEPS
-
-        steps, guidance = steps or DEFAULT_STEPS, DEFAULT_GUIDANCE if guidance is None else guidance
+    """The pipeline's keyword arguments for steps and guidance; embedded models have defaults of their own."""
+    if own := MODELS.get(model):
+        steps, guidance = steps or own.steps, own.guidance_scale if guidance is None else guidance
     given = {"num_inference_steps": steps, "guidance_scale": guidance}
     return {name: value for name, value in given.items() if value is not None}
 

@@ -46,7 +46,9 @@ def run(
     ] = None,
     reader: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="A reader trained with MODEL (`canvas reader`). Default: the canvas's own."),
+        typer.Option(
+            metavar="FILE", help="A reader trained with MODEL (`canvas reader`). Default: its own, if it has one."
+        ),
     ] = None,
     issued: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Marks that were signed, as `generate --issued` lists them.")
@@ -67,13 +69,12 @@ def run(
     options = {"search": search, "size": parse_size(size)}
 
     from ..benchmarks.store import Store, digest
-    from ..canvas.pipeline import READER, WEIGHTS
+    from ..canvas.models import shipped_reader
     from ..methods.watermark.issued import load_issued
     from ..methods.watermark.keyring import load_keyring
 
     ring = load_keyring(keyring)
-    shipped = WEIGHTS / READER if model == "canvas" else None
-    beside = [digest(path) if path and path.is_file() else None for path in (reader or shipped, issued)]
+    beside = [digest(path) if path and path.is_file() else None for path in (reader or shipped_reader(model), issued)]
     finished = Store(resume, "detect", [digest(keyring), model, options, beside])
     known = {} if issued is None else {"issued": load_issued(issued)}
     rows, failed, pipe = {}, 0, None
@@ -241,11 +242,12 @@ def reader_of(pipe, model: str, path: Path | None) -> dict:
     Raises:
         CliError: a reader of another model.
     """
-    from ..canvas.pipeline import READER, WEIGHTS
+    from ..canvas.models import shipped_reader
     from ..pipelines.watermark.reader import reader_for
 
     if path is None:
-        found = reader_for(pipe, WEIGHTS / READER) if model == "canvas" else None
+        shipped = shipped_reader(model)
+        found = None if shipped is None else reader_for(pipe, shipped)
         return {} if found is None else {"reader": found}
     if not path.is_file():
         raise common.CliError(f"--reader {path}: there is no such file; `semiperm canvas reader` trains one")

@@ -28,13 +28,14 @@ def run(
         bool, typer.Option("--suite", help="Erase concepts one at a time by every method, and compare. Takes long.")
     ] = False,
     prompts: Annotated[
-        Path | None, typer.Option(metavar="FILE.csv", help="Columns prompt,seed,object,style. Default: built in.")
+        Path | None,
+        typer.Option(metavar="FILE.csv", help="Columns prompt,seed,object,style[,hazard]. Default: built in."),
     ] = None,
     withhold: Annotated[
         bool,
         typer.Option(
             "--withhold",
-            help="Keep all phrasings but the names from the methods, and ask by those alone. Default of --suite: both.",
+            help="Keep all phrasings but the names from the methods, and ask by others. Default of --suite: both.",
         ),
     ] = False,
     each: Annotated[
@@ -45,6 +46,10 @@ def run(
         bool,
         typer.Option("--negative", help="Also ask for each concept with a negative prompt that names it."),
     ] = False,
+    world: Annotated[
+        str | None,
+        typer.Option(help="Whose words and judges: an embedded model's. Default: MODEL where it is one, or canvas."),
+    ] = None,
     json_path: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures here.")] = None,
     resume: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Keep finished runs here and go on from them.")
@@ -62,8 +67,8 @@ def run(
 
     UA is the share of pictures without the concept among those that ask for it. IRA is the accuracy of the other
     concepts of its domain (objects or styles), CRA the accuracy in the other domain; kept, attributes and negative are
-    explained in docs/methods.md. The judge knows the objects and
-    styles of the canvas; MODEL must be trained on them.
+    explained in docs/methods.md. The judges know the objects, styles and hazards of the embedded worlds; MODEL must be
+    trained on one of them.
     """
     if bool(membrane) == suite:
         raise common.CliError("give either --membrane FILE (one or more) or --suite")
@@ -73,49 +78,63 @@ def run(
     if membrane and not any(strengths):
         raise common.CliError("every --membrane has the strength 0; that is the untouched model")
 
+    from ..benchmarks.erasure import cases as asking
     from ..benchmarks.erasure import evaluate as erasure
-    from ..benchmarks.erasure.methods import METHODS, applied
+    from ..benchmarks.erasure.methods import applied, methods_of
     from ..benchmarks.store import Store
     from ..benchmarks.timing import machine, versions
 
-    own = erasure.read_cases(prompts) if prompts else None
-    modes = ("withheld",) if withhold else ("given",) if own or not suite else erasure.WORDS
-    cases = {words: own or erasure.built_in_cases(repeats, words=words) for words in modes}
-    names = [name for name, _ in erasure.check_asked(cases[modes[0]], concept or ())]
+    about = common.world_of(world or (model if model in common.MODELS else "canvas"))
+    own = asking.read_cases(prompts, about) if prompts else None
+    modes = askings(about, withhold, every=suite and not own)
+    cases = {words: own or asking.built_in_cases(about, repeats, words=words) for words in modes}
+    names = [name for name, _ in asking.check_asked(about, cases[modes[0]], concept or ())]
     pipe = common.load_model(model, device, dtype)
+    sampling = common.sampling(model, steps, guidance)
+    guided = sampling.get("guidance_scale", about.guidance_scale) > 1
+    if negative and not guided:
+        raise common.CliError("--negative asks with a negative prompt, which changes nothing at a guidance scale of 1")
     if suite:
-        methods, main = METHODS, erasure.MAIN_METHOD
-        sets = [(name,) for name in names] or list(erasure.SUITE)
+        methods, main = methods_of(guided), erasure.MAIN_METHOD
+        sets = [(name,) for name in names] or list(about.suite)
     else:
         stack = common.load_stack(pipe, membrane, concept or [], text_encoder=text_encoder, bias=bias)
-        names = names or [name for name, _ in erasure.check_asked(cases[modes[0]], stack.concepts)]
-        methods, main = {"membrane": lambda pipe, _: applied(pipe, stack, gate, negative_rows)}, "membrane"
+        names = names or [name for name, _ in asking.check_asked(about, cases[modes[0]], stack.concepts)]
+        methods, main = {"membrane": lambda pipe, *_: applied(pipe, stack, gate, negative_rows)}, "membrane"
         sets = [tuple(dict.fromkeys(names))]
-    sampling = common.sampling(model, steps, guidance)
-
-    from ..canvas import Judge
-
-    judge, found = Judge.load(), []
+    judges, found = about.judges(), []
     for words in modes:
-        kept = settings(pipe, cases[words], membrane, (gate, negative_rows), sampling, words, each) if resume else None
+        kept = None
+        if resume:
+            kept = settings(pipe, cases[words], membrane, (gate, negative_rows), sampling, (words, each), about)
         finished = Store(resume, "evaluate", kept)
         with common.progress(f"pictures, {words} words", None) as advance:
             found.append(
                 erasure.evaluate(
-                    pipe, judge, cases[words], sets, methods=methods, main=main, words=words, each=each,
+                    pipe, about, judges, cases[words], sets, methods=methods, main=main, words=words, each=each,
                     negative=negative, finished=finished, advance=advance, batch=batch, **sampling,
                 )
             )  # fmt: skip
     made = {"machine": machine(pipe.device, pipe.dtype), "versions": versions("torch", "diffusers")}
     whole = found[0] if len(found) == 1 else {k: found[0][k] for k in ("n", "method")}
-    result = {"model": model, **sampling, **made, **whole, "rows": [row for part in found for row in part["rows"]]}
+    result = {"model": model, "world": about.name, **sampling, **made, **whole}
+    result["rows"] = [row for part in found for row in part["rows"]]
     if json_path is not None:
         common.write_json(json_path, result)
     show(common.console(), result)
 
 
-def settings(pipe, cases, membranes, gate: tuple, sampling: dict, words: str, each: int | None) -> dict:
-    """All beside the code that changes the pictures: prompts, weights, membrane files, sampling."""
+def askings(world, withhold: bool, every: bool) -> list[str]:
+    """Which of the world's askings are made: those that tell the names alone, all of them, or the first."""
+    from ..canvas.world import NAME
+
+    if withhold:
+        return [words for words, asking in world.askings.items() if asking.told == NAME]
+    return list(world.askings) if every else list(world.askings)[:1]
+
+
+def settings(pipe, cases, membranes, gate: tuple, sampling: dict, asked: tuple, world) -> dict:
+    """All beside the code that changes the verdicts: prompts, weights, membrane files, sampling, judges."""
     from dataclasses import asdict
 
     from ..benchmarks.store import digest
@@ -130,8 +149,8 @@ def settings(pipe, cases, membranes, gate: tuple, sampling: dict, words: str, ea
         "membranes": [[text, digest(adapter_file(common.split_strength(text)[0]))] for text in membranes or ()],
         "gate": gate,
         "sampling": sampling,
-        "words": words,
-        "each": each,
+        "asked": asked,  # words, and how many of each
+        "world": [world.name, digest(*world.files())],
     }
 
 
@@ -139,13 +158,22 @@ def show(console, result: dict) -> None:
     """Print the table: percent with 95 % intervals."""
     from rich.table import Table
 
-    from ..benchmarks.erasure.evaluate import SCORES
+    from ..benchmarks.erasure.scores import SCORES
 
+    rows = result["rows"]
+    used = [key for key in SCORES if any(row[key][0] is not None for row in rows)]
     table = Table(caption=f"percent [95 % interval] over {result['n']} prompts, the same seeds in every row")
-    for heading in ("method", "concept", "words", "UA", "IRA", "CRA", *SCORES[3:]):
+    for heading in (
+        "method",
+        "concept",
+        "words",
+        "judge",
+        *(key.upper() if key in SCORES[:3] else key for key in used),
+    ):
         table.add_column(heading)
-    for line in result["rows"]:
-        table.add_row(line["method"], line["concept"], line["words"], *(percent(line[key]) for key in SCORES))
+    for line in rows:
+        about = (line[key] for key in ("method", "concept", "words", "judge"))
+        table.add_row(*about, *(percent(line[key]) for key in used))
     console.print(table)
 
 

@@ -1,4 +1,4 @@
-"""`semiperm canvas worlds`: the second edition's workshop, until its weights take the first one's place."""
+"""`semiperm canvas worlds`: the second edition's workshop; `semiperm canvas check` measures what comes out."""
 
 from pathlib import Path
 from typing import Annotated
@@ -7,7 +7,7 @@ import typer
 
 from . import common
 
-app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Train, export and check the second edition.")
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Train and export the second edition.")
 Workdir = Annotated[Path, typer.Option(help="Folder of checkpoints and logs; run again to resume.")]
 
 
@@ -35,36 +35,9 @@ def export(
     folder: Annotated[Path, typer.Argument(help="Where the fp16 weights go.")],
     workdir: Workdir = Path("canvas-training"),
 ):
-    """Write the finished parts of a working folder as weights that `check` and the pipelines read."""
+    """Write the finished parts of a working folder as weights that `canvas check` and the pipelines read."""
     from ..canvas import embedded
 
     common.quiet()
     written = embedded.write_weights(workdir, folder)
     common.console().print(f"{folder}: {', '.join(written) or 'nothing is finished'}", markup=False)
-
-
-@app.command(epilog="Example: semiperm canvas worlds check canvas-flow --weights weights --json check.json")
-def check(
-    model: Annotated[str, typer.Argument(help="canvas, canvas-flow or canvas-turbo.")],
-    weights: Annotated[Path, typer.Option(help="Folder of weights.")],
-    json_path: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures here.")] = None,
-    pictures: Annotated[int, typer.Option(min=4, help="Pictures of two things; the other groups follow it.")] = 100,
-    marks: Annotated[int, typer.Option(min=1, help="Pictures whose initial noise is looked for.")] = 200,
-):
-    """Measure a model: does it draw what is asked, in public and reserved words, and does its noise survive?"""
-    from ..canvas import embedded, examining, recovering
-
-    common.quiet()
-    try:
-        pipe = embedded.load_pipeline(model, weights)
-    except (ValueError, FileNotFoundError) as error:
-        raise common.CliError(common.one_line(error)) from error
-    prompts = [asked.prompt for seed in range(2) for asked in examining.pairs("public", seed)]
-    figures = {
-        "model": model,
-        "samples": examining.check(pipe, examining.load_judges(weights), n=pictures),
-        "noise": recovering.recover(pipe, prompts[:marks]),
-    }
-    if json_path is not None:
-        common.write_json(json_path, figures)
-    common.console().print_json(data=figures)

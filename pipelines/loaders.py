@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from ..canvas.models import MODELS
 from ..methods.errors import ModelError, SemipermError
 from ..methods.files import PICKLES, open_safetensors
 from .family import Pipeline
@@ -26,10 +27,10 @@ def load_pipeline(
     """Load a text-to-image pipeline from wherever it is.
 
     Args:
-        model: "canvas" (the embedded model), a diffusers folder, a single .safetensors checkpoint, or a hub id such as
-            "stable-diffusion-v1-5/stable-diffusion-v1-5".
+        model: an embedded model ("canvas", "canvas-scenes", "canvas-flow" or "canvas-turbo"), a diffusers folder, a
+            single .safetensors checkpoint, or a hub id such as "stable-diffusion-v1-5/stable-diffusion-v1-5".
         dtype: of all components, a floating-point one.
-        device: where to; "cpu" is the default, "cuda" the usual one for anything but the canvas.
+        device: where to; "cpu" is the default, "cuda" the usual one for all but embedded models.
 
     Returns:
         The diffusers pipeline of the model's own class.
@@ -37,16 +38,16 @@ def load_pipeline(
     Raises:
         ModelError: a pickle, a path that is nothing of these, a checkpoint of an unsupported family, or a single file
             whose settings are neither cached nor to be had from the hub.
-        OSError: the hub has no such model, or is out of reach.
+        OSError: the hub has no such model, or is out of reach; an embedded model's weights are not there.
 
     >>> load_pipeline("canvas").unet.config.in_channels
     4
     """
     name = str(model)
-    if name == "canvas":
-        from ..canvas import load_pipeline as load_canvas
+    if name in MODELS:
+        from ..canvas import load_pipeline as load_embedded
 
-        return load_canvas(dtype=dtype, device=device)
+        return load_embedded(name, dtype=dtype, device=device)
     path = Path(name)
     if path.is_file():
         return _single_file(path, dtype).to(device)
@@ -56,7 +57,8 @@ def load_pipeline(
         name.count("/") != 1 or name.startswith((".", "/", "~")) or path.suffix.lower() in (".safetensors", *PICKLES)
     ):
         raise ModelError(
-            f"no model at {name!r}; expected 'canvas', a diffusers folder, a .safetensors file or a hub id"
+            f"no model at {name!r}; expected {', '.join(MODELS)} (embedded), a diffusers folder, a .safetensors file or"
+            " a hub id"
         )
     from diffusers import DiffusionPipeline
 
@@ -115,7 +117,7 @@ def _single_file(path: Path, dtype: torch.dtype) -> Pipeline:
         with open_safetensors(path) as file:
             keys = set(file.keys())
     except SemipermError as error:  # a pickle, a truncated file, or something else altogether
-        raise ModelError(f"{error}; other models are 'canvas', a diffusers folder, or a hub id") from None
+        raise ModelError(f"{error}; other models are {', '.join(MODELS)}, a diffusers folder, or a hub id") from None
     markers = {
         "FluxPipeline": ".double_blocks.0.",
         "StableDiffusion3Pipeline": ".joint_blocks.0.",

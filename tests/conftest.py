@@ -51,6 +51,14 @@ def root() -> Path:
     return ROOT
 
 
+@pytest.fixture(scope="session")
+def untrained_worlds(tmp_path_factory) -> Path:
+    """A folder of the second edition's weights, untrained."""
+    from untrained_worlds import write_untrained_worlds
+
+    return write_untrained_worlds(tmp_path_factory.mktemp("worlds-work"), tmp_path_factory.mktemp("worlds"))
+
+
 def pytest_collection_modifyitems(config, items):
     asked = config.option.markexpr or ""
     no_comfyui = why_no_comfyui()

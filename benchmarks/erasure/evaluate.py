@@ -1,294 +1,85 @@
-"""How well a concept is erased: UA, IRA and CRA of UnlearnCanvas, on the canvas, where the truth is known.
+"""Erase concepts by every method, and let the judges say what is left, on a world where the truth is known.
 
-    UA  = 1 - accuracy on the prompts that ask for the concept            (unlearning)
-    IRA = accuracy in the concept's own domain, on all other prompts      (in-domain retaining)
-    CRA = accuracy in the other domain, on those same other prompts       (cross-domain retaining)
-
-    kept       = share of all other prompts' pictures in which the judge sees the same object and style as in the
-                 untouched model's
-    attributes = the same of colour and background, in all pictures
-    negative   = share of the pictures that show the concept, though asked for it, when the negative prompt names it
-
-The domains are objects and styles, the prompt says what is asked for, and the judge says what is seen. All methods get
-the same prompts and seeds, and are given the same words: every phrasing that is asked for, or, of withheld words, the
-bare names, while all is asked for by other phrasings alone. The captions that ask are the canvas's own, which no method
-is given.
-
-Source: UnlearnCanvas (arXiv 2402.11846), section 4, for the first three.
+All methods get the same prompts and seeds, and are given the same words: every phrasing that methods may know, or the
+bare names alone, while pictures are asked for in public or in reserved words (`World.askings`). The captions that ask
+are the world's own, which no method is given. What is measured: scores.py.
 """
 
+from __future__ import annotations
+
+import base64
 import contextlib
-import csv
-import math
-import random
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 
-from ...methods.errors import MembraneError
+from ...canvas.world import Judge, Shown, World, shown_of
 from ..store import Store
+from .cases import Case, Roles, check_asked, roles
 from .methods import METHODS, Method
+from .scores import CELLS, Share, comparisons, outside, pool, scores
 
-DOMAINS = ("object", "style")
-SUITE_OBJECTS = ("robot", "ghost", "quibble", "circle", "star", "heart")
-SUITE_STYLES = ("striped", "dotted", "sketch", "neon")
-SUITE = (*((name,) for name in SUITE_OBJECTS + SUITE_STYLES), ("robot", "ghost", "quibble"))
 MAIN_METHOD = "closed_form/auto"
-WORDS = ("given", "withheld")
-SCORES = ("ua", "ira", "cra", "kept", "attributes", "negative")
 
 
 @dataclass(frozen=True)
-class Case:
-    """One picture to make and judge; an object or style of "" is not judged."""
+class Look:
+    """What the judges saw in one picture; of scenes of two things also the picture, 16 x 16 cells of RGB."""
 
-    prompt: str
-    seed: int
-    object: str = ""
-    style: str = ""
+    seen: dict[str, Shown]
+    small: bytes = b""
 
+    def plain(self) -> list:
+        """What JSON can hold of it."""
+        return [{name: asdict(shown) for name, shown in self.seen.items()}, base64.b64encode(self.small).decode()]
 
-@dataclass(frozen=True)
-class Seen:
-    """What the judge found in one picture."""
-
-    object: str
-    style: str
-    color: str = ""
-    background: str = ""
+    @classmethod
+    def of(cls, plain: list) -> Look:
+        """The inverse of `plain`."""
+        return cls({name: shown_of(kept) for name, kept in plain[0].items()}, base64.b64decode(plain[1]))
 
 
-@dataclass(frozen=True)
-class Share:
-    """`hits` of `n` judgements, made on `distinct` different prompts (the interval counts only those)."""
-
-    hits: int = 0
-    n: int = 0
-    distinct: int = 0
-
-    def __add__(self, other: "Share") -> "Share":
-        return Share(self.hits + other.hits, self.n + other.n, self.distinct + other.distinct)
-
-    @property
-    def value(self) -> float | None:
-        return self.hits / self.n if self.n else None
-
-    def interval(self) -> list[float | None]:
-        """[value, low, high], 95 %; three None where nothing was judged."""
-        return [self.value, *wilson(self.value, self.distinct)] if self.n else [None, None, None]
-
-
-def wilson(share: float, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share p of n trials.
-
-    (p + z^2/2n -+ z sqrt(p (1 - p)/n + z^2/4n^2)) / (1 + z^2/n)
-    """
-    centre, width = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    scale = 1 + z * z / n
-    return max(0.0, (centre - width) / scale), min(1.0, (centre + width) / scale)
-
-
-def built_in_cases(repeats: int = 3, seed: int = 0, words: str = "given") -> list[Case]:
-    """Every object in every style, `repeats` times: full captions, each concept by a phrasing drawn at random.
-
-    Args:
-        words: "given" draws from all phrasings, "withheld" from all but the plain name.
-    """
-    from ...canvas import captions
-    from ...canvas.render import random_scene
-
-    cases = []
-    for repeat in range(repeats):
-        for name in captions.OBJECTS:
-            for style in captions.STYLES:
-                rng = random.Random(f"erasure-{seed}-{repeat}-{name}-{style}")
-                scene = random_scene(rng, object=name, style=style, hazard=False)
-                synonyms = "only" if words == "withheld" else True
-                text = captions.caption(scene, rng, synonyms=synonyms, complete=True)
-                cases.append(Case(text, seed * 1_000_000 + len(cases), name, style))
-    return cases
-
-
-def read_cases(path: str | Path) -> list[Case]:
-    """Read prompts from a CSV file with the columns prompt, seed, object, style.
-
-    An empty object or style is not judged; any phrasing of a concept is understood.
-
-    Raises:
-        MembraneError: missing columns, an empty prompt, a seed that is no whole number, an unknown concept, no rows.
-    """
-    cases = []
-    with Path(path).open(newline="", encoding="utf-8-sig") as file:
-        rows = csv.DictReader(file, skipinitialspace=True)
-        missing = {"prompt", "seed", "object", "style"} - set(rows.fieldnames or ())
-        if missing:
-            raise MembraneError(f"{path} has no column {', '.join(sorted(missing))}; expected prompt,seed,object,style")
-        for row in rows:
-            where = f"{path}, line {rows.line_num}"
-            prompt, seed = (row["prompt"] or "").strip(), (row["seed"] or "").strip()
-            if not prompt:
-                raise MembraneError(f"{where}: the prompt is empty")
-            if not (seed.isascii() and seed.isdigit()):
-                raise MembraneError(f"{where}: the seed {seed!r} is no whole number of 0 or more")
-            truth = [concept_in(domain, (row[domain] or "").strip(), where) for domain in DOMAINS]
-            cases.append(Case(prompt, int(seed), *truth))
-    if not cases:
-        raise MembraneError(f"{path} holds no prompts; expected a header line and at least one row")
-    return cases
-
-
-def concept_in(domain: str, text: str, where: str) -> str:
-    """The canvas's own name of a concept of the domain; "" stays ""."""
-    if not text:
-        return ""
-    name, found = resolve(text, where)
-    if found != domain:
-        raise MembraneError(f"{where}: {text!r} is of the domain {found}, not {domain}")
-    return name
-
-
-def resolve(text: str, where: str = "concept") -> tuple[str, str]:
-    """(name, domain) of a canvas concept given by any of its phrasings.
-
-    Raises:
-        MembraneError: the canvas knows no such concept.
-    """
-    from ...canvas import captions
-
-    try:
-        return captions.canonical(text), captions.domain(text)
-    except ValueError as error:
-        raise MembraneError(f"{where}: {error}") from error
-
-
-def check_asked(cases: Sequence[Case], concepts: Sequence[str]) -> list[tuple[str, str]]:
-    """(name, domain) of each concept.
-
-    Raises:
-        MembraneError: a concept that is neither object nor style, or that no prompt asks for.
-    """
-    wanted = [resolve(concept) for concept in concepts]
-    for name, domain in wanted:
-        if domain not in DOMAINS:
-            raise MembraneError(f"{name!r} is a {domain}; the judge evaluates objects and styles")
-        if all(getattr(case, domain) != name for case in cases):
-            raise MembraneError(f"no prompt asks for the {domain} {name!r}; add some, or evaluate another concept")
-    return wanted
-
-
-def scores(cases: Sequence[Case], seen: Sequence[Seen], concepts: Sequence[str]) -> dict[str, Share]:
-    """UA, IRA and CRA of erasing `concepts` (objects or styles, together), as shares of what was seen.
-
-    Raises:
-        MembraneError: a concept that is neither object nor style, or that no prompt asks for.
-    """
-    total = {"ua": Share(), "ira": Share(), "cra": Share()}
-    wanted = check_asked(cases, concepts)
-    others = [
-        (case, got)
-        for case, got in zip(cases, seen, strict=True)
-        if all(getattr(case, domain) != name for name, domain in wanted)
-    ]
-    for name, domain in wanted:
-        asked = [got for case, got in zip(cases, seen, strict=True) if getattr(case, domain) == name]
-        total["ua"] += Share(sum(getattr(got, domain) != name for got in asked), len(asked), len(asked))
-        for key, judged in (("ira", domain), ("cra", DOMAINS[1 - DOMAINS.index(domain)])):
-            right = [getattr(case, judged) == getattr(got, judged) for case, got in others if getattr(case, judged)]
-            total[key] += Share(sum(right), len(right), len(right))
-    # with several concepts the same other prompts were counted for each of them
-    return {key: Share(s.hits, s.n, min(s.n, len(cases))) for key, s in total.items()}
-
-
-def pool(parts: Iterable[dict[str, Share]], prompts: int) -> dict[str, Share]:
-    """Add up the scores of several runs over the same `prompts` prompts."""
-    total: dict[str, Share] = {}
-    for part in parts:
-        total = {key: total.get(key, Share()) + share for key, share in part.items()}
-    return {key: Share(s.hits, s.n, min(s.n, prompts)) for key, s in total.items()}
-
-
-def given_words(names: Sequence[str], words: str) -> dict[str, tuple[str, ...]]:
-    """What a method may know of each concept: all its phrasings, or, of withheld words, its name alone."""
-    from ...canvas import captions
-
-    return {name: captions.phrases(name)[: 1 if words == "withheld" else None] for name in names}
-
-
-def chosen(cases: Sequence[Case], names: Sequence[str], each: int | None) -> list[int]:
-    """Which cases a run of these concepts takes: at most `each` that ask for one of them, and as many that do not."""
-    wanted = [resolve(name) for name in names]
-    order = list(range(len(cases)))
-    if each is None:
-        return order
-    random.Random("chosen " + "+".join(names)).shuffle(order)
-    asks = [any(getattr(case, domain) == name for name, domain in wanted) for case in cases]
-    return sorted([i for i in order if asks[i]][:each] + [i for i in order if not asks[i]][:each])
-
-
-def comparisons(
-    cases: Sequence[Case],
-    seen: Sequence[Seen],
-    untouched: Sequence[Seen],
-    negative: Sequence[Seen] | None,
-    names: Sequence[str],
-) -> dict[str, Share]:
-    """`kept`, `attributes` and `negative` of one run beside the untouched model's pictures of the same cases."""
-    wanted = [resolve(name) for name in names]
-    asks = [any(getattr(case, domain) == name for name, domain in wanted) for case in cases]
-    pairs = list(zip(seen, untouched, strict=True))
-    same = [(a.object, a.style) == (b.object, b.style) for (a, b), asked in zip(pairs, asks, strict=True) if not asked]
-    alike = [getattr(a, what) == getattr(b, what) for a, b in pairs for what in ("color", "background")]
-    found = {
-        "kept": Share(sum(same), len(same), len(same)),
-        "attributes": Share(sum(alike), len(alike), len(cases)),
-        "negative": Share(),
-    }
-    if negative is not None:
-        asked = [case for case, asks_for in zip(cases, asks, strict=True) if asks_for]
-        shown = [
-            any(getattr(case, domain) == getattr(got, domain) == name for name, domain in wanted)
-            for case, got in zip(asked, negative, strict=True)
-        ]
-        found["negative"] = Share(sum(shown), len(shown), len(shown))
-    return found
-
-
-def by_domain(sets: Iterable[Sequence[str]]) -> dict[str, list[tuple[str, ...]]]:
-    """The sets of one concept, as "objects" and "styles": what erases objects need not erase styles."""
-    groups = {f"{domain}s": [] for domain in DOMAINS}
+def by_group(world: World, sets: Iterable[Sequence[str]]) -> dict[str, list[tuple[str, ...]]]:
+    """The sets of one concept, as "objects", "styles", ...: what erases objects need not erase styles."""
+    groups: dict[str, list[tuple[str, ...]]] = {}
     for names in sets:
         if len(names) == 1:
-            groups[f"{resolve(names[0])[1]}s"].append(tuple(names))
-    return {label: group for label, group in groups.items() if group}
+            groups.setdefault(world.group(names[0]), []).append(tuple(names))
+    return groups
 
 
 def observe(
-    pipe, judge, cases: Sequence[Case], *, batch: int = 32, advance: Callable[[int], object] | None = None, **call
-) -> list[Seen]:
-    """Make each case's picture and say what the judge sees in it.
+    pipe,
+    judges: Mapping[str, Judge],
+    cases: Sequence[Case],
+    *,
+    batch: int = 32,
+    advance: Callable[[int], object] | None = None,
+    **call,
+) -> list[Look]:
+    """Make each case's picture and say what the judges see in it.
 
     Args:
         pipe: a diffusers pipeline, called with lists of prompts and generators.
-        judge: images -> verdict with the lists `object` and `style`.
         advance: called with the number of pictures done.
         call: further arguments of the pipeline; `negative_prompt` as one string.
     """
     import torch
 
-    seen = []
+    found = []
     negative = call.pop("negative_prompt", None)
     for start in range(0, len(cases), batch):
         part = cases[start : start + batch]
         if negative is not None:
             call["negative_prompt"] = [negative] * len(part)
         generators = [torch.Generator("cpu").manual_seed(case.seed) for case in part]
-        verdict = judge(pipe([case.prompt for case in part], generator=generators, **call).images)
-        nothing = [""] * len(part)
-        more = (getattr(verdict, "color", nothing), getattr(verdict, "background", nothing))
-        seen += [Seen(*names) for names in zip(verdict.object, verdict.style, *more, strict=True)]
+        images = pipe([case.prompt for case in part], generator=generators, **call).images
+        seen = {name: judge(images).shown for name, judge in judges.items()}
+        for i, (case, image) in enumerate(zip(part, images, strict=True)):
+            small = image.convert("RGB").reduce(image.width // CELLS).tobytes() if case.kind == "two" else b""
+            found.append(Look({name: shown[i] for name, shown in seen.items()}, small))
         if advance is not None:
             advance(len(part))
-    return seen
+    return found
 
 
 def row(method: str, concept: str, got: dict[str, Share], untouched: dict[str, Share] | None = None) -> dict:
@@ -302,11 +93,26 @@ def row(method: str, concept: str, got: dict[str, Share], untouched: dict[str, S
     return line
 
 
+@dataclass(frozen=True)
+class Run:
+    """The pictures of one method and one set of concepts: looks by the number of the case, and with the negative
+    prompt those of the cases that ask."""
+
+    names: tuple[str, ...]
+    roles: Roles
+    looks: dict[int, Look]
+    negative: dict[int, Look] | None
+
+    def seen(self, judge: str, looks: dict[int, Look] | None = None) -> dict[int, Shown]:
+        return {i: look.seen[judge] for i, look in (self.looks if looks is None else looks).items()}
+
+
 def evaluate(
     pipe,
-    judge,
+    world: World,
+    judges: Mapping[str, Judge],
     cases: Sequence[Case],
-    sets: Sequence[Sequence[str]] = SUITE,
+    sets: Sequence[Sequence[str]] | None = None,
     *,
     methods: dict[str, Method] | None = None,
     main: str = MAIN_METHOD,
@@ -320,20 +126,22 @@ def evaluate(
     """Erase each set of concepts by each method and score it against the untouched model on the same prompts and seeds.
 
     Args:
-        sets: concepts erased together, one tuple a run; sets of one concept are also pooled into rows "objects" and
-            "styles", where a domain has several; these name their "concepts".
-        methods: name -> context manager (pipe, {concept: phrasings}) that yields extra pipeline arguments; METHODS by
-            default.
+        judges: as `world.judges()`; all see the same pictures.
+        sets: concepts erased together, one tuple a run, `world.suite` by default; sets of one concept are also pooled
+            into rows "objects", "characters", "styles" and "hazards", where a group has several; these name their
+            "concepts".
+        methods: name -> context manager (pipe, {concept: phrasings}, other names) that yields extra pipeline arguments;
+            METHODS by default.
         main: the method whose figures stand at the top of the result (the first one where it is not among `methods`).
-        words: "given" tells methods all phrasings, "withheld" the names alone; `cases` should ask accordingly.
-        each: take for each set at most so many cases that ask for it, and as many others; None takes all.
+        words: of `world.askings`: what methods are told; `cases` should ask accordingly.
+        each: take for each set at most so many cases that ask for it, and as many others; see `roles`. None takes all.
         negative: also ask for each concept with a negative prompt that names it.
 
     Returns:
-        {"ua": [value, low, high], "ira", "cra", "kept", "attributes", "negative", "untouched": {...}, "n": prompts,
-        "method", "rows": [{"method", "concept", "words", ...}]}. Over objects and styles, erased one at a time, the
-        figures at the top are left out: one figure for both would hide what differs, and the rows "objects" and
-        "styles" hold them apart.
+        {"ua": [value, low, high], and the other scores, "untouched": {...}, "n": prompts, "method", "rows": [{"method",
+        "concept", "words", "judge", "world", "outside", ...}]}. The figures at the top are the first judge's. Where
+        concepts of several groups were erased one at a time they are left out: one figure for all would hide what
+        differs, and the rows of the groups hold them apart.
 
     Raises:
         MembraneError: unknown concepts, or concepts that no prompt asks for.
@@ -341,52 +149,90 @@ def evaluate(
     methods = METHODS if methods is None else methods
     finished = finished or Store(None, "evaluate")
     main = main if main in methods else next(iter(methods))
-    check_asked(cases, [name for names in sets for name in names])  # errors before hours of work
+    sets = [tuple(names) for names in (world.suite if sets is None else sets)]
+    check_asked(world, cases, [name for names in sets for name in names])  # errors before hours of work
+    sets = [tuple(world.resolve(name)[0] for name in names) for names in sets]
 
-    def seen_by(run: str, method: Method | None, names: Sequence[str], part: Sequence[Case], **call) -> list[Seen]:
+    def looked_at(run: str, method: Method | None, names: Sequence[str], part: Sequence[int], **call) -> dict:
         if (kept := finished.get(run)) is not None:
             if advance is not None:
                 advance(len(part))
-            return [Seen(*found) for found in kept]
-        with method(pipe, given_words(names, words)) if method is not None else contextlib.nullcontext({}) as extra:
-            seen = observe(pipe, judge, part, advance=advance, **{**sampling, **extra, **call})
-        finished.put(run, [[s.object, s.style, s.color, s.background] for s in seen])
-        return seen
+            return dict(zip(part, map(Look.of, kept), strict=True))
+        told = {name: world.told(name, words) for name in names}
+        with _at_work(method, pipe, told, world) as extra:
+            looks = observe(pipe, judges, [cases[i] for i in part], advance=advance, **{**sampling, **extra, **call})
+        finished.put(run, [look.plain() for look in looks])
+        return dict(zip(part, looks, strict=True))
 
-    sets = [tuple(names) for names in sets]
-    picks = {names: chosen(cases, names, each) for names in sets}
-    needed = sorted({i for pick in picks.values() for i in pick})
-    bare = dict(zip(needed, seen_by("untouched", None, (), [cases[i] for i in needed]), strict=True))
-    groups = by_domain(sets)
-    got: dict[str, dict[tuple[str, ...], dict[str, Share]]] = {}
+    picks = {names: roles(world, cases, names, each) for names in sets}
+    needed = sorted({i for pick in picks.values() for i in pick.all})
+    bare = looked_at("untouched", None, (), needed)
+    runs: dict[str, list[Run]] = {}
     for name, method in [("untouched", None), *methods.items()]:
-        got[name] = {}
-        for names in sets:
-            part, before = [cases[i] for i in picks[names]], [bare[i] for i in picks[names]]
+        runs[name] = []
+        for names, pick in picks.items():
             run, against = f"{name} {'+'.join(names)}", None
-            seen = before if method is None else seen_by(run, method, names, part)
+            looks = {i: bare[i] for i in pick.all} if method is None else looked_at(run, method, names, pick.all)
             if negative:
-                asked = [c for c in part if any(getattr(c, d) == n for n, d in map(resolve, names))]
-                told = ", ".join(phrase for own in given_words(names, words).values() for phrase in own)
-                against = seen_by(f"{run} negative", method, names, asked, negative_prompt=told)
-            got[name][names] = scores(part, seen, names) | comparisons(part, seen, before, against, names)
+                told = ", ".join(phrase for name_ in names for phrase in world.told(name_, words))
+                against = looked_at(f"{run} negative", method, names, pick.asks, negative_prompt=told)
+            runs[name].append(Run(names, pick, looks, against))
+    rows = [line for judge in judges for line in _rows(world, cases, runs, judge, words)]
+    result = {"n": len(needed), "method": main, "rows": rows}
+    groups = by_group(world, sets)
+    if len(groups) > 1:
+        return result
+    whole, first = next(iter(groups.values()), sets), next(iter(judges))
+    figures = {}
+    for name in ("untouched", main):
+        parts = [_scored(world, cases, run, bare, first) for run in runs[name] if run.names in whole]
+        figures[name] = {key: share.interval() for key, share in pool(parts, len(cases)).items()}
+    return {**figures[main], "untouched": figures["untouched"], **result}
+
+
+@contextlib.contextmanager
+def _at_work(method: Method | None, pipe, told: dict, world: World) -> Iterator[dict]:
+    if method is None:
+        yield {}
+        return
+    others = [name for kind in ("object", "style", "hazard") for name in world.names(kind) if name not in told]
+    with method(pipe, told, [world.phrases(name)[0] for name in others]) as extra:
+        yield extra
+
+
+def _scored(world: World, cases: Sequence[Case], run: Run, bare: dict[int, Look], judge: str) -> dict[str, Share]:
+    seen, before = run.seen(judge), run.seen(judge, bare)
+    against = None if run.negative is None else run.seen(judge, run.negative)
+    found = scores(world, cases, run.roles, seen, run.names)
+    return found | comparisons(cases, run.roles, seen, before, against, run.names)
+
+
+def _rows(world: World, cases: Sequence[Case], runs: dict[str, list[Run]], judge: str, words: str) -> list[dict]:
+    """The rows of one judge: of every set, and of the groups."""
+    bare = {i: look for run in runs["untouched"] for i, look in run.looks.items()}
+    got = {name: {run.names: _scored(world, cases, run, bare, judge) for run in some} for name, some in runs.items()}
+    before, small_before = {i: look.seen[judge] for i, look in bare.items()}, {i: v.small for i, v in bare.items()}
+    changed = {
+        name: {
+            run.names: outside(
+                cases, run.roles, before, {i: v.small for i, v in run.looks.items()}, small_before, run.names
+            )
+            for run in some
+        }
+        for name, some in runs.items()
+    }
+    groups = by_group(world, got["untouched"])
 
     def line(name: str, concept: str, together: Sequence[tuple[str, ...]]) -> dict:
         """A row of one set, or of several pooled."""
         pooled, plain = (pool([got[run][names] for names in together], len(cases)) for run in (name, "untouched"))
         made = row(name, concept, pooled, None if name == "untouched" and concept not in groups else plain)
-        return made | {"words": words}
+        values = [value for names in together for value in changed[name][names]]
+        made["outside"] = round(sum(values) / len(values), 2) if values else None
+        return made | {"words": words, "judge": judge, "world": world.name}
 
     rows = [line(name, "+".join(names), [names]) for name in got for names in got[name]]
     for label, group in groups.items():
         if len(group) > 1:
             rows += [{**line(name, label, group), "concepts": [names[0] for names in group]} for name in got]
-    result = {"n": len(needed), "method": main, "rows": rows}
-    if len(groups) > 1:
-        return result
-    whole = next(iter(groups.values()), sets)
-    figures = {
-        name: {key: share.interval() for key, share in pool([got[name][s] for s in whole], len(cases)).items()}
-        for name in ("untouched", main)
-    }
-    return {**figures[main], "untouched": figures["untouched"], **result}
+    return rows

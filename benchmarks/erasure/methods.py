@@ -1,6 +1,8 @@
 """The ways to erase that the erasure benchmark compares, each a context manager around a pipeline.
 
-A method is given concepts and the phrasings that it may know, the same for all: {name: (name, synonym, ...)}.
+A method is given concepts and the phrasings that it may know, the same for all: {name: (name, synonym, ...)}; and the
+names of other concepts, which only UCE asks for: it is published with a list of names to preserve. The membranes keep
+the package's general captions instead, as on any checkpoint.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,22 +12,20 @@ from functools import partial
 Words = Mapping[str, Sequence[str]]
 
 
-def _closed_form(pipe, words: Words, gate: str) -> AbstractContextManager[dict]:
+def _closed_form(pipe, words: Words, others: Sequence[str], gate: str) -> AbstractContextManager[dict]:
     from ...pipelines.membranes.erase import erase_concepts
 
     return applied(pipe, erase_concepts(pipe, ["|".join(own) for own in words.values()]), gate)
 
 
 @contextmanager
-def _textbook(pipe, words: Words) -> Iterator[dict]:
+def _textbook(pipe, words: Words, others: Sequence[str]) -> Iterator[dict]:
     """UCE as released: the last token of each bare phrase, towards the empty prompt's, preserving the other names."""
     import torch
 
-    from ...canvas import captions
     from ...methods.membranes.uce import uce_membranes
     from ...pipelines.text import encode_text, text_projections
 
-    others = [name for domain in (captions.OBJECTS, captions.STYLES) for name in domain if name not in words]
     phrases = [phrase for own in words.values() for phrase in own]
 
     def last_tokens(texts):
@@ -40,7 +40,7 @@ def _textbook(pipe, words: Words) -> Iterator[dict]:
 
 
 @contextmanager
-def _negative_prompt(pipe, words: Words) -> Iterator[dict]:
+def _negative_prompt(pipe, words: Words, others: Sequence[str]) -> Iterator[dict]:
     yield {"negative_prompt": ", ".join(phrase for own in words.values() for phrase in own)}
 
 
@@ -57,7 +57,7 @@ def applied(pipe, membranes, gate: str, negative_rows: bool = False) -> Iterator
         remove_membranes(pipe)
 
 
-Method = Callable[[object, Words], AbstractContextManager[dict]]
+Method = Callable[[object, Words, Sequence[str]], AbstractContextManager[dict]]
 METHODS: dict[str, Method] = {
     "closed_form/auto": partial(_closed_form, gate="auto"),
     "closed_form/always": partial(_closed_form, gate="always"),
@@ -65,3 +65,8 @@ METHODS: dict[str, Method] = {
     "uce/textbook": _textbook,
     "negative_prompt": _negative_prompt,
 }
+
+
+def methods_of(guided: bool) -> dict[str, Method]:
+    """METHODS; without guidance there is no negative prompt to give."""
+    return {name: method for name, method in METHODS.items() if guided or name != "negative_prompt"}

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ...methods.token_merging.config import NegativeTokenMergingConfig
 from ...pipelines.token_merging.apply import apply_negative_token_merging
-from ..erasure.evaluate import wilson
+from ..erasure.scores import wilson
 from ..timing import machine, versions
 
 MASCOT = "quibble"

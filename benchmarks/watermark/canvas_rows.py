@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from ..erasure.evaluate import wilson
-from .canvas import CLEAN, OURS, PLAIN, RUNGS, SEARCHING, SHAPE
+from ..erasure.scores import wilson
+from .canvas import CLEAN, OURS, PLAIN, RUNGS, SEARCHING
+from .places import place_of
 from .statistics import null_row
 
 FALSE = 1e-3  # false positive rate of the attack table
@@ -48,7 +49,8 @@ def rows(units: Sequence[dict], results: Sequence[dict]) -> list[dict]:
     for parts in _grouped(units, results, "forgery", ()).values():
         found += _forgery_rows(parts)
     if plain:
-        about = {"mark": OURS, "latents": "canvas pictures, a key each", "shape": SHAPE}
+        about = {"mark": OURS, "latents": f"{units[0]['world']} pictures, a key each"}
+        about["shape"] = place_of(units[0]["world"]).shape
         found.append(null_row(about, plain, "null"))
     return found
 

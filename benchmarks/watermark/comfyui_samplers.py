@@ -12,9 +12,9 @@ from comfyui_version import __version__ as comfyui
 from einops import rearrange
 from semiperm.benchmarks.store import Store
 from semiperm.benchmarks.timing import machine, versions
-from semiperm.benchmarks.watermark.canvas import asked, in_bytes, noise_of
 from semiperm.benchmarks.watermark.marks import OURS
-from semiperm.benchmarks.watermark.samplers import SETTINGS, USUAL, looked, rows, units_of
+from semiperm.benchmarks.watermark.places import in_bytes, place_of
+from semiperm.benchmarks.watermark.samplers import SETTINGS, USUAL, WORLD, looked, rows, units_of
 from semiperm.nodes.canvas.model import load_canvas
 from semiperm.nodes.watermark.inversion import ComfyInverter
 
@@ -24,6 +24,7 @@ DETERMINISTIC = {  # tests/nodes/check_watermark.py tries whether their pictures
     *("uni_pc_bh2", "gradient_estimation", "gradient_estimation_cfg_pp"),
 }
 resume, size = ARGUMENTS  # noqa: F821
+place = place_of(WORLD)
 quick = size == "quick"
 model, clip, vae = load_canvas()
 
@@ -44,9 +45,10 @@ def plan():
 
 def compute(unit):
     start, count = unit["start"], unit["count"]
+    texts = [one.prompt for one in place.asked(start, count)]
     latents = comfy.sample.sample(
-        model, noise_of(OURS, start, count), unit["steps"], unit["guidance"], unit["sampler"], "normal",
-        conditioning([text for text, _ in asked(start, count)]), conditioning([""]), torch.zeros(count, 4, 16, 16),
+        model, place.noise(OURS, start, count), unit["steps"], unit["guidance"], unit["sampler"], "normal",
+        conditioning(texts), conditioning([""]), torch.zeros(count, 4, 16, 16),
         disable_pbar=True, seed=1,
     )  # fmt: skip
     pixels = rearrange(vae.decode(latents)[..., :3], "b h w c -> b c h w").clamp(0, 1)

@@ -14,8 +14,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from .canvas import OURS, PLAIN, SHAPE, asked, draw, mark_of, noise_of, the_reader, world
 from .canvas_rows import SURE, share
+from .marks import OURS
+from .places import PLAIN, place_of
 
 PICTURES, UNMARKED, UNIT = 24, 2_000, 2
 QUICK_PICTURES, QUICK_UNMARKED = 2, 8
@@ -88,7 +89,7 @@ CONVERSIONS: dict[str, Callable[[Image.Image], Image.Image]] = {
 }
 
 
-def plan(quick: bool) -> list[dict]:
+def plan(quick: bool, name: str = "canvas") -> list[dict]:
     """All units."""
     units = []
     for mark, count in (
@@ -96,28 +97,29 @@ def plan(quick: bool) -> list[dict]:
         (PLAIN, QUICK_UNMARKED if quick else UNMARKED),
     ):
         for start in range(0, count, UNIT):
-            units.append({"task": "everyday", "mark": mark, "start": start, "count": min(UNIT, count - start)})
+            unit = {"task": "everyday", "world": name, "mark": mark}
+            units.append(unit | {"start": start, "count": min(UNIT, count - start)})
     return units
 
 
 def compute(unit: dict) -> dict:
     """Of each file: log10 p, the verdict, and seconds of one core; of unmarked pictures as drawn alone."""
-    from ...canvas import DEFAULT_GUIDANCE
     from ...pipelines.watermark.detect import detect_watermark
 
-    pipe, key = world()[0], mark_of(OURS).key
+    place = place_of(unit["world"])
+    pipe, signed = place.pipe, place.mark(OURS)
     start, count, mark = unit["start"], unit["count"], unit["mark"]
     far = start if mark == OURS else 50_000 + start
-    pixels = draw([text for text, _ in asked(far, count)], noise_of(mark, far, count), DEFAULT_GUIDANCE)
-    reader, found = the_reader(), {}
+    pixels = place.draw([one.prompt for one in place.asked(far, count)], place.noise(mark, far, count))
+    reader, found = place.reader, {}
     for name in CONVERSIONS if mark == OURS else ("png",):
         for picture in pixels:
             image = Image.fromarray((picture.permute(1, 2, 0) * 255).round().byte().numpy())
             converted = CONVERSIONS[name](image)
             before = time.process_time()
-            (result,) = detect_watermark(pipe, [converted], [key], reader=reader)
+            (result,) = detect_watermark(pipe, [converted], [signed.key], reader=reader)
             seconds = time.process_time() - before
-            right = result.payload is not None and result.payload == mark_of(OURS).payload(SHAPE)
+            right = result.payload is not None and result.payload == signed.payload(place.shape)
             entry = [round(result.log10_p, 3), result.verdict == "valid" and right, round(seconds, 3)]
             found.setdefault(name, []).append(entry)
     return {"found": found}

@@ -17,9 +17,9 @@ from ...methods.watermark.issued import Issued, issued_in, read_issued
 from ...methods.watermark.mark import Payload, read
 from ...methods.watermark.reader import STEPS
 from ...methods.watermark.statistics import levelled
-from .canvas import LADDER, OURS, SHAPE, SIZE, asked, attacked, draw, mark_of, noise_of, the_reader, world
 from .canvas_rows import FALSE, SURE, share
-from .marks import MARKS, SOFT, seeded
+from .marks import MARKS, OURS, SOFT, key_of, seeded
+from .places import LADDER, SIZE, place_of
 
 ATTACKS = ("regenerate:0.14", "regenerate:0.3", "grey")
 PICTURES, QUICK_PICTURES, UNIT = 48, 4, 4
@@ -35,32 +35,33 @@ SINGLE, LISTS, READ, LADDERS, WITH_READER = (
 INFORMED, INFORMED_READ, SHADED = "informed", "informed, reader", "gaussian shading, soft, message known"
 
 
-def plan(quick: bool) -> list[dict]:
+def plan(quick: bool, name: str = "canvas") -> list[dict]:
     """All units."""
     count = QUICK_PICTURES if quick else PICTURES
-    return [{"task": "repaint", "start": i, "count": min(UNIT, count - i)} for i in range(0, count, UNIT)]
+    return [
+        {"task": "repaint", "world": name, "start": i, "count": min(UNIT, count - i)} for i in range(0, count, UNIT)
+    ]
 
 
 @lru_cache(maxsize=1)
-def _others() -> list[Issued]:
+def _others(shape: tuple[int, ...]) -> list[Issued]:
     """Marks that were issued to others."""
-    chance, key = np.random.default_rng(0), mark_of(OURS).key
+    chance, key = np.random.default_rng(0), key_of("canvas")
     drawn = chance.integers(0, 1 << 18, DATABASE - 1), chance.integers(0, 1 << 24, DATABASE - 1)
-    return [Issued(key.key_id, int(nonce), Payload(int(ident)), SHAPE) for nonce, ident in zip(*drawn, strict=True)]
+    return [Issued(key.key_id, int(nonce), Payload(int(ident)), shape) for nonce, ident in zip(*drawn, strict=True)]
 
 
 def compute(unit: dict) -> dict:
     """log10 p of each way and attack."""
-    from ...canvas import DEFAULT_GUIDANCE
-
-    start, count, key, reader = unit["start"], unit["count"], mark_of(OURS).key, the_reader()
-    texts, noise, found = [text for text, _ in asked(start, count)], noise_of(OURS, start, count), {}
-    pixels, inverter = draw(texts, noise, DEFAULT_GUIDANCE), world()[1]
-    issued = [*_others(), *issued_in(noise, key)]
-    shading = MARKS[SOFT](mark_of(OURS).key, 24)
-    shaded = draw(texts, shading.sample((count, *SHAPE), seeded("shaded", start)), DEFAULT_GUIDANCE)
+    start, count, place = unit["start"], unit["count"], place_of(unit["world"])
+    key, reader, inverter = place.mark(OURS).key, place.reader, place.inverter
+    texts, noise, found = [one.prompt for one in place.asked(start, count)], place.noise(OURS, start, count), {}
+    pixels = place.draw(texts, noise)
+    issued = [*_others(place.shape), *issued_in(noise, key)]
+    shading = MARKS[SOFT](key, place.bits)
+    shaded = place.draw(texts, shading.sample((count, *place.shape), seeded("shaded", start)))
     for text in ATTACKS:
-        worse = attacked(pixels, text, start)
+        worse = place.attacked(pixels, text, start)
         latents = inverter.encode(list(worse))
         looked = levelled(inverter.invert(latents, LOOK))
         said = {SINGLE: read(looked, [key]), LISTS: read(looked, [key], thorough=True)}
@@ -75,7 +76,7 @@ def compute(unit: dict) -> dict:
             config = DetectionConfig(ladder=LADDER, size=SIZE, reader=reader)
             said[WITH_READER] = detect_in(list(worse), inverter, [key], config)
         found[text] = {name: [round(one.log10_p, 3) for one in many] for name, many in said.items()}
-        other = inverter.invert(inverter.encode(list(attacked(shaded, text, start))), LOOK)
+        other = inverter.invert(inverter.encode(list(place.attacked(shaded, text, start))), LOOK)
         p = [max(shading.p_value(row[None]), 1e-300) for row in levelled(other)]
         found[text][SHADED] = [round(float(np.log10(value)), 3) for value in p]
     return found

@@ -24,8 +24,9 @@ from pathlib import Path
 
 import torch
 
+from ...canvas.editions import world_of
 from ...methods.watermark.mark import KeyedMark, Payload, read
-from ..store import Store
+from ..store import Store, digest
 from ..timing import machine, versions
 from . import statistics as watermark_statistics
 from .marks import key_of, seeded
@@ -42,6 +43,7 @@ SPEEDS = (
 )
 PARTS = ("latents", "linked", "canvas", "repaint", "everyday", "speed")  # by default
 ON_REQUEST = ("samplers",)
+OF_A_WORLD = ("canvas", "repaint", "everyday")  # the rest is about latents alone, or about samplers of one model
 # The tables of each part; "null" rows are told apart by the latents they are of.
 TABLES = {
     "latents": ("null", "classifier", "channel"),
@@ -64,6 +66,7 @@ def run(
     workers: int | None = None,
     resume: Path | None = None,
     starting: Callable[[str, int], Callable[[int], object]] = lambda label, total: lambda n: None,
+    world: str = "canvas",
 ) -> list[dict]:
     """All figures of the watermark, or some parts of them.
 
@@ -73,6 +76,7 @@ def run(
             everyday's conversions, time and memory; which of diffusers' samplers keep the mark.
         workers: processes; None is one for each core, 1 stays in this process.
         resume: file of finished units: what the same code has computed is not computed again.
+        world: the embedded model that draws; another than the default goes with parts out of OF_A_WORLD alone.
         starting: called with a label and a number of pieces before they start; returns what is told of finished ones.
 
     Returns:
@@ -86,7 +90,11 @@ def run(
     if unknown := set(parts) - {*PARTS, *ON_REQUEST}:
         known = ", ".join((*PARTS, *ON_REQUEST))
         raise ValueError(f"there is no part {', '.join(sorted(unknown))}; expected some of {known}")
-    found = []
+    if world != "canvas" and (unfit := set(parts) - set(OF_A_WORLD)):
+        raise ValueError(
+            f"{', '.join(sorted(unfit))} do not depend on {world}; expected some of {', '.join(OF_A_WORLD)}"
+        )
+    found, drawn = [], digest(*world_of(world).files()) if set(parts) & {*OF_A_WORLD, *ON_REQUEST} else None
     if "latents" in parts:
         units = watermark_statistics.plan(quick)
         found += watermark_statistics.rows(units, computed(units, workers, resume, starting("latents", len(units))))
@@ -94,13 +102,15 @@ def run(
         from . import canvas as watermark_canvas
         from . import canvas_rows as watermark_canvas_rows
 
-        units = watermark_canvas.plan(quick)
-        found += watermark_canvas_rows.rows(units, computed(units, workers, resume, starting("canvas", len(units))))
+        units = watermark_canvas.plan(quick, world)
+        done = computed(units, workers, resume, starting("canvas", len(units)), drawn)
+        found += watermark_canvas_rows.rows(units, done)
     for name in ("linked", "repaint", "everyday", "samplers"):
         if name in parts:
             module = import_module(f".{name}", __package__)
-            units = module.plan(quick)
-            found += module.rows(units, computed(units, workers, resume, starting(name, len(units))))
+            units = module.plan(quick, world) if name in OF_A_WORLD else module.plan(quick)
+            about = None if name == "linked" else drawn
+            found += module.rows(units, computed(units, workers, resume, starting(name, len(units)), about))
     if "speed" in parts:
         speeds = [(*case[:3], case[3 + quick]) for case in SPEEDS if case[3 + quick]]
         advance = starting("speed; keep the machine quiet", len(speeds))
@@ -109,7 +119,7 @@ def run(
             advance(1)
     about = {"versions": versions("torch", "numpy", "scipy", "cryptography", "diffusers")}
     about["machine"] = machine(torch.device("cpu"), torch.float32)
-    return [row | about for row in found]
+    return [row | about | ({"world": world} if world != "canvas" else {}) for row in found]
 
 
 def compute(unit: dict) -> dict:
@@ -125,10 +135,14 @@ def compute(unit: dict) -> dict:
 
 
 def computed(
-    units: Sequence[dict], workers: int | None, resume: Path | None, advance: Callable[[int], object]
+    units: Sequence[dict],
+    workers: int | None,
+    resume: Path | None,
+    advance: Callable[[int], object],
+    settings: object = None,
 ) -> list[dict]:
-    """The results of the units, in their order, from the file or computed and added to it."""
-    store, keys = Store(resume, "bench watermark"), [json.dumps(unit, sort_keys=True) for unit in units]
+    """The results of the units, in their order, from the file or computed under these settings and added to it."""
+    store, keys = Store(resume, "bench watermark", settings), [json.dumps(unit, sort_keys=True) for unit in units]
     missing = [(key, unit) for key, unit in zip(keys, units, strict=True) if store.get(key) is None]
     advance(len(units) - len(missing))
     workers = min(workers or os.cpu_count() or 1, max(1, len(missing)))

@@ -14,8 +14,10 @@ from collections.abc import Sequence
 import torch
 
 from ...methods.watermark.detection import DetectionConfig, detect_in
-from .canvas import SHAPE, SIZE, asked, in_bytes, noise_of, world
 from .marks import OURS, key_of
+from .places import SIZE, in_bytes, place_of
+
+WORLD = "canvas"  # flow models have samplers of their own
 
 USUAL = (25, 4.0)  # steps, guidance: at which samplers with noise of their own are measured, which no steps help
 SETTINGS = (USUAL, (8, 4.0), (8, 7.5))  # few steps and much guidance are what loses marks
@@ -73,11 +75,12 @@ def compute(unit: dict) -> dict:
     """{"log10_p": of each picture}."""
     import diffusers
 
-    pipe, inverter, _ = world()
+    place = place_of(WORLD)
+    pipe, inverter = place.pipe, place.inverter
     before, options = pipe.scheduler, dict(unit["options"])
     call = {"eta": options.pop("eta")} if "eta" in options else {}
     part = unit["start"], unit["count"]
-    prompts, noise = [text for text, _ in asked(*part)], noise_of(OURS, *part)
+    prompts, noise = [one.prompt for one in place.asked(*part)], place.noise(OURS, *part)
     try:
         pipe.scheduler = getattr(diffusers, unit["sampler"]).from_config(before.config, **options)
         with torch.no_grad():
@@ -105,7 +108,7 @@ def rows(units: Sequence[dict], results: Sequence[dict]) -> list[dict]:
         kept = {name: unit[name] for name in ("face", "sampler", "options", "steps", "guidance")}
         settings.setdefault(json.dumps(kept), []).extend(result["log10_p"])
     return [
-        {"table": "sampler", **json.loads(setting), "shape": list(SHAPE), "n": len(values)}
+        {"table": "sampler", **json.loads(setting), "shape": list(place_of(WORLD).shape), "n": len(values)}
         | {"found": sum(value < math.log10(ALPHA) for value in values)}
         | {"log10_p": round(statistics.median(values), 1), "worst": round(max(values), 1)}
         for setting, values in settings.items()

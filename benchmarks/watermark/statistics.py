@@ -22,7 +22,7 @@ from torch import Tensor
 from ...methods.watermark.fields import fields_of, first_field
 from ...methods.watermark.mark import capacity
 from ...methods.watermark.statistics import LARGEST, level_counts, quantise
-from ..erasure.evaluate import wilson
+from ..erasure.scores import wilson
 from .classifiers import CLASSIFIERS, hits
 from .marks import BASELINES, CARRIERS, CONTROLS, MARKS, OURS, RELEASED, key_of, seeded
 

@@ -1,5 +1,6 @@
 """The second edition's trainings in miniature, and what they write as pipelines."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -14,6 +15,7 @@ from semiperm.canvas import (
     judges,
     judging,
     language,
+    load_pipeline,
     pool,
     precision,
     reading,
@@ -24,8 +26,10 @@ from semiperm.canvas import (
     worlds,
 )
 from semiperm.canvas.loop import save_tensors
+from semiperm.canvas.models import MODELS
 from semiperm.canvas.precision import Run
 from semiperm.canvas.scenes import Scene, Thing
+from untrained_worlds import SECOND
 
 
 @pytest.fixture(scope="module")
@@ -45,28 +49,9 @@ def scenes():
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory, tokenizer, encoders, scenes):
+def weights(untrained_worlds):
     """A folder of untrained weights, written through the working folder's files."""
-    work, folder = tmp_path_factory.mktemp("work"), tmp_path_factory.mktemp("weights")
-    precision_of(work, "turbo")
-    narrow = flow.build_transformer(2 * vocabulary.WIDTH)
-    data = pool.Pool(scenes, torch.randn(17, 16, 16, 16))
-    change = turbo.train_turbo(data, tokenizer, encoders, narrow, Run(work, 1, 4, compile=False), walk=1)
-    for part, module in {
-        "text-first": encoders[0],
-        "text-second": encoders[1],
-        "vae-canvas.final": autoencoders.build("canvas"),
-        "vae-canvas-flow.final": autoencoders.build("canvas-flow"),
-        "unet.ema": unet.build_unet(),
-        "transformer.ema": narrow,
-        "judge-first.ema": judges.HeatmapJudge(),
-        "judge-second.ema": judges.QueryJudge(),
-    }.items():
-        save_tensors(module.state_dict(), work / f"{part}.safetensors")
-    save_tensors(change, work / "turbo.ema.safetensors")
-    tokenizer.save_pretrained(str(work / "tokenizer"))
-    assert len(embedded.write_weights(work, folder)) == 9
-    return folder
+    return untrained_worlds
 
 
 def precision_of(workdir, *parts):
@@ -187,12 +172,31 @@ def test_denoisers_in_miniature_resume(tmp_path, tokenizer, encoders, scenes):
     data = pool.Pool(scenes, torch.randn(17, 16, 16, 16))
     model = flow.train_flow(data, tokenizer, encoders, Run(tmp_path, 1, 4, compile=False))
     assert np.isfinite(rows_of(tmp_path, "flow")[-1]["loss"])
-    wide, x = flow.widen(model), torch.randn(1, 16, 16, 16)
+    wide, state, x = flow.build_transformer(), dict(model.state_dict()), torch.randn(1, 16, 16, 16)
+    flow.widen(state)
+    wide.load_state_dict(state)
     text = flow.read(encoders, vocabulary.tokenize(tokenizer, ["a star"]))
     padded = torch.nn.functional.pad(text.states, (0, flow.JOINT_DIM - text.states.shape[-1]))
     with torch.no_grad():
         a = model(x, text.states, text.pooled, torch.tensor([500.0]), return_dict=False)[0]
         b = wide(x, padded, text.pooled, torch.tensor([500.0]), return_dict=False)[0]
+    assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_the_distillate_trains_and_is_a_change_of_the_weights(tmp_path, tokenizer, encoders, scenes):
+    precision_of(tmp_path, "turbo")
+    teacher, data = flow.build_transformer(2 * vocabulary.WIDTH), pool.Pool(scenes, torch.randn(17, 16, 16, 16))
+    change = turbo.train_turbo(data, tokenizer, encoders, teacher, Run(tmp_path, 1, 4, compile=False), walk=1)
+    assert np.isfinite(rows_of(tmp_path, "turbo")[-1]["loss"]) and any(v.any() for k, v in change.items() if "up" in k)
+    state = dict(teacher.state_dict())
+    embedded.apply_low_rank(state, change)
+    student = turbo.add_low_rank(flow.build_transformer(2 * vocabulary.WIDTH))
+    missing = student.load_state_dict(change, strict=False).unexpected_keys
+    assert not missing and not torch.equal(state["proj_out.weight"], teacher.proj_out.weight)
+    teacher.load_state_dict(state)
+    x, states, pooled = torch.randn(1, 16, 16, 16), torch.randn(1, 5, 256), torch.randn(1, 256)
+    with torch.no_grad():
+        a, b = (m(x, states, pooled, torch.tensor([500.0]), return_dict=False)[0] for m in (teacher, student))
     assert torch.allclose(a, b, atol=1e-5)
 
 
@@ -231,22 +235,37 @@ def test_relations_are_read_off_places():
     assert judges.relation(seen(60, 60, 0.9), seen(75, 64, 0.2)) == "front"
 
 
-@pytest.mark.parametrize("name, steps", [("canvas", 2), ("canvas-flow", 2), ("canvas-turbo", 4)])
+@pytest.mark.parametrize("name, steps", [("canvas-scenes", 2), ("canvas-flow", 2), ("canvas-turbo", 4)])
 def test_the_pipelines_load_and_draw(weights, name, steps):
-    pipe = embedded.load_pipeline(name, weights)
+    pipe = load_pipeline(name, weights=weights)
     images = examining.sample(pipe, ["a robot", "two stars left of nothing"], num_inference_steps=steps)
     assert [image.size for image in images] == [(128, 128)] * 2 and pipe.semiperm_canvas == name
-    if name != "canvas":
+    if name != "canvas-scenes":
         assert pipe.encode_prompt("a", "a", "a", device="cpu")[0].shape == (1, 77, 4096)
     if name == "canvas-turbo":
         assert torch.allclose(pipe.scheduler.sigmas, turbo.sigmas())
 
 
-def test_missing_weights_and_unknown_models_are_errors(weights, tmp_path):
-    with pytest.raises(FileNotFoundError, match="semiperm canvas train"):
-        embedded.load_pipeline("canvas", tmp_path)
-    with pytest.raises(ValueError, match="no embedded model is called 'canvas-slow'; choose from canvas"):
-        embedded.load_pipeline("canvas-slow", weights)
+def test_missing_weights_and_unknown_models_are_errors(tmp_path):
+    for name in SECOND:
+        with pytest.raises(
+            FileNotFoundError, match=f"{name} cannot be loaded; `semiperm canvas worlds export {tmp_path}`"
+        ):
+            load_pipeline(name, weights=tmp_path)
+    for name in ("canvas-slow", torch.float32, None):  # the first argument was once a dtype
+        with pytest.raises(
+            ValueError, match=f"is called {name!r}; choose from canvas, canvas-scenes, canvas-flow, canvas"
+        ):
+            load_pipeline(name)
+
+
+def test_the_door_reads_the_shipped_folder(weights, monkeypatch):
+    for name in SECOND:
+        monkeypatch.setitem(MODELS, name, dataclasses.replace(MODELS[name], folder=weights))
+    pipe = load_pipeline("canvas-turbo", dtype=torch.bfloat16)
+    assert pipe.transformer.dtype == torch.bfloat16 and pipe.semiperm_canvas == "canvas-turbo"
+    plain, both = (embedded.read_states(name)["transformer"] for name in ("canvas-flow", "canvas-turbo"))
+    assert plain.keys() == both.keys() and any(not torch.equal(plain[k], both[k]) for k in plain)
 
 
 def test_marks_say_what_came_out_as_asked():
@@ -268,18 +287,18 @@ def test_the_questions_use_the_words_they_say():
     assert all("wolf" in item.prompt.lower() and "grandmother" in item.prompt.lower() for item in implied)
 
 
-@pytest.mark.parametrize("name", list(embedded.MODELS))
+@pytest.mark.parametrize("name", SECOND)
 def test_noise_is_looked_for_in_every_model(weights, name, monkeypatch):
     if name != "canvas-turbo":
-        monkeypatch.setitem(embedded.MODELS, name, embedded.Model(2, 2.0, embedded.MODELS[name].files))
+        monkeypatch.setitem(MODELS, name, dataclasses.replace(MODELS[name], steps=2, guidance_scale=2.0))
         monkeypatch.setitem(recovering.INVERSION_STEPS, name, 2)
-    figures = recovering.recover(embedded.load_pipeline(name, weights), ["a star", "a ring"])
+    figures = recovering.recover(load_pipeline(name, weights=weights), ["a star", "a ring"])
     assert figures["n"] == 2 and 0 <= figures["lowest"] <= figures["mean_sign_agreement"] <= 1
     assert np.isfinite(figures["autoencoder_roundtrip"])
 
 
 def test_euler_inversion_undoes_a_straight_flow(weights):
-    pipe = embedded.load_pipeline("canvas-flow", weights)
+    pipe = load_pipeline("canvas-flow", weights=weights)
     velocity = torch.randn(1, 16, 16, 16)
     pipe.transformer.forward = lambda z, *args, **kwargs: (velocity.expand_as(z),)
     noise = torch.randn(1, 16, 16, 16)

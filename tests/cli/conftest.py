@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import pytest
@@ -20,11 +21,11 @@ def _parts():
 @pytest.fixture
 def untrained_canvas(monkeypatch):
     """MODEL `canvas` with random weights, two steps a picture, and a judge that guesses."""
-    from semiperm.canvas import pipeline
+    from semiperm.canvas import models, pipeline
 
     vae, unet, text_encoder, tokenizer, judge = _parts()
     pipe = pipeline.assemble(vae, unet, text_encoder, tokenizer)
-    monkeypatch.setattr(pipeline, "load_pipeline", lambda dtype, device: pipe.to(device, dtype))
-    monkeypatch.setattr(pipeline, "DEFAULT_STEPS", 2)
-    monkeypatch.setattr(judge.Judge, "load", lambda: judge.Judge(judge.JudgeNet()))
+    monkeypatch.setattr(pipeline, "load_pipeline", lambda name, dtype, device: pipe.to(device, dtype))
+    monkeypatch.setitem(models.MODELS, "canvas", dataclasses.replace(models.MODELS["canvas"], steps=2))
+    monkeypatch.setattr(judge.Judge, "load", lambda *_: judge.Judge(judge.JudgeNet()))
     return pipe

@@ -113,7 +113,7 @@ def test_bench_membranes(untrained_canvas, tmp_path, monkeypatch):
 def test_canvas_check(untrained_canvas, tmp_path, monkeypatch):
     from semiperm.canvas import check, pipeline
 
-    monkeypatch.setattr(pipeline, "load_pipeline", lambda: untrained_canvas)
+    monkeypatch.setattr(pipeline, "load_pipeline", lambda name, weights: untrained_canvas)
     monkeypatch.setattr(check, "check", lambda pipe, judge, **options: options)
     result = run("canvas", "check", "--marks", 7, "--json", tmp_path / "check.json")
     figures = json.loads((tmp_path / "check.json").read_text())

@@ -8,13 +8,14 @@ import torch
 from scipy import linalg
 from semiperm.benchmarks.watermark import canvas as canvas
 from semiperm.benchmarks.watermark import canvas_rows as canvas_rows
+from semiperm.benchmarks.watermark import places
 from semiperm.benchmarks.watermark import run as bench
 from semiperm.benchmarks.watermark.marks import OURS, SHADING, SOFT
 from semiperm.canvas.render import Scene, render
 
 
 def pictures(mark, start=0, count=2, guidance=4.0, attacks=("none",)):
-    about = dict(task="pictures", mark=mark, guidance=guidance, attacks=list(attacks))
+    about = dict(task="pictures", world="canvas", mark=mark, guidance=guidance, attacks=list(attacks))
     return about | dict(start=start, count=count)
 
 
@@ -32,28 +33,29 @@ def test_two_pictures_are_drawn_attacked_and_found():
     result = bench.compute(unit)
     assert set(result["found"]) == {"none", "brightness:0.9"}
     for text in result["found"]:
-        ours, fixed = result["found"][text][OURS], result["found"][text][canvas.FIXED]
+        ours, fixed = result["found"][text][OURS], result["found"][text][places.FIXED]
         assert all(p < 1e-6 for p in (*ours["p"], *fixed["p"])) and all(ours["exact"])
-        assert max(ours["evaluations"]) <= sum(canvas.LADDER) <= 10 and fixed["evaluations"] == [10, 10]
+        assert max(ours["evaluations"]) <= sum(places.LADDER) <= 10 and fixed["evaluations"] == [10, 10]
     assert np.mean(result["agreement"]["5"]) > np.mean(result["agreement"]["0"]) > 0.55
     assert json.loads(json.dumps(result)) == result
-    plain = bench.compute(pictures(canvas.PLAIN, attacks=()))
+    plain = bench.compute(pictures(places.PLAIN, attacks=()))
     assert len(plain["null"]) == 2 * canvas.NULL_KEYS and min(plain["null"]) > 1e-4
     assert len(plain["features"]) == 2 and plain["found"] == {}
 
 
 @pytest.mark.slow
 def test_the_other_units():
-    decoder = bench.compute(dict(task="decoder", start=0, count=2, steps=20))
+    decoder = bench.compute(dict(task="decoder", world="canvas", start=0, count=2, steps=20))
     assert np.mean(decoder["decoder"]["agreement"]) > 0.7 and len(decoder["encoder"]["p"]) == 2
-    forgery = bench.compute(dict(task="forgery", start=0, count=1))
+    forgery = bench.compute(dict(task="forgery", world="canvas", start=0, count=1))
     assert forgery["unbound"] or set(forgery["verdicts"]) == set(canvas.FORGERIES)
-    average = bench.compute(dict(task="average", mark=SHADING, start=0, count=2, n=8))
+    average = bench.compute(dict(task="average", world="canvas", mark=SHADING, start=0, count=2, n=8))
     assert set(average["found"]["average removal, 8"]) == {SHADING, SOFT}
 
 
 def test_decoder_inversion_comes_closer_to_the_picture():
-    pipe, inverter, _ = canvas.world()
+    place = places.place_of("canvas")
+    pipe, inverter = place.pipe, place.inverter
     picture = np.asarray(render(Scene(object="star", style="striped", background="sky")))
     pixels = torch.from_numpy(picture.copy()).permute(2, 0, 1)[None] / 255
     latents = inverter.encode(list(pixels))
@@ -63,14 +65,18 @@ def test_decoder_inversion_comes_closer_to_the_picture():
             out = pipe.vae.decode(z / pipe.vae.config.scaling_factor, return_dict=False)[0] / 2 + 0.5
         return float((out - pixels).square().sum())
 
-    assert distance(canvas.refined(latents, pixels, 10)) < 0.98 * distance(latents)
+    assert distance(canvas.refined(pipe.vae, latents, pixels, 10)) < 0.98 * distance(latents)
 
 
 def test_attack_rows_and_their_mean():
     found = {"none": {OURS: looked([1e-9, 1e-9])}, "jpeg:50": {OURS: looked([1e-9, 1e-4], False, 3)}}
     found["flip"] = {OURS: looked([0.5, 0.9], False, 9)}
     forged = {"average removal, 8": {OURS: looked([1e-9])}, "average forgery, 8": {OURS: looked([1e-9])}}
-    units = [pictures(OURS), pictures(canvas.PLAIN), dict(task="average", mark=OURS, start=0, count=1, n=8)]
+    units = [
+        pictures(OURS),
+        pictures(places.PLAIN),
+        dict(task="average", world="canvas", mark=OURS, start=0, count=1, n=8),
+    ]
     results = [
         drawn(found, [[0.0, 1.0], [1.0, 0.0]], agreement={str(n): [0.7, 0.8] for n in canvas.RUNGS}),
         drawn({}, [[0.0, 1.0], [1.0, 0.0]], null=[0.3, 0.9]),
@@ -91,7 +97,7 @@ def test_attack_rows_and_their_mean():
 def test_marks_without_a_message_have_no_exact_share():
     two = [[1.0], [0.0]]
     units, results = [pictures("tree-ring")], [drawn({"none": {"tree-ring": looked([1e-9, 1e-9], None, 10)}}, two)]
-    units, results = units + [pictures(canvas.PLAIN)], results + [drawn({}, two, null=[0.5])]
+    units, results = units + [pictures(places.PLAIN)], results + [drawn({}, two, null=[0.5])]
     row = next(row for row in canvas_rows.rows(units, results) if row["table"] == "attack")
     assert row["exact"] is None and row["detected"][0] == 1
 
@@ -100,7 +106,7 @@ def test_forgery_rows_tell_caught_from_lost():
     verdicts = {"as drawn": ["valid"] * 4, "reprompt": ["content differs", "valid", "content differs", "absent"]}
     shown = {"as drawn": [True] * 4, "reprompt": [True] * 2 + [False] * 2}
     parts = [{"unbound": 1, "draws": [2, 3], "verdicts": verdicts, "shown": shown}]
-    genuine, forged = canvas_rows.rows([dict(task="forgery", start=0, count=5)], parts)
+    genuine, forged = canvas_rows.rows([dict(task="forgery", world="canvas", start=0, count=5)], parts)
     assert genuine["valid"][0] == 1 and genuine["caught"][0] == 0 and genuine["unbound"] == 1
     assert forged["authentic"][0] == 0.75 and forged["shown"][0] == 0.5 and forged["forged"][0] == 0.5
     assert forged["caught"][0] == 0.5 and forged["valid"][0] == 0.25 and forged["draws"] == 2.5

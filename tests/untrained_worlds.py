@@ -1,0 +1,40 @@
+"""The second edition's weights at their true sizes, untrained: to load, to run and to compare, not to look at."""
+
+import copy
+from pathlib import Path
+
+import torch
+from semiperm.canvas import autoencoders, embedded, flow, judges, turbo, unet, vocabulary
+from semiperm.canvas.loop import save_tensors
+from semiperm.canvas.models import MODELS, WEIGHTS
+
+SECOND = tuple(name for name, model in MODELS.items() if model.edition == 2)
+
+
+def write_untrained_worlds(work: Path, folder: Path) -> Path:
+    """Write `folder` as `semiperm canvas worlds export` does, from what a training would have left in `work`.
+
+    The autoencoders are the first edition's and what grows from it, so that noise survives in pictures; the change of
+    four steps is random, so that both flow models differ.
+    """
+    tokenizer = vocabulary.build_tokenizer(n_captions=400)
+    trunk = autoencoders.build("canvas")
+    trunk.load_state_dict(embedded.load_file(str(WEIGHTS / "vae.safetensors")))
+    transformer = flow.build_transformer(2 * vocabulary.WIDTH)
+    student = turbo.add_low_rank(copy.deepcopy(transformer))
+    change = {k: v + 0.02 * torch.randn_like(v) * k.endswith(".up") for k, v in turbo.low_rank_state(student).items()}
+    for part, module in {
+        "text-first": vocabulary.build_encoder("first", len(tokenizer)),
+        "text-second": vocabulary.build_encoder("second", len(tokenizer)),
+        "vae-canvas.final": trunk,
+        "vae-canvas-flow.final": autoencoders.grow(trunk),
+        "unet.ema": unet.build_unet(),
+        "transformer.ema": transformer,
+        "judge-first.ema": judges.HeatmapJudge(),
+        "judge-second.ema": judges.QueryJudge(),
+    }.items():
+        save_tensors(module.state_dict(), work / f"{part}.safetensors")
+    save_tensors(change, work / "turbo.ema.safetensors")
+    tokenizer.save_pretrained(str(work / "tokenizer"))
+    assert len(embedded.write_weights(work, folder)) == 9
+    return folder
