@@ -3,11 +3,12 @@
 For a token o (C,) at share t of the schedule, and R directions of one concept at one layer:
 
     a_r = <o, read_r(t)> - offset_r(t)                            0 for the mean of other pictures, 1 for the concept's
-    g_r = min(max((a_r - low_r(t)) / (high_r(t) - low_r(t)), 0), 1)
-    o'  = o - strength beta sum_r g_r a_r write_r(t)
+    g_r = ramp(a_r; low_r, high_r) ramp(max over the picture's tokens of a_r; seen_r, sure_r)
+    o'  = o - strength beta sum_r g_r a_r write_r(t),             ramp(a; l, h) = min(max((a - l) / (h - l), 0), 1)
 
-Everything stands at J knots of the schedule and is linear between them, so that any sampler and any number of steps
-finds its own. K membranes are one projection: their directions are stacked (`packed_at`).
+The picture's ramp says whether the concept is there at all, at a calibrated rate; the token's says where. Everything
+stands at J knots of the schedule and is linear between them, so that any sampler and any number of steps finds its own.
+K membranes are one projection: their directions are stacked (`packed_at`).
 
 Source: CASteer (arXiv 2503.09630) is read = write = a normalised mean difference, a gate at 0, beta 2. Ours differs in
 the discriminant, the calibrated gate and the knots; methods/membranes/visual_fit.py says how they are found.
@@ -34,7 +35,7 @@ class VisualSite:
 
     Args:
         read, write: (J, R, C) at J knots.
-        gates: (J, R, 3): offset, low, high, with low < high.
+        gates: (J, R, 5): offset, low, high, seen, sure, with low < high and seen < sure.
 
     Raises:
         MembraneError: shapes that do not fit together, thresholds out of order, NaN or Inf.
@@ -47,15 +48,18 @@ class VisualSite:
     def __post_init__(self):
         shape = tuple(self.read.shape)
         fits = len(shape) == 3 and 0 not in shape and tuple(self.write.shape) == shape
-        if not fits or tuple(self.gates.shape) != (*shape[:2], 3):
+        if not fits or tuple(self.gates.shape) != (*shape[:2], 5):
             raise MembraneError(
                 f"an image-side layer has read {shape}, write {tuple(self.write.shape)} and gates"
-                f" {tuple(self.gates.shape)}; expected (J, R, C) twice and (J, R, 3)"
+                f" {tuple(self.gates.shape)}; expected (J, R, C) twice and (J, R, 5)"
             )
         if not all(t.is_floating_point() and torch.isfinite(t).all() for t in (self.read, self.write, self.gates)):
             raise MembraneError("an image-side layer holds NaN, Inf or integers; the file or the fit is broken")
-        if not bool((self.gates[..., 1] < self.gates[..., 2]).all()):
-            raise MembraneError("an image-side layer has thresholds low >= high; expected low < high at every knot")
+        _, low, high, seen, sure = self.gates.unbind(-1)
+        if not bool((low < high).all() and (seen < sure).all()):
+            raise MembraneError(
+                "an image-side layer has thresholds low >= high or seen >= sure; expected the other order at every knot"
+            )
 
     @property
     def rank(self) -> int:
@@ -133,7 +137,8 @@ class Openings:
     def add(self, gates: Tensor, site: ImageSite, gamma: Tensor) -> None:
         """One layer's gates (B, N, R); where gamma (B, K) is 0 nothing acted."""
         each = gates.new_zeros(*gates.shape[:2], site.columns, dtype=torch.float32)
-        each = each.index_reduce(2, site.owner, gates.float(), "amax") * gamma.ne(0).float()[:, None]
+        each = each.scatter_reduce(2, site.owner.expand(gates.shape), gates.float(), "amax")
+        each = each * gamma.ne(0).float()[:, None]
         widest, tokens = each.amax(dim=1), each.gt(0).float().mean(dim=1)
         self.widest = widest if self.widest is None else torch.maximum(self.widest, widest)
         self.tokens = tokens if self.tokens is None else torch.maximum(self.tokens, tokens)
@@ -203,14 +208,23 @@ class ImageSite:
             self.layers = [tuple(t.to(device) for t in layer) for layer in self.layers]
 
     def packed_at(self, share: float | Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """read (R, C), write (R, C), gates (3, R) as `gated_projection` takes them, of all membranes at this share."""
+        """read (R, C), write (R, C), gates (5, R) as `gated_projection` takes them, of all membranes at this share."""
         found = []
         for knots, *layer in self.layers:
             weights = knot_weights(knots, share)
             found.append([torch.tensordot(weights, t, 1) for t in layer])
         read, write, gates = (torch.cat(parts) for parts in zip(*found, strict=True))
-        offset, low, high = gates.T
-        return read.to(dtype), write.to(dtype), torch.stack([offset, low, 1.0 / (high - low)])
+        offset, low, high, seen, sure = gates.T
+        gates = torch.stack([offset, low, 1.0 / (high - low), seen, 1.0 / (sure - seen)])
+        return read.to(dtype), write.to(dtype), gates
+
+    def scores(self, y: Tensor, packed: tuple[Tensor, Tensor, Tensor], text: int) -> Tensor:
+        """(B, columns): how far beyond `seen` the strongest token goes along any direction, in widths sure - seen."""
+        read, _, (offset, _, _, seen, slope) = packed
+        image = (y[:, text:] if self.after_text else y).float()
+        each = (((image @ read.float().T) - offset - seen) * slope).amax(dim=1)
+        found = each.new_full((len(y), self.columns), float("-inf"))
+        return found.scatter_reduce(1, self.owner.expand(each.shape), each, "amax")
 
     def edit(self, y: Tensor, packed: tuple[Tensor, Tensor, Tensor], gamma: Tensor, text: int) -> tuple[Tensor, Tensor]:
         """The layer's answer with its concepts taken out, and the gates.
@@ -233,4 +247,3 @@ class ImageSite:
         image = y[:, text:] if self.after_text else y
         out, opened = gated_projection(image, read, write, gates, strength)
         return (torch.cat([y[:, :text], out], dim=1) if self.after_text else out), opened
-

@@ -1,7 +1,7 @@
 """Image-side membranes in a file of `save_membranes`: their tensors, and what its metadata says of them.
 
     visual.<number>.<module key>.read, .write   (J, R, C)     number: of the membrane in the file
-    visual.<number>.<module key>.gates          (J, R, 3)     offset, low, high
+    visual.<number>.<module key>.gates          (J, R, 5)     offset, low, high, seen, sure
 
 No other program reads these; a LoRA loader finds no pair in them.
 """

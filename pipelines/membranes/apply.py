@@ -35,8 +35,9 @@ def apply_membranes(
 ) -> MembraneHandle:
     """Let membranes act on a loaded pipeline, in place of those it has; nothing changes if anything is wrong.
 
-    y = W x + sum_k gamma_k(row) up_k (down_k x) in every wrapped projection, with gamma per row of the batch. Image-side
-    membranes act on what layers answer (methods/membranes/visual.py), with a gate for every token. The negative and unconditional rows are left alone (`MembraneConfig.negative_rows`).
+    y = W x + sum_k gamma_k(row) up_k (down_k x) in every wrapped projection, with gamma per row of the batch.
+    Image-side membranes act on what layers answer (methods/membranes/visual.py), with a gate for every token. The
+    negative and unconditional rows are left alone (`MembraneConfig.negative_rows`).
 
     Args:
         pipe: SD1.x, SD2, SDXL, SD3 or Flux pipeline (text-to-image, image-to-image, ...), `torch.compile`d or not.

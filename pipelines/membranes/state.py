@@ -178,8 +178,8 @@ class MembraneHandle(Handle):
 
     def _rows(self, plan: Plan) -> list[dict]:
         """One entry a row."""
-        found, (gates, tokens) = [], opened_rows(plan.gates, plan.openings, self.membranes, self.columns)
-        for hidden, negative, gates, share in zip(plan.hidden, plan.negative, gates, tokens, strict=True):
+        found, figures = [], opened_rows(plan.gates, plan.openings, self.membranes, self.columns)
+        for hidden, negative, gates, share in zip(plan.hidden, plan.negative, *figures, strict=True):
             entry = self.run.record.prompts.find(hidden, negative)
             found.append(
                 {

@@ -46,7 +46,7 @@ def look(pipe, seed=0, rank=1, concept="robot", low=-0.2, beta=2.0, **fields) ->
     noise, sites = torch.Generator().manual_seed(seed), {}
     for key, (module, _) in image_layers(*denoiser_of(pipe), family_of(pipe)).items():
         read, write = (torch.randn(2, rank, module.out_features, generator=noise) for _ in range(2))
-        gates = torch.tensor([0.0, low, low + 0.5]).expand(2, rank, 3).clone()
+        gates = torch.tensor([0.0, low, low + 0.5, low, low + 1.0]).expand(2, rank, 5).clone()
         sites[key] = VisualSite(read, write / module.out_features**0.5, gates)
     return Membrane(concept, {}, method="visual/words", visual=VisualSide((0.1, 0.8), sites, beta, **fields))
 
@@ -71,7 +71,7 @@ def apply_looks(pipe, **settings):
 
 
 def look_files(folder) -> RoundTrip:
-    site = VisualSite(torch.randn(2, 1, 8), torch.randn(2, 1, 8).half(), torch.tensor([0.1, 1.0, 2.0]).expand(2, 1, 3))
+    site = VisualSite(torch.randn(2, 1, 8), torch.randn(2, 1, 8).half(), torch.rand(2, 1, 5).cumsum(-1))
     side = VisualSide((0.25, 0.75), {"lora_unet_a": site}, 2.5, 0.01, 99, 0.125, 16)
     pairs = {"lora_unet_a": LowRank(torch.randn(2, 8), torch.randn(8, 2), 3.0)}
     stack = Membranes(

@@ -16,7 +16,7 @@ def inputs(dtype, device, shape=(3, 37, 45), rank=5, shared=False, seed=0):
     (rows, _, channels), scale = shape, shape[-1] ** -0.5
     y = torch.randn(shape, generator=g).to(device, dtype)
     read, write = (torch.randn(rank, channels, generator=g).mul(scale).to(device, dtype) for _ in range(2))
-    gates = torch.stack([torch.randn(rank, generator=g) * 0.1, torch.full((rank,), 0.3), torch.full((rank,), 2.0)])
+    gates = torch.stack([torch.randn(rank, generator=g) * 0.1, *(torch.full((rank,), v) for v in (0.3, 2.0, 0.5, 0.7))])
     gamma = torch.rand(1 if shared else rows, rank, generator=g) + 0.5
     return y, read, write, gates.to(device), gamma.to(device)
 
@@ -28,7 +28,8 @@ def oracle(y, read, write, gates, gamma):
     for b in range(len(y)):
         for r in range(len(read)):
             a = (y[b] * read[r]).sum(-1) - gates[0, r]
-            opened[b, :, r] = ((a - gates[1, r]) * gates[2, r]).clamp(0, 1)
+            picture = float(((a.max() - gates[3, r]) * gates[4, r]).clamp(0, 1))
+            opened[b, :, r] = ((a - gates[1, r]) * gates[2, r]).clamp(0, 1) * picture
             strength = gamma[b if len(gamma) > 1 else 0, r]
             out[b] -= (strength * opened[b, :, r] * a)[:, None] * write[r]
     return out, opened
@@ -41,7 +42,7 @@ def assert_close(got, expected, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    "shape, rank", [((3, 37, 45), 5), ((1, 5, 640), 1), ((2, 65, 33), 17), ((1, 3, 70), 100), ((1, 2, 3), 1)]
+    "shape, rank", [((3, 37, 45), 5), ((1, 5, 640), 1), ((2, 65, 33), 17), ((1, 3, 70), 100), ((2, 130, 3), 1)]
 )
 def test_matches_float64(each_path, device, poisoned, launched, dtype, shape, rank):
     calls = launched(module, "_gated_projection_triton")
@@ -51,7 +52,8 @@ def test_matches_float64(each_path, device, poisoned, launched, dtype, shape, ra
     expected, gates = oracle(*given)
     assert_close(out, expected, dtype)
     assert float((opened.double() - gates).abs().max()) < 4 * TOLERANCE[dtype]
-    assert bool(calls) == (each_path == "triton")
+    held = rank <= 32 or dtype is not torch.float32
+    assert bool(calls) == (each_path == "triton" and held)
 
 
 def test_more_ranks_than_a_program_holds_take_torch(each_path, device, launched):
@@ -65,11 +67,14 @@ def test_more_ranks_than_a_program_holds_take_torch(each_path, device, launched)
 def test_closed_tokens_keep_their_bits(each_path, device, dtype):
     y, read, write, gates, gamma = inputs(dtype, device)
     y[0, 0] = -0.0
-    gates[1] = 1e3  # nothing reaches it
+    gates[1] = 1e3  # no token reaches it
     out, opened = gated_projection(y, read, write, gates, gamma)
     bits = BITS[y.element_size()]
     assert torch.equal(out.view(bits), y.view(bits)) and not opened.any() and out.data_ptr() != y.data_ptr()
-    gates[1] = -1e3  # everything does
+    gates[1], gates[3] = -1e3, 1e3  # every token does, no picture
+    out, opened = gated_projection(y, read, write, gates, gamma)
+    assert torch.equal(out.view(bits), y.view(bits)) and not opened.any()
+    gates[3] = -1e3
     gamma[1] = 0.0
     out, opened = gated_projection(y, read, write, gates, gamma)
     assert torch.equal(out[1].view(bits), y[1].view(bits)) and bool((opened == 1).all())
@@ -116,7 +121,7 @@ def test_custom_op_is_registered_right(triton_path, device):
     [
         lambda y, read, write, gates, gamma: (y[0], read, write, gates, gamma),
         lambda y, read, write, gates, gamma: (y, read[:, :-1], write, gates, gamma),
-        lambda y, read, write, gates, gamma: (y, read, write, gates[:2], gamma),
+        lambda y, read, write, gates, gamma: (y, read, write, gates[:3], gamma),
         lambda y, read, write, gates, gamma: (y, read, write, gates, gamma[:2]),
         lambda y, read, write, gates, gamma: (y, read[:0], write[:0], gates[:, :0], gamma[:, :0]),
         lambda y, read, write, gates, gamma: (y, read, write, gates.double(), gamma),
