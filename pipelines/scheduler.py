@@ -12,7 +12,7 @@ from ..methods.errors import ModelError
 from ..methods.schedule import flow_share
 from .family import Family
 
-__all__ = ["alphas_of", "image_tokens", "noise_levels", "on_host", "share_of", "sigma_of"]
+__all__ = ["alphas_of", "image_tokens", "noise_levels", "on_host", "share_of", "sigma_of", "timestep_at"]
 
 # How far, relatively, a timestep that went through a half-precision model may lie from the scheduler's own: bfloat16
 # keeps 8 bits, so it is off by up to 2^-9; steps of a run of 100 are ten times as far apart.
@@ -70,6 +70,14 @@ def share_of(
     if family.flow:
         return flow_share(t / family.noise_timestep, _shift(scheduler, tokens))
     return 1.0 - t / (scheduler.config.num_train_timesteps - 1)
+
+
+def timestep_at(scheduler, family: Family, share: float, tokens: int) -> float:
+    """The timestep, as the denoiser is given it, at a share of the unshifted schedule: undoes `share_of`."""
+    if not family.flow:
+        return (1.0 - share) * (scheduler.config.num_train_timesteps - 1)
+    shift, level = _shift(scheduler, tokens), 1.0 - share
+    return family.noise_timestep * shift * level / (1.0 + (shift - 1.0) * level)
 
 
 def _unrounded(t: float, timesteps: Sequence[float], scale: float) -> float:

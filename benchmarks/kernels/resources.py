@@ -24,6 +24,7 @@ from ..timing import versions
 KERNELS = (
     "token_match_merge",
     "gated_low_rank",
+    "gated_projection",
     "keyed_correlation",
     "normalized_attention_guidance",
     "safe_guidance_step",

@@ -13,6 +13,7 @@ from .types import Membrane
 
 _HASH_BITS = 64  # 16 hex digits in a file; between unrelated models 32 differ, give or take 4
 _SAME_BASE_BITS = 12  # two unrelated models agree this closely with probability 2e-7; fine-tunes differ by a few bits
+_AXES = {1: "(out,)", 2: "(out, in)"}  # what is known of a wrapped layer's weight
 
 
 def base_model_hash(weights: dict[str, Tensor]) -> str:
@@ -55,17 +56,19 @@ def check_base_model(membrane: Membrane, weights: dict[str, Tensor]) -> None:
     Raises:
         MembraneError: a wrapped module is missing, a shape differs, or the fingerprint says another model.
     """
-    for key, pair in membrane.modules.items():
-        expected = (pair.out_features, pair.in_features)
-        if key not in weights or tuple(weights[key].shape[:2]) != expected:
+    shapes = {key: (pair.out_features, pair.in_features) for key, pair in membrane.modules.items()}
+    if membrane.visual is not None:  # it reads what a layer answers, whatever that is given
+        shapes = {key: (site.channels,) for key, site in membrane.visual.sites.items()}
+    for key, expected in shapes.items():
+        if key not in weights or tuple(weights[key].shape[: len(expected)]) != expected:
             found = f"a weight of shape {tuple(weights[key].shape)}" if key in weights else "no such module"
             raise MembraneError(
-                f"the membrane for {membrane.concept!r} wraps {key} with (out, in) {expected}; the"
+                f"the membrane for {membrane.concept!r} wraps {key} with {_AXES[len(expected)]} {expected}; the"
                 f" model has {found}: it was made for another base model"
             )
     if membrane.base_model is None:
         return
-    found = base_model_hash({key: weights[key] for key in membrane.modules})
+    found = base_model_hash({key: weights[key] for key in membrane.keys})
     if (distance := base_model_distance(found, membrane.base_model)) > _SAME_BASE_BITS:
         raise MembraneError(
             f"the membrane for {membrane.concept!r} was computed for base model {membrane.base_model}, this one is"
@@ -76,5 +79,5 @@ def check_base_model(membrane: Membrane, weights: dict[str, Tensor]) -> None:
 
 def check_base_models(membranes: Iterable[Membrane], weights: dict[str, Tensor]) -> None:
     """`check_base_model` for a stack; membranes of one origin share one fingerprint, which is the slow part."""
-    for membrane in {(m.base_model, tuple(m.modules)): m for m in membranes}.values():
+    for membrane in {(m.base_model, m.keys): m for m in membranes}.values():
         check_base_model(membrane, weights)

@@ -69,18 +69,9 @@ def fit_concepts(
     Raises:
         MembraneError: no concept, a template without "{}", a surrogate that is a concept to be erased.
     """
-    phrases = _phrases(concepts, synonyms or {})
-    templates = list(TEMPLATES if templates is None else templates)
-    wrong = [t for t in templates if t.count("{}") != 1]
-    if wrong or not templates:
-        raise MembraneError(f"templates {wrong[:2] or 'none'}; expected captions with exactly one '{{}}'")
-    for name, own in phrases.items():
-        if names(surrogate, [fold(phrase) for phrase in own]):
-            raise MembraneError(
-                f"surrogate {surrogate!r} is {name!r} itself, which is to be erased; expected another concept, or ''"
-                " for none"
-            )
-    kept = _kept(PRESERVE if preserve is None else preserve, [p for own in phrases.values() for p in own])
+    phrases = phrases_of(concepts, synonyms or {})
+    templates = checked(phrases, surrogate, templates)
+    kept = kept_captions(PRESERVE if preserve is None else preserve, [p for own in phrases.values() for p in own])
     if len(kept) < _FEW:
         logger.warning(
             "only %d captions are left to preserve%s: much else will change with what is erased; give more with"
@@ -92,6 +83,21 @@ def fit_concepts(
     space = replace(space, encode=_once(space.encode))
     fits = [_fit(space, own, templates, surrogate) for own in phrases.values()]
     return _joint_membranes(space, phrases, fits, kept, surrogate, config or ClosedFormConfig())
+
+
+def checked(phrases: Mapping[str, Sequence[str]], surrogate: str, templates: Sequence[str] | None) -> list[str]:
+    """The templates, or a general list; an error for ones without a place, and for a surrogate that is a concept."""
+    templates = list(TEMPLATES if templates is None else templates)
+    wrong = [t for t in templates if t.count("{}") != 1]
+    if wrong or not templates:
+        raise MembraneError(f"templates {wrong[:2] or 'none'}; expected captions with exactly one '{{}}'")
+    for name, own in phrases.items():
+        if names(surrogate, [fold(phrase) for phrase in own]):
+            raise MembraneError(
+                f"surrogate {surrogate!r} is {name!r} itself, which is to be erased; expected another concept, or ''"
+                " for none"
+            )
+    return templates
 
 
 def _once(encode: Callable[[Sequence[str]], TextFeatures]) -> Callable[[Sequence[str]], TextFeatures]:
@@ -115,7 +121,8 @@ def _once(encode: Callable[[Sequence[str]], TextFeatures]) -> Callable[[Sequence
     return cached
 
 
-def _phrases(concepts: str | Sequence[str], synonyms: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
+def phrases_of(concepts: str | Sequence[str], synonyms: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
+    """Name -> all phrasings of each concept, its name first; "robot|android" names a synonym."""
     phrases = {}
     for concept in [concepts] if isinstance(concepts, str) else concepts:
         own = [part.strip() for part in concept.split("|") if part.strip()]
@@ -179,7 +186,7 @@ def _gram(weights: dict[str, Tensor], config: ClosedFormConfig) -> Tensor | None
     return sum(w.double().T @ w.double() for w in weights.values()).cpu()
 
 
-def _kept(preserve: Iterable[str], phrases: Sequence[str]) -> list[str]:
+def kept_captions(preserve: Iterable[str], phrases: Sequence[str]) -> list[str]:
     """The captions that name none of the phrases, and always the unconditional prompt."""
     folded = [fold(phrase) for phrase in phrases]
     return list(dict.fromkeys(("", *(caption for caption in preserve if not names(caption, folded)))))
@@ -189,13 +196,13 @@ def _fit(space: TextSpace, phrases: Sequence[str], templates: Sequence[str], sur
     """Pair every caption with its surrogate caption, position by position, in each tokenizer's stretch."""
     count = max(_CAPTIONS, len(phrases))
     pairs = [(templates[i % len(templates)], phrase) for i, phrase in _spread(phrases, len(templates), count)]
-    captions = [_fill(template, phrase) for template, phrase in pairs]
+    captions = [fill(template, phrase) for template, phrase in pairs]
     concept = space.encode(captions)
-    surrogates = list(dict.fromkeys(_fill(template, surrogate) for template, _ in pairs))
+    surrogates = list(dict.fromkeys(fill(template, surrogate) for template, _ in pairs))
     without = space.encode(surrogates)
     segments = space.segments
     ends = [*(segment.start for segment in segments[1:]), concept.hidden.shape[1]]
-    others = [surrogates.index(_fill(template, surrogate)) for template, _ in pairs]
+    others = [surrogates.index(fill(template, surrogate)) for template, _ in pairs]
     rows, targets = [], []
     for segment, end in zip(segments, ends, strict=True):
         for i, (span, other_span) in enumerate(_spans(segment.prefix_tokens, pairs, surrogate)):
@@ -227,7 +234,8 @@ def _spread(phrases: Sequence[str], templates: int, count: int) -> list[tuple[in
             for k, phrase in enumerate(phrases) for j in range(per_phrase)]  # fmt: skip
 
 
-def _fill(template: str, word: str) -> str:
+def fill(template: str, word: str) -> str:
+    """A caption with a word in its place; "" leaves the place out."""
     return re.sub(r"\s+", " ", template.replace("{}", word)).strip()
 
 
@@ -236,10 +244,10 @@ def _spans(
 ) -> list[tuple[tuple[int, int, int], ...]]:
     """Per caption, token positions (start, end, end of the text) of the phrase, and of the surrogate in its place."""
     before = [template.split("{}")[0] for template, _ in pairs]
-    starts = prefix_tokens([_fill(text, "") for text in before])
+    starts = prefix_tokens([fill(text, "") for text in before])
     found = []
     for words in ([phrase for _, phrase in pairs], [surrogate] * len(pairs)):
-        ends = prefix_tokens([_fill(text + "{}", word) for text, word in zip(before, words, strict=True)])
-        stops = prefix_tokens([_fill(template, word) for (template, _), word in zip(pairs, words, strict=True)])
+        ends = prefix_tokens([fill(text + "{}", word) for text, word in zip(before, words, strict=True)])
+        stops = prefix_tokens([fill(template, word) for (template, _), word in zip(pairs, words, strict=True)])
         found.append([(s, e if w else s, stop) for s, e, w, stop in zip(starts, ends, words, stops, strict=True)])
     return list(zip(*found, strict=True))

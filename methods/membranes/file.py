@@ -4,6 +4,8 @@
     <module key>.lora_up.weight    (out, R)    their columns
     <module key>.alpha             ()          scale = alpha / R, so that plain LoRA loaders get the ungated sum
 
+Image-side membranes add tensors of their own (visual_file.py), and raise the format version to 2.
+
 The metadata entry "semiperm" (JSON) names each membrane and its share of the rows. Without it a file is one membrane:
 SPM's published files (metadata "prompts", "rank", "alpha", or none) and kohya LoRAs of any rank load as they are; all
 other layouts need the pipeline that tells the modules' names (`import_membranes`).
@@ -24,8 +26,10 @@ from ..errors import MembraneError
 from ..files import read_safetensors, save_safetensors
 from .layouts import AdapterFile, check_dropped, membrane_of, read_adapter
 from .types import GateProbe, LowRank, Membrane, Membranes
+from .visual import VisualSide
+from .visual_file import PREFIX, described_side, side_of, side_tensors
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 where no membrane has an image side: what older versions read stays readable to them
 _PARTS = (".lora_down.weight", ".lora_up.weight", ".alpha")
 _Kind = tuple[int, float, str, str]  # of a low-rank pair: rank, alpha, dtype of down, dtype of up
 _OURS = ("format", "format_version", "semiperm", "prompts", "rank", "alpha")
@@ -59,7 +63,7 @@ def load_membranes(
 def save_membranes(membranes: Membrane | Iterable[Membrane], path: str | Path) -> Path:
     """Write membranes to one safetensors file, which `load_membranes` reads back bit for bit.
 
-    The file appears whole or not at all, and is a valid kohya LoRA.
+    The file appears whole or not at all. Without image-side membranes it is a valid kohya LoRA.
 
     Args:
         membranes: one or more.
@@ -87,6 +91,9 @@ def save_membranes(membranes: Membrane | Iterable[Membrane], path: str | Path) -
     tensors: dict[str, Tensor] = {}
     for key in membranes.module_keys:
         tensors |= _stack(key, [m.modules[key] for m in membranes if key in m.modules])
+    for number, membrane in enumerate(membranes):
+        if membrane.visual is not None:
+            tensors |= side_tensors(number, membrane.visual)
     return save_safetensors(tensors, path, _metadata(membranes))
 
 
@@ -127,11 +134,11 @@ def _promoted(tensors: list[Tensor]) -> list[Tensor]:
 def _metadata(membranes: Membranes) -> dict[str, str]:
     keys = {key: index for index, key in enumerate(membranes.module_keys)}
     described = {"modules": list(keys), "membranes": [_describe(m, keys) for m in membranes]}
-    ranks = {pair.rank for m in membranes for pair in m.modules.values()}
+    ranks = {pair.rank for m in membranes for pair in m.modules.values()} or {0}
     return {
         **(membranes[0].metadata if len(membranes) == 1 else {}),  # kept where other tools look for it
         "format": "semiperm-membrane",
-        "format_version": str(FORMAT_VERSION),
+        "format_version": str(FORMAT_VERSION if membranes.image_keys else 1),
         "prompts": ",".join(membranes.concepts),  # SPM's own reader wants these three
         "rank": str(max(ranks)),
         "alpha": str(float(max(ranks))),
@@ -154,6 +161,8 @@ def _describe(membrane: Membrane, keys: dict[str, int]) -> dict:
         **({} if membrane.named else {"named": False}),
         "pairs": [[*kind, indexes if len(indexes) < len(keys) else None] for kind, indexes in groups.items()],
     }
+    if membrane.visual is not None:
+        described |= described_side(membrane.visual)
     if (probe := membrane.probe) is not None:
         described["probe"] = _describe_probe(probe)
     return described
@@ -192,7 +201,9 @@ def _load_file(path: Path, concept: str | None, text_encoder: str, bias: str) ->
     if "semiperm" not in metadata:
         return [_foreign(read_adapter(path), concept, text_encoder, bias)]
     try:
-        found = _unpack(_pairs(tensors), metadata)
+        looks = {name: tensor for name, tensor in tensors.items() if name.startswith(PREFIX)}
+        pairs = {name: tensor for name, tensor in tensors.items() if name not in looks}
+        found = _unpack(_pairs(pairs) if pairs or not looks else {}, metadata, looks)
     except MembraneError as error:
         raise MembraneError(f"{str(path)!r}: {error}") from None
     return [found[0].with_concept(concept)] if concept is not None and len(found) == 1 else found
@@ -238,7 +249,7 @@ def _foreign(adapter: AdapterFile, concept: str | None, text_encoder: str, bias:
     return membrane_of(adapter, made, concept)
 
 
-def _unpack(modules: dict[str, LowRank], metadata: dict[str, str]) -> list[Membrane]:
+def _unpack(modules: dict[str, LowRank], metadata: dict[str, str], looks: dict[str, Tensor]) -> list[Membrane]:
     try:
         if int(metadata["format_version"]) > FORMAT_VERSION:
             raise MembraneError(
@@ -262,7 +273,8 @@ def _unpack(modules: dict[str, LowRank], metadata: dict[str, str]) -> list[Membr
         missing = [key for share, plan in zip(shares, plans, strict=True) for key in plan if key not in share]
         if missing:
             raise MembraneError(f"the metadata names modules that the file lacks, such as {missing[:3]}")
-        return [_membrane(entry, share) for entry, share in zip(entries, shares, strict=True)]
+        sides = [side_of(n, e["visual"], looks) if "visual" in e else None for n, e in enumerate(entries)]
+        return [_membrane(*each) for each in zip(entries, shares, sides, strict=True)]
     except (KeyError, TypeError, IndexError, ValueError) as error:
         if isinstance(error, MembraneError):
             raise
@@ -285,11 +297,12 @@ def _split(key: str, pair: LowRank, kinds: list[_Kind]) -> list[LowRank]:
     return shares
 
 
-def _membrane(entry: dict, modules: dict[str, LowRank]) -> Membrane:
+def _membrane(entry: dict, modules: dict[str, LowRank], side: VisualSide | None) -> Membrane:
     probe = None if entry.get("probe") is None else _probe(entry["probe"])
     fields = {name: entry[name] for name in ("concept", "surrogate", "method", "base_model", "metadata")}
     named = bool(entry.get("named", True))
-    return Membrane(modules=modules, phrases=tuple(entry["phrases"]), probe=probe, named=named, **fields)
+    fields |= {"phrases": tuple(entry["phrases"]), "probe": probe, "named": named, "visual": side}
+    return Membrane(modules=modules, **fields)
 
 
 def _probe(entry: dict) -> GateProbe:

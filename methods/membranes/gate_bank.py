@@ -28,15 +28,18 @@ def resolve_gate(membrane: Membrane, gate: str) -> str:
 
     "auto" is its detector or a phrase of it, whichever opens wider; where its file has no detector, SPM's own gate
     "paper"; and where the detector cannot tell (`GateProbe.tells`), "always", with a warning. A membrane that nobody
-    named has no words to compare with, and is always on.
+    named has no words to compare with, and is always on. An image-side membrane has gates of its own, in its layers:
+    "image", whatever was asked for.
 
     Returns:
-        "auto" (detector or phrase), "probe", "paper", "official" or "always".
+        "auto" (detector or phrase), "probe", "paper", "official", "always" or "image".
 
     Raises:
         MembraneError: "probe" for a membrane without one.
     """
     probe = membrane.probe
+    if membrane.visual is not None:
+        return "image"
     if gate == "auto" and probe is None:
         gate = "paper"
     if gate in ("paper", "official") and not membrane.named:
@@ -91,6 +94,11 @@ class GateBank:
                 features = encode(membrane.phrases)
                 self._phrases[k] = (features.hidden, [set(ids) for ids in features.token_ids])
 
+    @property
+    def width(self) -> int:
+        """The columns of Gamma."""
+        return len(self.kinds) ** 2 if self.official else len(self.kinds)
+
     def place(self, device: torch.device) -> None:
         """Keep the gates' tensors where the text embeddings are, so that a compiled step copies nothing."""
         self._probes = [p if p is None or p.weight.device == device else p.to(device) for p in self._probes]
@@ -138,7 +146,7 @@ class GateBank:
             length = min(hidden.shape[1], concept.shape[1])  # max_sequence_length may differ between calls
             concept = concept[:, :length].to(hidden.device)
             return facilitated_transport(hidden[:, :length], concept, [()] * len(hidden), concept_ids)
-        if kind == "always" or probe is None:
+        if kind in ("always", "image") or probe is None:
             return torch.ones(hidden.shape[0], device=hidden.device)
         return probe_gate(hidden, probe, pooled)
 

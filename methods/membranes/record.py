@@ -26,10 +26,11 @@ def membrane_report(
 
     Args:
         bank: the stack's gates. config: what it was set to.
-        rows: {"kind": "positive" or "negative", "prompt", "source", "gamma": {concept: gate}} of each row of text that
-            the denoiser saw. `prompt` is None where it is unknown; `source` says what the gate was judged from:
-            "prompt" (text and token ids), or "embeds" (the embedding alone: gates that need token ids then used the
-            feature cosine).
+        rows: {"kind": "positive" or "negative", "prompt", "source", "gamma": {concept: gate}, "opened": {concept:
+            share}} of each row of text that the denoiser saw. Of an image-side membrane `gamma` is the widest gate of
+            any token, and `opened` the largest share of one layer's tokens that were open at once. `prompt` is None
+            where it is unknown; `source` says what the gate was judged from: "prompt" (text and token ids), or "embeds"
+            (the embedding alone: gates that need token ids then used the feature cosine).
         steps: {"share", "sigma", "active"} of each step.
         modules: how many projections are wrapped. idle_modules: those that did not run.
         modes: how they were computed.

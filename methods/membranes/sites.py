@@ -25,6 +25,7 @@ from ...kernels.gated_low_rank import gated_low_rank
 from ..errors import MembraneError
 from ..modules import checksum, is_own_forward, ordinary, same_bits
 from .packing import fold
+from .visual import Openings
 
 
 @dataclass(eq=False)
@@ -48,6 +49,7 @@ class Plan:
     folded: dict | None = None  # site -> folded weight, shared by plans of the same gates; None: not folded
     claimed: bool = False  # whether it asked for folded weights
     modes: set = field(default_factory=set)  # how it was computed: "cached", "folded", "fused"
+    openings: Openings = field(default_factory=Openings)  # of image-side membranes
 
     def fits(self, hidden: Tensor, pooled: Tensor | None) -> bool:
         if self.hidden is not hidden or self.pooled is not pooled or self.grad is not torch.is_grad_enabled():

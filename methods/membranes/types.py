@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import MembraneError
+from .visual import VisualSide
 
 # Of prompts that name the concept: what a detector may miss and still be relied on. The words themselves are matched
 # beside it; this bounds what else it would let pass of what it was made to know.
@@ -120,22 +121,24 @@ class GateProbe:
 
 @dataclass(frozen=True, eq=False)
 class Membrane:
-    """One concept's adapter: the low-rank pairs, and what is needed to gate and to identify them.
+    """One concept's adapter, and what is needed to gate and to identify it: low-rank pairs, or what it looks like.
 
     Args:
         concept: the concept's name.
-        modules: kohya/SPM prefix (`lora_unet_<diffusers path, "." as "_">`, `lora_transformer_...`) -> pair.
+        modules: kohya/SPM prefix (`lora_unet_<diffusers path, "." as "_">`, `lora_transformer_...`) -> pair; {} for an
+            image-side membrane.
         phrases: the concept and its synonyms, for the text gates; () means (concept,).
         surrogate: what the concept turns into; "" is the empty prompt.
-        method: "spm", "lora", "closed_form/uce", "closed_form/null_space", "closed_form/rece", ...
+        method: "spm", "lora", "closed_form/uce", "closed_form/null_space", "closed_form/rece", "visual/words", ...
         base_model: `base_model_hash` of the wrapped weights it was made for, or None.
         probe: the detector for gate "probe", or None.
         metadata: whatever else its file said.
         named: False where nobody said what it erases: `concept` is then its file's name, for people alone, and no gate
             compares a prompt with it.
+        visual: an image-side membrane's directions, thresholds and layers; no words gate it.
 
     Raises:
-        MembraneError: no name, or no module.
+        MembraneError: no name, or neither pairs nor an image side, or both of them.
     """
 
     concept: str
@@ -147,15 +150,25 @@ class Membrane:
     probe: GateProbe | None = None
     metadata: dict[str, str] = field(default_factory=dict)
     named: bool = True
+    visual: VisualSide | None = None
 
     def __post_init__(self):
         if not self.concept:
             raise MembraneError("a membrane without a concept name; give it one, e.g. concept='robot'")
-        if not self.modules:
+        if not self.modules and self.visual is None:
             raise MembraneError(
                 f"the membrane for {self.concept!r} wraps no module; expected at least one low-rank pair"
             )
+        if self.modules and self.visual is not None:
+            raise MembraneError(
+                f"the membrane for {self.concept!r} has low-rank pairs and an image side; make two of it, which stack"
+            )
         object.__setattr__(self, "phrases", tuple(self.phrases) or (self.concept,) * self.named)
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The modules that it wraps, or whose answers it reads."""
+        return tuple(self.modules) if self.visual is None else tuple(self.visual.sites)
 
     def with_concept(self, concept: str) -> Membrane:
         """The same membrane under this name; its synonyms stay."""
@@ -194,7 +207,7 @@ class Membranes(Sequence[Membrane]):
         return Membranes((*self, *Membranes(other)))
 
     def __repr__(self) -> str:
-        return f"Membranes({', '.join(f'{m.concept} [{m.method}, {len(m.modules)} modules]' for m in self)})"
+        return f"Membranes({', '.join(f'{m.concept} [{m.method}, {len(m.keys)} modules]' for m in self)})"
 
     @property
     def concepts(self) -> tuple[str, ...]:
@@ -202,5 +215,10 @@ class Membranes(Sequence[Membrane]):
 
     @property
     def module_keys(self) -> tuple[str, ...]:
-        """Every wrapped module's key once, in order of first appearance."""
+        """Every wrapped module's key once, in order of first appearance; `image_keys` has the image-side layers."""
         return tuple(dict.fromkeys(key for m in self for key in m.modules))
+
+    @property
+    def image_keys(self) -> tuple[str, ...]:
+        """Every layer once whose image tokens some membrane reads."""
+        return tuple(dict.fromkeys(key for m in self if m.visual is not None for key in m.visual.sites))

@@ -25,6 +25,7 @@ from ..family import Pipeline, denoiser_of, family_of
 from ..text import encode_text, module_keys
 from ..weights import shape_of, weights_of
 from .state import MembraneHandle
+from .visual import image_layers
 
 __all__ = ["apply_membranes", "remove_membranes"]
 
@@ -34,7 +35,8 @@ def apply_membranes(
 ) -> MembraneHandle:
     """Let membranes act on a loaded pipeline, in place of those it has; nothing changes if anything is wrong.
 
-    y = W x + sum_k gamma_k(row) up_k (down_k x) in every wrapped projection, with gamma per row of the batch. The
+    y = W x + sum_k gamma_k(row) up_k (down_k x) in every wrapped projection, with gamma per row of the batch.
+    Image-side membranes act on what layers answer (methods/membranes/visual.py), with a gate for every token. The
     negative and unconditional rows are left alone (`MembraneConfig.negative_rows`).
 
     Args:
@@ -59,20 +61,22 @@ def apply_membranes(
     """
     config = config or MembraneConfig()
     membranes = _flatten(membranes)
-    family_of(pipe)
+    family = family_of(pipe)
     denoiser, attribute = denoiser_of(pipe)
     available = {key: module for key, (_, module) in module_keys(denoiser, attribute).items()}
     for membrane in membranes:
         _check_keys(membrane, available, denoiser)
+    layers = image_layers(denoiser, attribute, family) if membranes.image_keys else {}
     sites = {}
     for key in membranes.module_keys:
         pair = pack(membranes, key, cross_terms=config.gate == "official")
         _check_shape(key, available[key], pair)
         sites[key] = (available[key], pair)
     if config.check_base:
-        check_base_models(membranes, weights_of(pipe, {key: available[key] for key in membranes.module_keys}))
+        wrapped = dict.fromkeys((*membranes.module_keys, *(key for key in membranes.image_keys if key in layers)))
+        check_base_models(membranes, weights_of(pipe, {key: available[key] for key in wrapped}))
     bank = GateBank(functools.partial(encode_text, pipe), membranes, config.gate, config.negative_rows)
-    handle = MembraneHandle(pipe, membranes, config, sites, bank)
+    handle = MembraneHandle(pipe, membranes, config, sites, bank, layers)
     handle.replace(pipe)
     return handle
 

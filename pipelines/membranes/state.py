@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from ...methods.errors import MembraneError
@@ -16,6 +19,7 @@ from ...methods.membranes.prompt_record import PromptRecord
 from ...methods.membranes.record import membrane_report
 from ...methods.membranes.sites import Folds, Plan, Site, modes_of
 from ...methods.membranes.types import Membranes
+from ...methods.membranes.visual import opened_rows
 from ...methods.modules import stamp
 from ...methods.text_space import Wording
 from ..handle import Handle, RootHook
@@ -23,6 +27,7 @@ from ..hooks import parameters_of
 from ..rows import Run, said, same_rows
 from ..scheduler import image_tokens, on_host, share_of, sigma_of
 from ..text import TOKENIZERS, wordings
+from .visual import Chained, grid_of, image_hooks, opening_pictures
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +44,8 @@ class _Call:
     plan: Plan | None  # None in a graph
     gamma: Tensor  # (B, K), for graphs
     watched: bool = False  # whether the sites have to have run, as in the first call of a plan
+    share: float | Tensor = 0.0  # of the schedule, where image-side membranes ask
+    text: int = 0  # how many tokens of text come first where text and image are one sequence
 
 
 class _Record:
@@ -50,6 +57,7 @@ class _Record:
         self.current: Plan | None = None
         self.calls: list[_Step] = []  # none where the whole denoiser is compiled
         self.idle: tuple[str, ...] = ()  # sites that did not run
+        self.grid: Any = None  # of the image's tokens, see `grid_of`
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,13 +74,19 @@ class MembraneHandle(Handle):
     ERROR = MembraneError
     weights_fixed = False  # LoRA weights may be fused in place at any time
 
-    def __init__(self, pipe, membranes: Membranes, config: MembraneConfig, sites: dict, bank: GateBank):
+    def __init__(
+        self, pipe, membranes: Membranes, config: MembraneConfig, sites: dict, bank: GateBank, layers: Mapping
+    ):
         super().__init__(pipe, config)
         self.membranes = membranes
         self.strength, self.bank = float(config.strength), bank
-        self.sites = [Site(self, key, module, pair) for key, (module, pair) in sites.items()]
-        modules: list[nn.Module] = [module for module, _ in sites.values()]
-        self.hooks = [*zip(modules, self.sites, strict=True), (self.denoiser, RootHook(self))]
+        texts = [Site(self, key, module, pair) for key, (module, pair) in sites.items()]
+        around: dict[nn.Module, Any] = dict(zip((module for module, _ in sites.values()), texts, strict=True))
+        images = image_hooks(self, membranes, layers, self.columns, bank.width)
+        for module, hook in images:  # outside of what changes a weight
+            around[module] = Chained(hook, around[module]) if module in around else hook
+        self.sites, self.images = [*texts, *(hook for _, hook in images)], bool(images)
+        self.hooks = [*around.items(), (self.denoiser, RootHook(self))]
         self.sample_name = parameters_of(type(self.denoiser))[0]
         self.folds = Folds()
         # kept by themselves: the denoiser may outlive the pipeline, and others that share it still have words
@@ -97,6 +111,12 @@ class MembraneHandle(Handle):
         self.folds, run = Folds(), self.run
         if run is not None and run.encodes and not run.began and not self.compiled:
             logger.warning("%s", self.never_ran())
+
+    @property
+    def columns(self) -> list[int]:
+        """Each membrane's column of Gamma; with gate "official" its own one of K^2."""
+        count = len(self.membranes)
+        return [k * (count + 1) if self.bank.official else k for k in range(count)]
 
     # --- of the call at hand, for the sites ---
 
@@ -143,10 +163,23 @@ class MembraneHandle(Handle):
         }
         return membrane_report(self.bank, self.config, rows, self.steps(), **kept)
 
+    def opening_maps(self) -> dict[str, list[Image.Image]]:
+        """Where image-side membranes opened in the last call: concept -> a grey picture for each image, of the latents'
+        size; white is fully open. {} without such membranes.
+
+        Raises:
+            MembraneError: the pipeline has not run since.
+        """
+        self.report()
+        record = self.run.record
+        rows = [(p.openings, row) for p in record.plans for row, shut in enumerate(p.negative) if not shut]
+        own = [(m.concept, c) for m, c in zip(self.membranes, self.columns, strict=True) if m.visual is not None]
+        return {concept: opening_pictures(rows, column, record.grid) for concept, column in own}
+
     def _rows(self, plan: Plan) -> list[dict]:
         """One entry a row."""
-        found = []
-        for hidden, negative, gates in zip(plan.hidden, plan.negative, plan.gates.tolist(), strict=True):
+        found, figures = [], opened_rows(plan.gates, plan.openings, self.membranes, self.columns)
+        for hidden, negative, gates, share in zip(plan.hidden, plan.negative, *figures, strict=True):
             entry = self.run.record.prompts.find(hidden, negative)
             found.append(
                 {
@@ -154,6 +187,7 @@ class MembraneHandle(Handle):
                     "prompt": entry.prompt if entry else None,
                     "source": "prompt" if entry and entry.prompt is not None else "embeds",
                     "gamma": self.bank.named(gates),
+                    "opened": share,
                 }
             )
         return found
@@ -187,19 +221,24 @@ class MembraneHandle(Handle):
         tokens, window = image_tokens(self.family, self.denoiser, sample), self.config.window
         if torch.compiler.is_compiling():
             gamma = self.bank(hidden, pooled, self._traced_negative(len(hidden))) * self.strength
+            share = self._share(timestep, tokens) if self.images or not window.whole else 0.0
             if not window.whole:
-                gamma = gamma * window.contains(self._share(timestep, tokens)).to(gamma)
-            return _Call(timestep, tokens, True, None, gamma.to(hidden.dtype))
+                gamma = gamma * window.contains(share).to(gamma)
+            return _Call(timestep, tokens, True, None, gamma.to(hidden.dtype), share=share, text=hidden.shape[1])
         run = self.called()
         if not run.record.calls:
             self.folds.verify()
-        if not window.whole:
+        share = 0.0
+        if self.images or not window.whole:
             timestep = on_host(timestep)
-        inside = window.whole or bool(window.contains(self._share(timestep, tokens)))
+            share = self._share(timestep, tokens)
+        inside = window.whole or bool(window.contains(share))
+        run.record.grid = grid_of(inputs, sample)
         run.record.calls.append(_Step(timestep, tokens, inside))
         plan, new = self._plan_of(run, hidden, pooled)
         gamma = plan.gamma.to(hidden.dtype)
-        return _Call(timestep, tokens, inside, plan, gamma if inside else torch.zeros_like(gamma), new)
+        gamma = gamma if inside else torch.zeros_like(gamma)
+        return _Call(timestep, tokens, inside, plan, gamma, new, share, hidden.shape[1])
 
     def finish(self, call: _Call, output):
         """After the first call of a plan: did the wrapped projections run at all?"""

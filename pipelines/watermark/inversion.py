@@ -100,10 +100,10 @@ def invert(pipe, latents0: Tensor, steps: int, prompt: str = "", batch_size: int
     reverse = _flow if family.flow else _ddim
     parts = latents0.float().to(device).split(batch_size)
     words = features.hidden, features.pooled
-    return torch.cat([reverse(pipe, part, steps, _denoiser(pipe, family, part, *words)) for part in parts])
+    return torch.cat([reverse(pipe, part, steps, predictor(pipe, family, part, *words)) for part in parts])
 
 
-def _denoiser(pipe, family: Family, latents: Tensor, hidden: Tensor, pooled: Tensor | None) -> Callable:
+def predictor(pipe, family: Family, latents: Tensor, hidden: Tensor, pooled: Tensor | None) -> Callable:
     """f(latents, share) -> prediction in float32, at a share of the schedule from 0 (the image) to 1 (pure noise)."""
     denoiser, attribute = denoiser_of(pipe)
     module, dtype, rows = getattr(pipe, attribute), denoiser.dtype, len(latents)

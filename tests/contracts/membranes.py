@@ -13,8 +13,10 @@ from semiperm.methods.membranes.file import load_membranes, save_membranes
 from semiperm.methods.membranes.gate_bank import GateBank
 from semiperm.methods.membranes.record import membrane_report
 from semiperm.methods.membranes.types import GateProbe, LowRank, Membrane, Membranes
-from semiperm.pipelines.family import denoiser_of
+from semiperm.methods.membranes.visual import VisualSide, VisualSite
+from semiperm.pipelines.family import denoiser_of, family_of
 from semiperm.pipelines.membranes.apply import apply_membranes
+from semiperm.pipelines.membranes.visual import image_layers
 from semiperm.pipelines.text import module_keys
 
 WANTED = ("attn", "ff", "proj_in", "proj_out", "context_embedder", "text_embedder")
@@ -39,6 +41,16 @@ def strong(pipe, seed=0, rank=2, scale=0.3, concept="robot", **fields) -> Membra
     return Membrane(concept, modules, **fields)
 
 
+def look(pipe, seed=0, rank=1, concept="robot", low=-0.2, beta=2.0, **fields) -> Membrane:
+    """An image-side membrane on every layer that can have one: open for most tokens, otherwise at either knot."""
+    noise, sites = torch.Generator().manual_seed(seed), {}
+    for key, (module, _) in image_layers(*denoiser_of(pipe), family_of(pipe)).items():
+        read, write = (torch.randn(2, rank, module.out_features, generator=noise) for _ in range(2))
+        gates = torch.tensor([0.0, low, low + 0.5, low, low + 1.0]).expand(2, rank, 5).clone()
+        sites[key] = VisualSite(read, write / module.out_features**0.5, gates)
+    return Membrane(concept, {}, method="visual/words", visual=VisualSide((0.1, 0.8), sites, beta, **fields))
+
+
 def probe(width: int) -> GateProbe:
     """Half open for most texts."""
     return GateProbe(torch.randn(width, generator=torch.Generator().manual_seed(0)), -50.0, 50.0)
@@ -50,6 +62,40 @@ def apply(pipe, **settings):
     width = about.get("cross_attention_dim") or about["joint_attention_dim"]
     stack = [strong(pipe, 0, probe=probe(width)), strong(pipe, 1, concept="house")]
     return apply_membranes(pipe, stack, MembraneConfig(**settings))
+
+
+def apply_looks(pipe, **settings):
+    """Two image-side membranes, of one direction and of two."""
+    stack = [look(pipe, 0), look(pipe, 1, rank=2, concept="house")]
+    return apply_membranes(pipe, stack, MembraneConfig(**settings))
+
+
+def look_files(folder) -> RoundTrip:
+    site = VisualSite(torch.randn(2, 1, 8), torch.randn(2, 1, 8).half(), torch.rand(2, 1, 5).cumsum(-1))
+    side = VisualSide((0.25, 0.75), {"lora_unet_a": site}, 2.5, 0.01, 99, 0.125, 16)
+    pairs = {"lora_unet_a": LowRank(torch.randn(2, 8), torch.randn(8, 2), 3.0)}
+    stack = Membranes(
+        [
+            Membrane("robot", {}, method="visual/words", base_model="0123456789abcdef", visual=side),
+            Membrane("robot", pairs, method="uce", probe=probe(8)),
+            Membrane("ghost", {}, method="visual/pictures", visual=side),
+        ]
+    )
+    path = save_membranes(stack, folder / "looks.safetensors")
+    words = ("semiperm-membrane", "visual/pictures", "0123456789abcdef", "robot", "ghost", "false_open", "lora_unet_a")
+    return RoundTrip(path, _flat_looks(stack), _flat_looks(load_membranes(path)), words)
+
+
+def _flat_looks(stack) -> dict:
+    found = {}
+    for i, m in enumerate(stack):
+        found |= {f"{i} {n}": getattr(m, n) for n in ("concept", "method", "base_model", "keys")}
+        if m.visual is not None:
+            plain = ("shares", "beta", "false_open", "calibrated", "false_closed", "checked")
+            found |= {f"{i} {n}": getattr(m.visual, n) for n in plain}
+            for key, site in m.visual.sites.items():
+                found |= {f"{i} {key} {n}": getattr(site, n) for n in ("read", "write", "gates")}
+    return found
 
 
 def files(folder) -> RoundTrip:
@@ -94,7 +140,7 @@ def in_comfyui(start: float, end: float) -> dict:
 RECORD = Record(
     membrane_report,
     frozenset("concepts gates strength window modules idle_modules modes silent rows steps".split()),
-    frozenset("row kind prompt source gamma".split()),
+    frozenset("row kind prompt source gamma opened".split()),
     in_comfyui,
 )
 ENTRIES = [
@@ -102,8 +148,18 @@ ENTRIES = [
         "membranes",
         ("apply_membranes", "remove_membranes", "save_membranes", "load_membranes"),
         apply=apply,
+        slot="membranes",
         files=files,
         record=RECORD,
         error=MembraneError,
-    )
+    ),
+    Entry(
+        "membranes-image",
+        ("apply_membranes", "remove_membranes", "save_membranes", "load_membranes"),
+        apply=apply_looks,
+        slot="membranes",
+        files=look_files,
+        record=RECORD,
+        error=MembraneError,
+    ),
 ]

@@ -1,0 +1,183 @@
+"""What a denoiser's layers answer for the image tokens of positive rows, along runs of a pipeline and for pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...methods.errors import MembraneError
+from ...methods.membranes.config import MembraneConfig
+from ...methods.membranes.visual import ImageSite, VisualSide
+from ..family import Pipeline, device_of
+from ..handle import Handle, RootHook
+from ..hooks import parameters_of
+from ..rows import row_layout
+from ..scheduler import alphas_of, image_tokens, noise_levels, on_host, share_of, timestep_at
+from ..text import encode_text
+from ..watermark.inversion import predictor
+from .visual import image_layers
+
+__all__ = ["Scores", "Tokens", "Watch", "drawn", "shown"]
+
+
+@dataclass(frozen=True, eq=False)
+class _Look:
+    """One call of the denoiser: at which share, which rows are positive, and how many tokens of text come first."""
+
+    share: float
+    rows: list[int]
+    text: int
+
+
+class Watch(Handle):
+    """Changes nothing; hands what each layer answers for the positive rows to `taker`.
+
+    Args:
+        taker: `take(key, tokens (P, N, C), share, text)` gets tokens as the layer gives them, text first where
+            `after_text` says so.
+    """
+
+    NAME = "_semiperm_image_watch"
+    ERROR = MembraneError
+
+    def __init__(self, pipe: Pipeline, taker: Any, keys: Sequence[str] | None = None):
+        super().__init__(pipe, MembraneConfig())
+        self.taker = taker
+        layers = image_layers(self.denoiser, self.attribute, self.family)
+        keys = list(layers) if keys is None else keys
+        self.hooks = [(layers[key][0], _Eye(self, key, layers[key][1])) for key in keys]
+        self.hooks.append((self.denoiser, RootHook(self)))
+        self.sample_name = parameters_of(type(self.denoiser))[0]
+
+    def begin(self, inputs: dict) -> _Look:
+        run, hidden = self.called(), inputs["encoder_hidden_states"]
+        rows = [row for row, negative in enumerate(self.negative_rows(hidden)) if not negative]
+        tokens = image_tokens(self.family, self.denoiser, inputs[self.sample_name])
+        timestep, known = on_host(inputs["timestep"]), run.timesteps(self.scheduler)
+        share = float(share_of(self.scheduler, self.family, timestep, tokens, known))
+        return _Look(round(min(max(share, 0.0), 1.0), 6), rows, hidden.shape[1])
+
+    def report(self) -> dict:
+        return {}
+
+    def steps(self) -> list[dict]:
+        return []
+
+
+class _Eye:
+    def __init__(self, watch: Watch, key: str, after_text: bool):
+        self.watch, self.key, self.after_text = watch, key, after_text
+
+    def __call__(self, original: Callable, module: nn.Module, x: Tensor, *args, **kwargs) -> Tensor:
+        y, look = original(x, *args, **kwargs), self.watch.call
+        if look is not None and look.rows:
+            self.watch.taker.take(self.key, y[look.rows].detach(), look.share, look.text if self.after_text else 0)
+        return y
+
+
+class Tokens:
+    """Keeps some tokens of every layer, picture and step: always the same places of a layer.
+
+    Args:
+        count: of one layer's answer.
+    """
+
+    def __init__(self, count: int):
+        self.count = count
+        self._kept: dict[str, dict[float, list[Tensor]]] = {}
+
+    def take(self, key: str, tokens: Tensor, share: float, text: int) -> None:
+        image = tokens[:, text:]
+        places = torch.randperm(image.shape[1], generator=torch.Generator().manual_seed(0))[: self.count]
+        kept = self._kept.setdefault(key, {}).setdefault(share, [])
+        kept.append(image[:, places.to(image.device)].cpu())
+
+    def of(self) -> tuple[list[float], dict[str, Tensor]]:
+        """(shares (J,), key -> (P, J, S, C))."""
+        shares = sorted(next(iter(self._kept.values())))
+        return shares, {
+            key: torch.stack([torch.cat(steps[share]) for share in shares], dim=1) for key, steps in self._kept.items()
+        }
+
+
+class Scores:
+    """Keeps each picture's highest count along each concept's directions, over tokens, layers and steps."""
+
+    def __init__(self, sides: Sequence[VisualSide], device: torch.device):
+        self.sites = {}
+        for key in dict.fromkeys(key for side in sides for key in side.sites):
+            parts = [(k, side) for k, side in enumerate(sides) if key in side.sites]
+            self.sites[key] = ImageSite(key, parts, len(sides), False)
+            self.sites[key].place(device)
+        self._now: Tensor | None = None
+        self._done: list[Tensor] = []
+
+    def take(self, key: str, tokens: Tensor, share: float, text: int) -> None:
+        site, image = self.sites[key], tokens[:, text:]
+        found = site.scores(image, site.packed_at(share, torch.float32), 0)
+        self._now = found if self._now is None else torch.maximum(self._now, found)
+
+    def next(self) -> None:
+        """A batch of pictures is over."""
+        if self._now is not None:
+            self._done.append(self._now.cpu())
+        self._now = None
+
+    def of(self) -> Tensor:
+        """(pictures, K)."""
+        return torch.cat(self._done)
+
+
+def drawn(
+    pipe: Pipeline, prompts: Sequence[str], steps: int, batch_size: int, seed: int, told: Callable, sampling: dict
+) -> Tensor:
+    """The latents of runs of the pipeline, as its call returns them: picture i starts from the noise of seed + i.
+
+    Args:
+        told: called after each batch with the number of its pictures.
+    """
+    found = []
+    for first in range(0, len(prompts), batch_size):
+        part = list(prompts[first : first + batch_size])
+        generators = [torch.Generator().manual_seed(seed + first + i) for i in range(len(part))]
+        made = pipe(part, num_inference_steps=steps, generator=generators, output_type="latent", **sampling)
+        found.append(made[0])
+        told(len(part))
+    return torch.cat(found)
+
+
+@torch.no_grad()
+def shown(
+    pipe: Pipeline,
+    latents: Tensor,
+    captions: Sequence[str],
+    shares: Sequence[float],
+    batch_size: int,
+    seed: int,
+    told: Callable,
+) -> None:
+    """Show pictures to a denoiser under watch: noised to each share, denoised once, under captions in turn.
+
+    Args:
+        latents: (B, C, H, W) of `encode_pixels`.
+    """
+    watch = Watch.on(pipe)
+    family, device = watch.family, device_of(pipe)
+    alphas = None if family.flow else alphas_of(pipe).to(device)
+    for first in range(0, len(latents), batch_size):
+        part = latents[first : first + batch_size].to(device).float()
+        noise = torch.randn(part.shape, generator=torch.Generator().manual_seed(seed + first)).to(device)
+        text = encode_text(pipe, [captions[(first // batch_size) % len(captions)]])
+        predict = predictor(pipe, family, part, text.hidden, text.pooled)
+        tokens = image_tokens(family, watch.denoiser, family.pack(pipe, part))
+        for share in shares:
+            timestep = torch.tensor([timestep_at(pipe.scheduler, family, share, tokens)], device=device)
+            image_level, noise_level = noise_levels(family, timestep, alphas)
+            noised = image_level * part + noise_level * noise
+            with row_layout("positive"):
+                predict(noised, float(timestep) / family.noise_timestep)
+        told(len(part))
