@@ -69,7 +69,7 @@ def fit_concepts(
     Raises:
         MembraneError: no concept, a template without "{}", a surrogate that is a concept to be erased.
     """
-    phrases = _phrases(concepts, synonyms or {})
+    phrases = phrases_of(concepts, synonyms or {})
     templates = list(TEMPLATES if templates is None else templates)
     wrong = [t for t in templates if t.count("{}") != 1]
     if wrong or not templates:
@@ -115,13 +115,15 @@ def _once(encode: Callable[[Sequence[str]], TextFeatures]) -> Callable[[Sequence
     return cached
 
 
-def _phrases(concepts: str | Sequence[str], synonyms: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
+def phrases_of(
+    concepts: str | Sequence[str], synonyms: Mapping[str, Sequence[str]] | None = None
+) -> dict[str, tuple[str, ...]]:
     phrases = {}
     for concept in [concepts] if isinstance(concepts, str) else concepts:
         own = [part.strip() for part in concept.split("|") if part.strip()]
         if not own:
             raise MembraneError(f"concept {concept!r} is empty; expected a name such as 'robot' or 'robot|android'")
-        phrases[own[0]] = tuple(dict.fromkeys((*own, *synonyms.get(own[0], ()))))
+        phrases[own[0]] = tuple(dict.fromkeys((*own, *(synonyms or {}).get(own[0], ()))))
     if not phrases:
         raise MembraneError("no concepts to erase were given; expected at least one name")
     return phrases

@@ -45,9 +45,10 @@ class AnchorPool:
     """Where the anchors of one concept come from.
 
     Args:
-        hidden: (n, N, d) embeddings of captions that do not name the concept. pooled: (n, p) or None.
+        hidden: (n, N, d) embeddings of captions. pooled: (n, p) or None.
         concepts: (P, N, d) of the concept's phrasings.
         power: alpha. source: "captions", "latent" or "both".
+        allowed: which of the n captions this concept may draw, where several concepts share them; None is all.
 
     Raises:
         MembraneError: fewer than two captions.
@@ -58,11 +59,14 @@ class AnchorPool:
     concepts: Tensor
     power: float
     source: str
+    allowed: tuple[int, ...] | None = None
 
     def __post_init__(self):
-        if len(self.hidden) < 2:
+        allowed = range(len(self.hidden)) if self.allowed is None else self.allowed
+        object.__setattr__(self, "_indexes", torch.tensor(list(allowed), dtype=torch.long))
+        if len(self._indexes) < 2:
             raise MembraneError(
-                f"{len(self.hidden)} captions are left to draw anchors from; expected at least 2 that do not name what"
+                f"{len(self._indexes)} captions are left to draw anchors from; expected at least 2 that do not name what"
                 " is erased, and better 50: give more with preserve=... (--preserve)"
             )
         object.__setattr__(self, "_centre", self.hidden.float().mean(0))
@@ -88,14 +92,14 @@ class AnchorPool:
 
     def _caption(self, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
         for _ in range(_ROUNDS):
-            index = int(torch.randint(len(self.hidden), (1,), generator=generator))
+            index = int(self._indexes[torch.randint(len(self._indexes), (1,), generator=generator)])
             if float(torch.rand(1, generator=generator)) < float(self._accepted[index]):
                 return self.hidden[index], None if self.pooled is None else self.pooled[index]
         raise self._nothing()
 
     def _latent(self, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
         for _ in range(_ROUNDS):
-            chosen = torch.randperm(len(self.hidden), generator=generator)[:_MIXED]
+            chosen = self._indexes[torch.randperm(len(self._indexes), generator=generator)[:_MIXED]]
             weights = torch.randn(len(chosen), generator=generator) / len(chosen) ** 0.5
             threshold = float(torch.rand(1, generator=generator))
             row = self._mixed(self.hidden, chosen, weights, self._centre)

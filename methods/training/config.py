@@ -49,6 +49,8 @@ class TrainingConfig:
         batch_size: pictures of a concept that are drawn and trained on side by side.
         sampling_steps: of the sampler whose latents are trained on, one at each step.
         sampling_guidance: of that sampler, towards the concept; 1 is none.
+        concepts_per_batch: concepts whose rows go through the denoiser together: memory for speed, the same result.
+        max_sequence_length: T5 positions (SD3, Flux), as in the pipeline's call; 0 is its default.
         validate_every: steps between two validations; 0 is never, and then nothing stops early.
         patience: validations without an improvement after which a concept stops; 0 goes on to the end.
         checkpoint_every: steps between two checkpoints, >= 1.
@@ -77,6 +79,8 @@ class TrainingConfig:
     batch_size: int = 2
     sampling_steps: int = 20
     sampling_guidance: float = 3.0
+    concepts_per_batch: int = 1
+    max_sequence_length: int = 0
     validate_every: int = 25
     patience: int = 3
     checkpoint_every: int = 25
@@ -94,9 +98,9 @@ class TrainingConfig:
             if getattr(self, name) not in choices:
                 raise MembraneError(f"{name}={getattr(self, name)!r}; expected one of {', '.join(choices)}")
         for name, least in (
-            *((n, 1) for n in ("steps", "rank", "anchors", "batch_size", "checkpoint_every")),
+            *((n, 1) for n in ("steps", "rank", "anchors", "batch_size", "checkpoint_every", "concepts_per_batch")),
             ("sampling_steps", 2),
-            *((n, 0) for n in ("warmup", "validate_every", "patience", "seed")),
+            *((n, 0) for n in ("warmup", "validate_every", "patience", "seed", "max_sequence_length")),
         ):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:

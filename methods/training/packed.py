@@ -8,9 +8,10 @@ another: the packed form is the sum of the single ones, and its gradient falls a
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +53,8 @@ class PackedMembranes:
                 " name twice"
             )
         self.names, self.shapes = tuple(names), dict(shapes)
-        self.gamma: Tensor | None = None  # (rows, K) of the call at hand; None: no membrane acts
+        self.acting: tuple[int, ...] = ()  # which membranes act in the call at hand
+        self.gamma: Tensor | None = None  # (rows, len(acting)) of that call; None: none acts
         self.parameters: list[dict[str, nn.Parameter]] = []
         for name, start in zip(names, starts, strict=True):
             given = {} if start is None else start.modules
@@ -82,10 +84,23 @@ class PackedMembranes:
         """All parameters: "<k>.<module key>.down" (r, in) and ".up" (r, out)."""
         return {f"{k}.{name}": p for k, own in enumerate(self.parameters) for name, p in own.items()}
 
+    @contextlib.contextmanager
+    def on(self, rows: Sequence[int]) -> Iterator[None]:
+        """Inside, membrane rows[i] alone acts on row i of every call: until the backward pass is over.
+
+        Layers that are computed twice (gradient checkpointing) ask again in the backward pass.
+        """
+        self.acting = tuple(dict.fromkeys(rows))
+        self.gamma = torch.tensor([[float(k == row) for k in self.acting] for row in rows])
+        try:
+            yield
+        finally:
+            self.acting, self.gamma = (), None
+
     def pair(self, key: str) -> tuple[Tensor, Tensor, list[int]]:
-        """D (R, in), U (R, out) and the owner of each of the R rank rows, of one module."""
-        downs, ups = ([own[f"{key}.{part}"] for own in self.parameters] for part in ("down", "up"))
-        return torch.cat(downs), torch.cat(ups), [k for k, down in enumerate(downs) for _ in range(len(down))]
+        """D (R, in), U (R, out) of one module, and which column of gamma each of the R rank rows is gated by."""
+        downs, ups = ([self.parameters[k][f"{key}.{part}"] for k in self.acting] for part in ("down", "up"))
+        return torch.cat(downs), torch.cat(ups), [n for n, down in enumerate(downs) for _ in range(len(down))]
 
     def membrane(self, k: int, like: Membrane, tensors: Mapping[str, Tensor] | None = None) -> Membrane:
         """Membrane k with these tensors (its own where None), and all else as `like` has it."""
