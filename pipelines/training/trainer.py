@@ -209,7 +209,12 @@ class Trainer:
         extra |= {f"best.{k}.{name}": t for k, own in enumerate(self.kept) for name, t in own.items()}
         about = {"best": [vars(best) for best in self.best], "scaler": self.scaler.state_dict()}
         save_checkpoint(
-            path, self.step, self.packed.named(), self.optimizer, extra, {"stamp": self.stamp, "state": json.dumps(about)}
+            path,
+            self.step,
+            self.packed.named(),
+            self.optimizer,
+            extra,
+            {"stamp": self.stamp, "state": json.dumps(about)},
         )
 
     def load(self, path: Path) -> None:
