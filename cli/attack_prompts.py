@@ -53,8 +53,8 @@ def run(
 ):
     """Search for prompts, or embeddings, that bring a concept back through membranes and their gates; a test of both.
 
-    What is found does not name the concept. `recovered` is 0 where it is no better than an empty prompt, and 1 where the
-    protected model predicts what the untouched one does for the concept's name. Whether a picture shows it is for a
+    What is found does not name the concept. `recovered` is 0 where it is no better than an empty prompt, and 1 where
+    the protected model predicts what the untouched one does for the concept's name. Whether a picture shows it is for a
     judge, or for you: --draw.
     """
     if method not in METHODS:

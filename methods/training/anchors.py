@@ -66,8 +66,8 @@ class AnchorPool:
         object.__setattr__(self, "_indexes", torch.tensor(list(allowed), dtype=torch.long))
         if len(self._indexes) < 2:
             raise MembraneError(
-                f"{len(self._indexes)} captions are left to draw anchors from; expected at least 2 that do not name what"
-                " is erased, and better 50: give more with preserve=... (--preserve)"
+                f"{len(self._indexes)} captions are left to draw anchors from; expected at least 2 that do not name"
+                " what is erased, and better 50: give more with preserve=... (--preserve)"
             )
         object.__setattr__(self, "_centre", self.hidden.float().mean(0))
         accepted = acceptance(self.hidden, self.concepts, self._centre, self.power)

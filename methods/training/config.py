@@ -39,7 +39,7 @@ class TrainingConfig:
         layers: "text" (what reads text alone: the cheapest at work, cached once a prompt), "cross" (also the other
             projections of cross-attention, of joint attention in transformers), "all" (SPM's choice: attention, feed-
             forward, and the blocks' own projections).
-        warm_start: "closed_form" (begin from `erase_concepts`) or "none" (`up` is zero: begin from the untouched model).
+        warm_start: "closed_form" (begin from `erase_concepts`) or "none" (`up` is zero: the untouched model).
         push: eta >= 0, how far beyond the surrogate; 1 is SPM's, 0 the surrogate itself.
         anchor_weight: lambda >= 0; 0 keeps nothing in place.
         anchors: captions or latents drawn for each row of the concept, >= 1.

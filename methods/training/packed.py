@@ -2,8 +2,8 @@
 
     y = W x + ((x D^T) * Gamma[row, owner]) U
 
-Gamma (rows, K) says which membrane acts on which row of the batch, so K concepts are trained side by side, and none sees
-another: the packed form is the sum of the single ones, and its gradient falls apart into theirs.
+Gamma (rows, K) says which membrane acts on which row of the batch, so K concepts are trained side by side, and none
+sees another: the packed form is the sum of the single ones, and its gradient falls apart into theirs.
 """
 
 from __future__ import annotations

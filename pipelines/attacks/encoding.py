@@ -1,8 +1,8 @@
 """Text encoders with some of their tokens replaced by embeddings, for gradients; for every family.
 
 The pipeline's own `encode_prompt` runs on a text of filler words, whose embeddings are replaced behind the encoder's
-embedding layer. Encoders of the vocabulary that is searched (SDXL's and SD3's two) are given the same tokens; the others
-(SD3's T5, Flux's CLIP) read the words that stand for them.
+embedding layer. Encoders of the vocabulary that is searched (SDXL's and SD3's two) are given the same tokens; the
+others (SD3's T5, Flux's CLIP) read the words that stand for them.
 """
 
 from __future__ import annotations

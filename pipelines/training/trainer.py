@@ -1,8 +1,8 @@
 """One run of latent anchoring: what is drawn at each step, its gradient, validation, and what a checkpoint holds.
 
-Pictures of every concept are drawn all the time, each a sampler's step further with every step of the optimiser, and are
-trained on where they stand. SPM draws each of its latents anew, from noise, with up to 29 evaluations for one step of
-the optimiser; here the evaluation that is trained on is the sampler's, too.
+Pictures of every concept are drawn all the time, each a sampler's step further with every step of the optimiser, and
+are trained on where they stand. SPM draws each of its latents anew, from noise, with up to 29 evaluations for one step
+of the optimiser; here the evaluation that is trained on is the sampler's, too.
 
 Everything that is drawn depends on the seed, the concept's name, the number of the picture and the step alone: not on
 the other concepts, not on the number of processes, and not on where a run was resumed.
@@ -20,6 +20,7 @@ from einops import repeat
 from torch import Tensor
 
 from ...methods.errors import MembraneError
+from ...methods.files import open_safetensors
 from ...methods.training.config import TrainingConfig
 from ...methods.training.loop import learning_rate, load_checkpoint, save_checkpoint
 from ...methods.training.objectives import anchoring_loss, erasing_loss, erasing_target
@@ -223,14 +224,12 @@ class Trainer:
         Raises:
             MembraneError: it was made with other settings, concepts or weights.
         """
-        from ...methods.files import open_safetensors
-
         with open_safetensors(path) as file:
             made_with = (file.metadata() or {}).get("stamp")
         if made_with != self.stamp:
             raise MembraneError(
-                f"{str(path)!r} is the checkpoint of another run: its settings, concepts, captions or base model differ;"
-                " give the same ones to go on, or another folder to begin anew"
+                f"{str(path)!r} is the checkpoint of another run: its settings, concepts, captions or base model"
+                " differ; give the same ones to go on, or another folder to begin anew"
             )
         self.step, extra, metadata = load_checkpoint(path, self.packed.named(), self.optimizer)
         self.latents = extra["latents"][:, list(self.mine)].to(self.device)

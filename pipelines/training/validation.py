@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast
 from torch import Tensor
 
 from ...methods.training.objectives import anchoring_loss, erasing_loss, erasing_target
 from ...methods.training.packed import seed_of
+from ..latents import latent_shape
 from ..prediction import Predictor
 from .words import Embedding, Words
 
@@ -43,8 +45,6 @@ class Validation:
         anchoring = anchoring_loss(made[len(latents) :], e_kept).mean()
         loss = erasing + config.anchor_weight * anchoring
         figures = {"loss": loss, "erased": erasing / before, "moved": anchoring / before}
-        from accelerate.utils import broadcast
-
         # devices may round differently: all processes go by the first one's
         sent = broadcast(torch.stack(list(figures.values())).float())
         return {name: round(float(value), 7) for name, value in zip(figures, sent, strict=True)}
@@ -65,9 +65,7 @@ class Validation:
         return (latents, times, concept, target, before), self._kept[key]
 
     def _path(self, words: Embedding, name: str) -> tuple[Tensor, Tensor]:
-        """Latents (ROWS, ...) of guided pictures of the words, each at its own place of the schedule, and the timesteps."""
-        from ..latents import latent_shape
-
+        """Latents (ROWS, ...) of guided pictures of the words, each at its own place of the schedule, and timesteps."""
         config, (hidden, pooled) = self.words.config, words
         seeds = [seed_of(config.seed, "validation", name, row) for row in range(ROWS)]
         shape = latent_shape(self.predictor.pipe)
