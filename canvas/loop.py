@@ -1,30 +1,19 @@
 """One training loop for all parts of the canvas models: AdamW (Muon for matrices), warm-up, cosine, EMA, checkpoints,
 log, progress bar."""
 
-import json
-import math
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..methods.files import save_safetensors
+from ..methods.training.loop import TrainingLog, learning_rate, load_checkpoint, save_checkpoint
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     """Write safetensors; a stopped run leaves the previous file whole."""
     save_safetensors(tensors, path, metadata)
-
-
-def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
-    """Linear warm-up, then cosine to 2 % of the peak."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    x = (step - warmup) / max(1, steps - warmup)
-    return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, x))))
 
 
 def train(
@@ -66,37 +55,14 @@ def train(
         optimizers.append(torch.optim.Muon(chosen, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
     first = 0
     if path.exists():
-        with safe_open(str(path), "pt") as f:
-            first = int(f.metadata()["step"])
-            for k, p in parameters.items():
-                p.data.copy_(f.get_tensor(f"model.{k}"))
-                average[k].copy_(f.get_tensor(f"ema.{k}"))
-                if id(p) in ids:
-                    optimizers[1].state[p] = {"momentum_buffer": f.get_tensor(f"muon.{k}")}
-                else:
-                    optimizers[0].state[p] = {
-                        "step": torch.tensor(float(first)),
-                        "exp_avg": f.get_tensor(f"m.{k}"),
-                        "exp_avg_sq": f.get_tensor(f"v.{k}"),
-                    }
-
-    def checkpoint(step: int) -> None:
-        out = {}
-        for k, p in parameters.items():
-            out |= {f"model.{k}": p, f"ema.{k}": average[k]}
-            if id(p) in ids:
-                out[f"muon.{k}"] = optimizers[1].state[p]["momentum_buffer"]
-            else:
-                state = optimizers[0].state[p]
-                out |= {f"m.{k}": state["exp_avg"], f"v.{k}": state["exp_avg_sq"]}
-        save_tensors(out, path, {"step": str(step)})
+        first, extra, _ = load_checkpoint(path, parameters, optimizers)
+        for k, kept in average.items():
+            kept.copy_(extra[f"ema.{k}"])
 
     last = min(steps, stop_after or steps)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    log_path.parent.mkdir(parents=True, exist_ok=True)
-    sums: dict[str, float] = {}
-    counted, since = 0, time.monotonic()
-    with Progress(*columns) as progress, log_path.open("a") as log:
+    log = TrainingLog(log_path, first)
+    with Progress(*columns) as progress:
         bar = progress.add_task(name, total=last, completed=first)
         for step in range(first, last):
             for group in (group for optimizer in optimizers for group in optimizer.param_groups):
@@ -109,16 +75,10 @@ def train(
                 optimizer.zero_grad(set_to_none=True)
             decay = min(ema, (1 + step) / (10 + step))
             torch._foreach_lerp_(list(average.values()), [p.data for p in parameters.values()], 1 - decay)
-            for k, v in losses.items():
-                sums[k] = sums.get(k, 0.0) + float(v.detach())
-            counted += 1
+            log.count(**{k: float(v.detach()) for k, v in losses.items()})
             if (step + 1) % 100 == 0 or step + 1 == last:
-                row = {"step": step + 1, **{k: round(v / counted, 5) for k, v in sums.items()}}
-                row["seconds_per_step"] = round((time.monotonic() - since) / counted, 3)
-                log.write(json.dumps(row) + "\n")
-                log.flush()
-                sums, counted, since = {}, 0, time.monotonic()
+                log.write(step + 1)
             if (step + 1) % checkpoint_every == 0 or step + 1 == last:
-                checkpoint(step + 1)
+                save_checkpoint(path, step + 1, parameters, optimizers, {f"ema.{k}": v for k, v in average.items()})
             progress.update(bar, advance=1, description=f"{name} {float(losses['loss'].detach()):.4f}")
     return average

@@ -4,6 +4,7 @@ import typer
 
 from . import (
     attack,
+    attack_prompts,
     bench,
     bench_kernels,
     bench_watermark,
@@ -17,6 +18,7 @@ from . import (
     inspect,
     keys,
     provenance,
+    train,
 )
 from .common import OneLineErrors
 
@@ -51,8 +53,8 @@ def _options(
     pass
 
 
-for _module in (demo, erase, generate, detect, provenance, attack, inspect, evaluate):
-    _name = _module.__name__.rpartition(".")[2]
+for _module in (demo, erase, train, generate, detect, provenance, attack, attack_prompts, inspect, evaluate):
+    _name = _module.__name__.rpartition(".")[2].replace("_", "-")
     app.command(_name, epilog=_module.EXAMPLE)(_module.run)
 bench.app.command("kernels", epilog=bench_kernels.EXAMPLE)(bench_kernels.run)
 bench.app.command("watermark", epilog=bench_watermark.EXAMPLE)(bench_watermark.run)

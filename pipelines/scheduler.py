@@ -12,7 +12,17 @@ from ..methods.errors import ModelError
 from ..methods.schedule import flow_share
 from .family import Family
 
-__all__ = ["alphas_of", "image_tokens", "noise_levels", "on_host", "share_of", "sigma_of", "timestep_at"]
+__all__ = [
+    "alphas_of",
+    "image_tokens",
+    "levels_of",
+    "noise_levels",
+    "on_host",
+    "share_of",
+    "shift_of",
+    "sigma_of",
+    "timestep_at",
+]
 
 # How far, relatively, a timestep that went through a half-precision model may lie from the scheduler's own: bfloat16
 # keeps 8 bits, so it is off by up to 2^-9; steps of a run of 100 are ten times as far apart.
@@ -68,7 +78,7 @@ def share_of(
             timesteps = [] if own is None else torch.as_tensor(own).tolist()
         t = _unrounded(float(t), timesteps, family.noise_timestep / 1000.0)
     if family.flow:
-        return flow_share(t / family.noise_timestep, _shift(scheduler, tokens))
+        return flow_share(t / family.noise_timestep, shift_of(scheduler, tokens))
     return 1.0 - t / (scheduler.config.num_train_timesteps - 1)
 
 
@@ -86,7 +96,7 @@ def _unrounded(t: float, timesteps: Sequence[float], scale: float) -> float:
     return nearest if abs(nearest - t) <= _ROUNDED * abs(t) else t
 
 
-def _shift(scheduler, tokens: int) -> float:
+def shift_of(scheduler, tokens: int) -> float:
     """What the scheduler shifts this run's schedule by; exp(mu) of the image's size where the shift is dynamic.
 
     Source: diffusers' `calculate_shift` and `FlowMatchEulerDiscreteScheduler.time_shift`.
@@ -101,12 +111,17 @@ def _shift(scheduler, tokens: int) -> float:
 
 
 def noise_levels(family: Family, timestep: Tensor, alphas: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(share of the image, share of the noise) in what the denoiser is given at this timestep, (1,) each.
+    """`levels_of` the first timestep that the denoiser is given, (1,) each."""
+    return levels_of(family, timestep.reshape(-1)[:1], alphas)
+
+
+def levels_of(family: Family, timesteps: Tensor, alphas: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(share of the image, share of the noise) in what the denoiser is given at timesteps (B,), (B,) each.
 
     Args:
-        alphas: of `alphas_of`, on the timestep's device; None for flow models.
+        alphas: of `alphas_of`, on the timesteps' device; None for flow models.
     """
-    t = timestep.reshape(-1)[:1].float()
+    t = timesteps.float()
     if family.flow:
         sigma = t / family.noise_timestep
         return 1 - sigma, sigma

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import inspect
 import re
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import diffusers
@@ -136,7 +137,13 @@ def prefix_tokens(tokenizer, texts: Sequence[str]) -> list[int]:
 
 @torch.no_grad()
 def encode_text(
-    pipe, prompts: Sequence[str], max_sequence_length: int | None = None, positions: int | None = None
+    pipe,
+    prompts: Sequence[str],
+    max_sequence_length: int | None = None,
+    positions: int | None = None,
+    *,
+    others: Mapping[str, Sequence[str]] | None = None,
+    told: bool = False,
 ) -> TextFeatures:
     """Encode prompts with the pipeline's own text encoders, exactly as a call of the pipeline would.
 
@@ -145,6 +152,8 @@ def encode_text(
         max_sequence_length: T5 positions (SD3, Flux, Wan); None is the pipeline's default. It changes every position:
             these pipelines let T5 attend to its padding.
         positions: keep only the first so many of the N positions; None keeps all.
+        others: "prompt_2" and "prompt_3" -> B strings, where these encoders read something else.
+        told: whether listeners hear of it, as of a run of the pipeline: then gates know the words.
 
     Returns:
         hidden (B, N, d) and pooled (B, p) on the pipeline's device, in its dtype.
@@ -168,11 +177,17 @@ def encode_text(
         "max_sequence_length": max_sequence_length,
     }
     kwargs = {k: v for k, v in kwargs.items() if k in accepted and v is not None}
-    for name in ("prompt_2", "prompt_3"):
-        if name in accepted:
-            kwargs[name] = None
-    with unheard():  # no run of the pipeline
-        parts = [split_encoded(encode(prompts[i : i + _CHUNK], **kwargs)) for i in range(0, len(prompts), _CHUNK)]
+    given = {name: list((others or {}).get(name) or ()) for name in ("prompt_2", "prompt_3") if name in accepted}
+    chunk = len(prompts) if told else _CHUNK  # a second call would be taken for the negative prompt
+    with contextlib.nullcontext() if told else unheard():
+        parts = [
+            split_encoded(
+                encode(
+                    prompts[i : i + chunk], **kwargs, **{n: texts[i : i + chunk] or None for n, texts in given.items()}
+                )
+            )
+            for i in range(0, len(prompts), chunk)
+        ]
     hidden = torch.cat([part[0][:, :positions] for part in parts])
     pooled = None if parts[0][1] is None else torch.cat([part[1] for part in parts])
     return TextFeatures(hidden, pooled, token_ids(pipe, prompts))

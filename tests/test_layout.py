@@ -111,8 +111,19 @@ def test_no_circles():
 
 
 GROUND = {
-    "methods": {"errors", "schedule", "text_space", "modules", "packages", "pictures", "files"},
-    "pipelines": {"family", "text", "latents", "scheduler", "hooks", "rows", "handle", "loaders", "weights"},
+    "methods": {"errors", "schedule", "text_space", "modules", "packages", "pictures", "files", "sampling"},
+    "pipelines": {
+        "family",
+        "text",
+        "latents",
+        "scheduler",
+        "hooks",
+        "rows",
+        "handle",
+        "loaders",
+        "weights",
+        "prediction",
+    },
     "nodes": {
         *("extension", "installation", "sockets", "root_patch", "extra_rows", "private", "progress"),
         *("base_weights", "run_reports"),

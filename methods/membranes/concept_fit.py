@@ -121,14 +121,16 @@ def _once(encode: Callable[[Sequence[str]], TextFeatures]) -> Callable[[Sequence
     return cached
 
 
-def phrases_of(concepts: str | Sequence[str], synonyms: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
+def phrases_of(
+    concepts: str | Sequence[str], synonyms: Mapping[str, Sequence[str]] | None = None
+) -> dict[str, tuple[str, ...]]:
     """Name -> all phrasings of each concept, its name first; "robot|android" names a synonym."""
     phrases = {}
     for concept in [concepts] if isinstance(concepts, str) else concepts:
         own = [part.strip() for part in concept.split("|") if part.strip()]
         if not own:
             raise MembraneError(f"concept {concept!r} is empty; expected a name such as 'robot' or 'robot|android'")
-        phrases[own[0]] = tuple(dict.fromkeys((*own, *synonyms.get(own[0], ()))))
+        phrases[own[0]] = tuple(dict.fromkeys((*own, *(synonyms or {}).get(own[0], ()))))
     if not phrases:
         raise MembraneError("no concepts to erase were given; expected at least one name")
     return phrases

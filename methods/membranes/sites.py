@@ -203,19 +203,31 @@ class Site:
         return self._add(y, x, down, up, _perturbed(gamma, plan.negative, len(x)) if len(x) < len(gamma) else gamma)
 
     def _add(self, y: Tensor, x: Tensor, down: Tensor, up: Tensor, gamma_rows: Tensor) -> Tensor:
-        """y + ((x D^T) * gamma) U."""
-        if x.shape[0] != gamma_rows.shape[0]:
-            if x.shape[0] % gamma_rows.shape[0]:
-                raise MembraneError(
-                    f"{self.key} got a batch of {x.shape[0]}, but the prompts are {gamma_rows.shape[0]}; expected a"
-                    " multiple (frames of one prompt side by side)"
-                )
-            gamma_rows = repeat(gamma_rows, "b r -> (b frames) r", frames=x.shape[0] // gamma_rows.shape[0])
-        x = x.to(y.dtype)  # autocast hands over another
-        if x.ndim == 4:  # a 1x1 convolution: channels first
-            y, x = (rearrange(t, "b c h w -> b h w c") for t in (y, x))
-            return rearrange(gated_low_rank(y, x, down, up, gamma_rows), "b h w c -> b c h w")
-        return gated_low_rank(y, x, down, up, gamma_rows)
+        return add_low_rank(y, x, down, up, gamma_rows, self.key)
+
+
+def add_low_rank(y: Tensor, x: Tensor, down: Tensor, up: Tensor, gamma_rows: Tensor, key: str) -> Tensor:
+    """y + ((x D^T) * gamma) U, for a linear layer (B, ..., C) or a 1x1 convolution (B, C, H, W).
+
+    Args:
+        down, up: (R, in), (R, out). gamma_rows: (rows, R), of which B is a multiple.
+        key: of the module, for errors.
+
+    Raises:
+        MembraneError: another number of rows.
+    """
+    if x.shape[0] != gamma_rows.shape[0]:
+        if x.shape[0] % gamma_rows.shape[0]:
+            raise MembraneError(
+                f"{key} got a batch of {x.shape[0]}, but the prompts are {gamma_rows.shape[0]}; expected a"
+                " multiple (frames of one prompt side by side)"
+            )
+        gamma_rows = repeat(gamma_rows, "b r -> (b frames) r", frames=x.shape[0] // gamma_rows.shape[0])
+    x = x.to(y.dtype)  # autocast hands over another
+    if x.ndim == 4:  # a 1x1 convolution: channels first
+        y, x = (rearrange(t, "b c h w -> b h w c") for t in (y, x))
+        return rearrange(gated_low_rank(y, x, down, up, gamma_rows), "b h w c -> b c h w")
+    return gated_low_rank(y, x, down, up, gamma_rows)
 
 
 def _plain(module: nn.Module) -> bool:

@@ -37,6 +37,7 @@ __all__ = [
     "steal_noise",
     "transplant",
     "vae_reencode",
+    "with_parts",
 ]
 
 
@@ -284,16 +285,22 @@ def _img2img(
     prompts = [prompt] * len(pixels) if isinstance(prompt, str) else list(prompt)
     if len(prompts) != len(pixels):
         raise WatermarkError(f"{len(prompts)} prompts were given for {len(pixels)} pictures; expected one, or as many")
-    family = family_of(pipe)
-    kind = getattr(diffusers, family.img2img)
-    accepted = inspect.signature(kind.__init__).parameters
-    parts = {name: part for name, part in pipe.components.items() if name in accepted}
-    parts["scheduler"] = type(pipe.scheduler).from_config(pipe.scheduler.config)  # calls leave traces in a scheduler
-    redraw = kind(**parts | family.removed)
-    redraw.set_progress_bar_config(disable=True)
+    kind = getattr(diffusers, family_of(pipe).img2img)
+    redraw = with_parts(pipe, kind)
     call = {"strength": strength, "num_inference_steps": steps, "guidance_scale": 1.0, **more}
     if "height" in inspect.signature(kind.__call__).parameters:
         call |= {"height": image.shape[2], "width": image.shape[3]}
     with nullcontext() if noise is None else replace_noise(redraw, noise):
         drawn = redraw(prompt=prompts, image=image, output_type="pt", **call).images
     return drawn.to(pixels)
+
+
+def with_parts(pipe, kind: type):
+    """A pipeline of another class with the parts of this one, what is at work on them included."""
+    accepted = inspect.signature(kind.__init__).parameters
+    parts = {name: part for name, part in pipe.components.items() if name in accepted}
+    parts["scheduler"] = type(pipe.scheduler).from_config(pipe.scheduler.config)  # calls leave traces in a scheduler
+    removed = {name: value for name, value in family_of(pipe).removed.items() if name in accepted}
+    made = kind(**parts | removed)
+    made.set_progress_bar_config(disable=True)
+    return made

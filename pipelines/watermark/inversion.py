@@ -19,12 +19,13 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
-from ...methods.errors import ModelError, WatermarkError
+from ...methods.errors import WatermarkError
 from ...methods.pictures import Pictures, picture_of
 from ...methods.watermark.ladder import FIRST, inversion_times
 from ...methods.watermark.views import whole_cells
-from ..family import Family, denoiser_of, device_of, family_of
-from ..latents import encode_pixels, multiple_of, pixels_per_latent
+from ..family import Family, device_of, family_of
+from ..latents import encode_pixels, multiple_of
+from ..prediction import Predictor
 from ..scheduler import alphas_of
 from ..text import encode_text
 
@@ -105,34 +106,18 @@ def invert(pipe, latents0: Tensor, steps: int, prompt: str = "", batch_size: int
 
 def predictor(pipe, family: Family, latents: Tensor, hidden: Tensor, pooled: Tensor | None) -> Callable:
     """f(latents, share) -> prediction in float32, at a share of the schedule from 0 (the image) to 1 (pure noise)."""
-    denoiser, attribute = denoiser_of(pipe)
-    module, dtype, rows = getattr(pipe, attribute), denoiser.dtype, len(latents)
-    hidden = repeat(hidden.to(dtype), "1 n d -> b n d", b=rows)
-    pooled = pooled if pooled is None else repeat(pooled.to(dtype), "1 d -> b d", b=rows)
-    kwargs = {"encoder_hidden_states": hidden, "return_dict": False, **family.inputs(pipe, latents, hidden, pooled)}
-    size = [side * pixels_per_latent(pipe) for side in latents.shape[-2:]]
+    predictor, rows = Predictor(pipe), len(latents)
+    hidden = repeat(hidden, "1 n d -> b n d", b=rows)
+    pooled = pooled if pooled is None else repeat(pooled, "1 d -> b d", b=rows)
 
     def predict(latents: Tensor, share: float) -> Tensor:
-        given = latents.to(dtype)
-        extra = denoiser.config.in_channels - given.shape[1]
-        if family.uneven and extra > 0:  # an inpainting model is also told what to draw: here, everything
-            told = given.new_zeros(rows, extra, *given.shape[-2:])
-            told[:, 0] = 1
-            given = torch.cat([given, told], 1)
-        timestep = latents.new_full((rows,), share * family.noise_timestep)
-        if family.packed:
-            timestep = timestep.to(dtype)  # as its pipeline does
-        out = module(family.pack(pipe, given), timestep=timestep, **kwargs)[0]
-        return family.unpack(pipe, out, *size).float()
+        return predictor(latents, latents.new_full((rows,), share * family.noise_timestep), hidden, pooled)
 
     return predict
 
 
 def _ddim(pipe, z: Tensor, steps: int, predict: Callable) -> Tensor:
-    alphas = alphas_of(pipe)
-    kind = pipe.scheduler.config.get("prediction_type", "epsilon")
-    if kind not in ("epsilon", "v_prediction"):
-        raise ModelError(f"the model predicts {kind!r}; expected 'epsilon' or 'v_prediction'")
+    alphas, kind = alphas_of(pipe), Predictor(pipe).kind
     times, count = inversion_times(steps), len(alphas)
     levels = [1.0, *(float(alphas[min(count - 1, round(t * count))]) for t in times[1:])]
     for t, a, b in zip(times[:-1], levels[:-1], levels[1:], strict=True):

@@ -1,0 +1,1 @@
+"""Membranes by gradient: the objective, what is drawn for it, and the loop."""

@@ -1,0 +1,255 @@
+"""One run of latent anchoring: what is drawn at each step, its gradient, validation, and what a checkpoint holds.
+
+Pictures of every concept are drawn all the time, each a sampler's step further with every step of the optimiser, and
+are trained on where they stand. SPM draws each of its latents anew, from noise, with up to 29 evaluations for one step
+of the optimiser; here the evaluation that is trained on is the sampler's, too.
+
+Everything that is drawn depends on the seed, the concept's name, the number of the picture and the step alone: not on
+the other concepts, not on the number of processes, and not on where a run was resumed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from einops import repeat
+from torch import Tensor
+
+from ...methods.errors import MembraneError
+from ...methods.files import open_safetensors
+from ...methods.training.config import TrainingConfig
+from ...methods.training.loop import learning_rate, load_checkpoint, save_checkpoint
+from ...methods.training.objectives import anchoring_loss, erasing_loss, erasing_target
+from ...methods.training.packed import PackedMembranes, seed_of
+from ..latents import latent_shape
+from ..prediction import Predictor
+from .validation import Validation
+from .words import Embedding, Words
+
+__all__ = ["Trainer"]
+
+_CLIP = 1.0  # norm of one membrane's gradient, as most trainers of adapters have it
+
+
+@dataclass
+class _Best:
+    """The state of one concept's validation."""
+
+    loss: float = float("inf")
+    step: int = 0
+    misses: int = 0  # validations since
+    stopped: bool = False
+
+
+class Trainer:
+    """Membranes in training; `packed` holds their parameters, whose hooks are in place.
+
+    Args:
+        accelerator: of `accelerate`; each of its processes draws its share of the pictures.
+        stamp: what a checkpoint must have been made with to be gone on from.
+    """
+
+    def __init__(self, predictor: Predictor, words: Words, packed: PackedMembranes, accelerator, stamp: str):
+        self.predictor, self.words, self.packed, self.stamp = predictor, words, packed, stamp
+        self.config: TrainingConfig = words.config
+        self.accelerator, self.device = accelerator, next(iter(packed.named().values())).device
+        count, world = self.config.batch_size, accelerator.num_processes
+        if count % world:
+            raise MembraneError(
+                f"batch_size={count} cannot be shared by {world} processes; expected a multiple of {world}"
+            )
+        self.mine = range(accelerator.process_index, count, world)
+        shape = latent_shape(predictor.pipe)
+        self.latents = torch.zeros(len(packed.names), len(self.mine), *shape, device=self.device)
+        self.times = predictor.times(self.config.sampling_steps, self.latents[0])
+        self.best = [_Best() for _ in packed.names]
+        self.kept = [{name: p.detach().clone() for name, p in own.items()} for own in packed.parameters]
+        self.optimizer = torch.optim.AdamW(packed.named().values(), lr=self.config.learning_rate, weight_decay=0.0)
+        precision = self.config.precision if self.config.precision != "no" else accelerator.mixed_precision
+        self._half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self._half is torch.float16)
+        self.pools = [words.anchors(name) for name in packed.names]
+        self.unconditional = words.encode([""]) if self.config.sampling_guidance != 1 else None
+        self.step = 0
+
+    @property
+    def active(self) -> list[int]:
+        """The concepts that have not stopped."""
+        return [k for k, best in enumerate(self.best) if not best.stopped]
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self._half, enabled=self._half is not None)
+
+    # ---- a step ----
+
+    def train_step(self) -> dict[str, float]:
+        """One step of the optimiser for every concept that has not stopped; returns the mean losses."""
+        config, active = self.config, self.active
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.step, config.steps, config.learning_rate, config.warmup)
+        sums = torch.zeros(2)
+        for first in range(0, len(active), config.concepts_per_batch):
+            sums += self._backward(active[first : first + config.concepts_per_batch])
+        parameters = [list(self.packed.parameters[k].values()) for k in active]
+        self._average([p for own in parameters for p in own])
+        self.scaler.unscale_(self.optimizer)
+        for own in parameters:
+            torch.nn.utils.clip_grad_norm_(own, _CLIP)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        erasing, anchoring = (self.accelerator.reduce(sums.to(self.device), "mean") / len(active)).tolist()
+        return {"loss": erasing + config.anchor_weight * anchoring, "erasing": erasing, "anchoring": anchoring}
+
+    def _backward(self, group: Sequence[int]) -> Tensor:
+        """Add the gradients of some concepts; returns the sums of their (erasing, anchoring) losses."""
+        config, per = self.config, len(self.mine)
+        positions = [self._position(j) for j in self.mine]
+        fresh = [n for n, position in enumerate(positions) if position == 0]
+        for k in group:
+            for n in fresh:
+                self.latents[k, n] = self._noise(self.packed.names[k], self.mine[n])
+        now, then = (self.times[[p + ahead for p in positions]].to(self.device).repeat(len(group)) for ahead in (0, 1))
+        latents = self.latents[list(group)].flatten(0, 1)
+        captions, surrogates = zip(*(self._captions(self.packed.names[k]) for k in group), strict=True)
+        concept, surrogate = (self.words.encode([c for own in many for c in own]) for many in (captions, surrogates))
+        anchors = _joined([self._anchors(k) for k in group])
+        wide, wide_now = (repeat(t, "b ... -> (b a) ...", a=config.anchors) for t in (latents, now))
+        parts = [(latents, now, concept), (latents, now, surrogate), (wide, wide_now, anchors)]
+        if self.unconditional is not None:
+            parts.append((latents, now, _rows(self.unconditional, len(latents))))
+        with torch.no_grad(), self.autocast():
+            e_concept, e_surrogate, e_anchors, *e_none = self._predict(parts)
+        target = erasing_target(e_concept, e_surrogate, config.push)
+        owners = [k for k in group for _ in range(per)]
+        with self.packed.on([*owners, *(k for k in owners for _ in range(config.anchors))]):
+            with self.autocast():
+                erased, anchored = self._predict([parts[0], parts[2]])
+            # over the pictures of one concept a mean, over concepts the sum: each is trained as if it were alone
+            erasing = erasing_loss(erased, target).sum() / per
+            anchoring = anchoring_loss(anchored, e_anchors).sum() / (per * config.anchors)
+            self.scaler.scale(erasing + config.anchor_weight * anchoring).backward()
+        guided = erased.detach().float()
+        if e_none:
+            guided = e_none[0] + config.sampling_guidance * (guided - e_none[0])
+        moved = self.predictor.step(latents, guided, now, then)
+        self.latents[list(group)] = moved.unflatten(0, (len(group), per))
+        return torch.stack([erasing.detach(), anchoring.detach()]).float().cpu()
+
+    def _predict(self, parts: Sequence[tuple[Tensor, Tensor, Embedding]]) -> list[Tensor]:
+        """The predictions of several groups of rows, in one call of the denoiser."""
+        latents, times = (torch.cat([part[i] for part in parts]) for i in (0, 1))
+        hidden, pooled = _joined([part[2] for part in parts])
+        made = self.predictor(latents, times, hidden, pooled)
+        return list(made.split([len(part[0]) for part in parts]))
+
+    def _average(self, parameters: Sequence[Tensor]) -> None:
+        """The mean of all processes' gradients, sent as one tensor."""
+        if self.accelerator.num_processes == 1:
+            return
+        flat = self.accelerator.reduce(torch.cat([p.grad.flatten() for p in parameters]), "mean")
+        for parameter, grad in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+            parameter.grad.copy_(grad.view_as(parameter))
+
+    # ---- what is drawn ----
+
+    def _position(self, picture: int) -> int:
+        """How many steps of its sampler a picture has taken; the pictures of a concept are spread over the schedule."""
+        count = self.config.sampling_steps
+        return max(0, self.step - picture * count // self.config.batch_size) % count
+
+    def _noise(self, name: str, picture: int) -> Tensor:
+        return noise_of(self.latents.shape[2:], self.config.seed, "noise", name, picture, self.step).to(self.device)
+
+    def _captions(self, name: str) -> tuple[list[str], list[str]]:
+        captions, surrogates = self.words.pairs(name, self.config.batch_size, self.step)
+        return [captions[j] for j in self.mine], [surrogates[j] for j in self.mine]
+
+    def _anchors(self, k: int) -> Embedding:
+        name, seed = self.packed.names[k], self.config.seed
+        drawn = []
+        for j in self.mine:
+            generator = torch.Generator().manual_seed(seed_of(seed, "anchors", name, j, self.step))
+            drawn.append(self.pools[k].draw(self.config.anchors, generator))
+        return _joined(drawn)
+
+    # ---- validation ----
+
+    def validate(self, validation: Validation) -> dict[str, dict[str, float]]:
+        """Measure every concept that has not stopped; keep what is better than before, stop what no longer gets so."""
+        found = {}
+        for k in self.active:
+            name, best = self.packed.names[k], self.best[k]
+            with self.autocast():
+                figures = validation.measure(self, k)
+            loss = figures["loss"]
+            if loss < best.loss:
+                self.best[k] = _Best(loss, self.step)
+                self.kept[k] = {n: p.detach().clone() for n, p in self.packed.parameters[k].items()}
+            else:
+                best.misses += 1
+                best.stopped = bool(self.config.patience) and best.misses >= self.config.patience
+            found[name] = figures
+        return found
+
+    # ---- checkpoints ----
+
+    def save(self, path: Path) -> None:
+        """Every process must call it; the first one writes."""
+        per = self.accelerator.num_processes
+        # (world, K, mine, ...) -> the K concepts' pictures in order
+        every = self.accelerator.gather(self.latents[None]).transpose(0, 1).transpose(1, 2).flatten(1, 2)
+        if not self.accelerator.is_main_process:
+            return
+        extra = {"latents": every if per > 1 else self.latents}
+        extra |= {f"best.{k}.{name}": t for k, own in enumerate(self.kept) for name, t in own.items()}
+        about = {"best": [vars(best) for best in self.best], "scaler": self.scaler.state_dict()}
+        save_checkpoint(
+            path,
+            self.step,
+            self.packed.named(),
+            [self.optimizer],
+            extra,
+            {"stamp": self.stamp, "state": json.dumps(about)},
+        )
+
+    def load(self, path: Path) -> None:
+        """Go on from a checkpoint, with any number of processes.
+
+        Raises:
+            MembraneError: it was made with other settings, concepts or weights.
+        """
+        with open_safetensors(path) as file:
+            made_with = (file.metadata() or {}).get("stamp")
+        if made_with != self.stamp:
+            raise MembraneError(
+                f"{str(path)!r} is the checkpoint of another run: its settings, concepts, captions or base model"
+                " differ; give the same ones to go on, or another folder to begin anew"
+            )
+        self.step, extra, metadata = load_checkpoint(path, self.packed.named(), [self.optimizer])
+        self.latents = extra["latents"][:, list(self.mine)].to(self.device)
+        for k, own in enumerate(self.kept):
+            self.kept[k] = {name: extra[f"best.{k}.{name}"].to(self.device) for name in own}
+        about = json.loads(metadata["state"])
+        self.best = [_Best(**fields) for fields in about["best"]]
+        self.scaler.load_state_dict(about["scaler"])
+
+
+def noise_of(shape: Sequence[int], seed: int, *parts: str | int) -> Tensor:
+    """Gaussian noise on the CPU, by `seed_of`."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed_of(seed, *parts)))
+
+
+def _rows(words: Embedding, count: int) -> Embedding:
+    hidden, pooled = words
+    return hidden.expand(count, -1, -1), None if pooled is None else pooled.expand(count, -1)
+
+
+def _joined(parts: Sequence[Embedding]) -> Embedding:
+    hidden, pooled = zip(*parts, strict=True)
+    return torch.cat(hidden), None if pooled[0] is None else torch.cat(pooled)
