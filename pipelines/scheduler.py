@@ -86,7 +86,7 @@ def timestep_at(scheduler, family: Family, share: float, tokens: int) -> float:
     """The timestep, as the denoiser is given it, at a share of the unshifted schedule: undoes `share_of`."""
     if not family.flow:
         return (1.0 - share) * (scheduler.config.num_train_timesteps - 1)
-    shift, level = _shift(scheduler, tokens), 1.0 - share
+    shift, level = shift_of(scheduler, tokens), 1.0 - share
     return family.noise_timestep * shift * level / (1.0 + (shift - 1.0) * level)
 
 
