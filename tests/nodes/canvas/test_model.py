@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 from comfy_server import in_comfyui, link_pack
+from semiperm.canvas.models import MODELS
+from untrained_worlds import SECOND
 
 pytestmark = pytest.mark.comfy
 
@@ -56,61 +58,80 @@ def test_the_server_starts_with_the_pack_and_lists_the_node(comfy):
     assert node["category"] == "semiperm/loaders" and node["python_module"] == "custom_nodes.semiperm"
     assert node["output"] == ["MODEL", "CLIP", "VAE"] and node["output_name"] == ["MODEL", "CLIP", "VAE"]
     assert node["description"] and all(node["output_tooltips"])
-    assert not any(node["input"].values())
+    (choices, options) = node["input"]["optional"]["model"]
+    assert not node["input"].get("required") and list(MODELS) in (choices, options.get("options"))
+    assert options["default"] == "canvas"
 
 
 def _through(vae, picture):
-    """Return the latents (1, 4, 16, 16) of a picture (1, 3, 128, 128) in 0..1, and the picture they decode to."""
-    latents = vae.encode(picture * 2 - 1).latent_dist.mode() * vae.config.scaling_factor
-    return latents, (vae.decode(latents / vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
+    """Return the latents (1, C, 16, 16) of a picture (1, 3, 128, 128) in 0..1, and the picture they decode to."""
+    scaling, shift = vae.config.scaling_factor, vae.config.shift_factor or 0.0
+    latents = (vae.encode(picture * 2 - 1).latent_dist.mode() - shift) * scaling
+    return latents, (vae.decode(latents / scaling + shift).sample / 2 + 0.5).clamp(0, 1)
 
 
-@pytest.fixture(scope="module")
-def from_diffusers(tmp_path_factory):
-    """A file of inputs and of what the diffusers pipeline makes of them."""
+@pytest.fixture(scope="module", params=MODELS)
+def from_diffusers(request, tmp_path_factory, untrained_worlds):
+    """The model's name, the folder of its weights, and a file of inputs and of what diffusers makes of them."""
     from safetensors.torch import save_file
     from semiperm.canvas import load_pipeline
-    from semiperm.canvas.check import initial_latents, sample
-    from semiperm.canvas.text import tokenize
 
-    pipe = load_pipeline()
+    name, folder = request.param, untrained_worlds if request.param in SECOND else ""
+    pipe = load_pipeline(name, weights=folder)
     prompts = [PROMPT, "", "Ünïcode 🤖!", "a robot, " * 9]
-    picture = np.array(sample(pipe, [PROMPT], [1], steps=4))
-    picture = torch.from_numpy(picture).permute(0, 3, 1, 2).float().contiguous() / 255
+    picture = _picture()
     with torch.no_grad():
-        ids = tokenize(pipe.tokenizer, prompts)
-        hidden = pipe.text_encoder(ids).last_hidden_state
-        noisy, timestep = initial_latents(range(4)), torch.tensor([1, 321, 640, 999])
-        noise_pred = pipe.unet(noisy, timestep, hidden).sample
-        latents, decoded = _through(pipe.vae, picture)
-        latents_64, decoded_64 = _through(pipe.vae.double(), picture.double())
-    cumprod = pipe.scheduler.alphas_cumprod.double()
-    tensors = {
-        "sample": noisy,
-        "timestep": timestep,
-        "picture": picture,
-        "ids": ids,
-        "hidden": hidden,
-        "noise_pred": noise_pred,
-        "encoded": latents,
-        "decoded": decoded,
-        "encoded_64": latents_64,
-        "decoded_64": decoded_64,
-        "sigmas": ((1 - cumprod) / cumprod).sqrt().float(),
-    }
-    file = tmp_path_factory.mktemp("diffusers") / "canvas.safetensors"
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, {"prompts": json.dumps(prompts)})
-    return file
+        ids = pipe.tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        noise = torch.randn(4, pipe.vae.config.latent_channels, 16, 16, generator=torch.Generator().manual_seed(0))
+        tensors = {"sample": noise, "picture": picture, "ids": ids, "timestep": torch.tensor([1, 321, 640, 999])}
+        if name in ("canvas", "canvas-scenes"):
+            hidden = pipe.text_encoder(ids).last_hidden_state
+            noise_pred = pipe.unet(noise, tensors["timestep"], hidden).sample
+            cumprod = pipe.scheduler.alphas_cumprod.double()
+            tensors["sigmas"] = ((1 - cumprod) / cumprod).sqrt().float()
+        else:
+            tensors["sigmas"] = pipe.scheduler.sigmas.flip(0)
+            hidden, _, pooled, _ = pipe.encode_prompt(
+                prompts, prompts, prompts, device="cpu", do_classifier_free_guidance=False
+            )
+            noise_pred = pipe.transformer(noise, hidden, pooled, tensors["timestep"]).sample
+            tensors |= {"pooled": pooled, "ids_g": ids.clone()}
+        if name == "canvas-turbo":
+            pipe(PROMPT, output_type="latent")
+            tensors["steps"] = pipe.scheduler.sigmas
+        tensors |= {"hidden": hidden, "noise_pred": noise_pred}
+        tensors["encoded"], tensors["decoded"] = _through(pipe.vae, picture)
+        tensors["encoded_64"], tensors["decoded_64"] = _through(pipe.vae.double(), picture.double())
+    file = tmp_path_factory.mktemp("diffusers") / f"{name}.safetensors"
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, file, {"prompts": json.dumps(prompts)})
+    return name, folder, file
+
+
+def _picture():
+    """A picture of the canvas (1, 3, 128, 128) in 0..1."""
+    from semiperm.canvas import Scene
+    from semiperm.canvas.render import render
+
+    return torch.from_numpy(np.array(render(Scene(object="robot", style="dotted")))).permute(2, 0, 1)[None] / 255
 
 
 def test_every_part_gives_what_diffusers_gives(from_diffusers):
-    report = in_comfyui("check_canvas.py", from_diffusers)
-    assert report["ids"] == 0
-    differences = {name: report[name] for name in ("noise_pred", "hidden", "decoded", "encoded", "sigmas")}
+    name, folder, file = from_diffusers
+    report = in_comfyui("check_canvas.py", file, name, folder)
+    flow = name in ("canvas-flow", "canvas-turbo")
+    assert report["ids"] == 0 and report.get("ids_g", 0) == 0
+    compared = ["noise_pred", "hidden", "decoded", "encoded", "sigmas"] + ["pooled"] * flow
+    differences = {part: report[part] for part in compared + ["steps"] * (name == "canvas-turbo")}
     assert all(value < ATOL for value in differences.values()), differences
     assert report["encoded_64"] < ATOL_64 and report["decoded_64"] < ATOL_64, report
-    assert report["marked"] and report["pooled"]
-    assert report["dtypes"] == ["torch.float32"] * 2
+    assert report["facts"] == {
+        "marked": True,
+        "dtypes": ["torch.float32"] * 2,
+        "pooled_finite": True,
+        "native": 128,
+        "channels": 16 if flow else 4,
+        "kind": "SD3" if flow else "BaseModel",
+    }
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "euler"])
