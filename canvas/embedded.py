@@ -26,7 +26,7 @@ def load_pipeline(
     """Load a model of the second edition: 128x128 pictures, captions of the second world, prompts of 77 tokens.
 
     Args:
-        name: one of MODELS. folder: of the weights; None takes the shipped one.
+        name: of the second edition, see canvas.models. folder: of the weights; None takes the shipped one.
 
     Raises: ValueError for another name, FileNotFoundError naming a missing file and what makes it.
     """
@@ -56,6 +56,8 @@ def read_states(name: str, folder: Path | None = None) -> dict[str, dict[str, Te
 
     Raises: as `load_pipeline`.
     """
+    if model_of(name).edition != 2:
+        raise ValueError(f"{name} is of the first edition; semiperm.canvas.load_pipeline loads it")
     where = weights_of(name, folder)
     state = {
         "vae" if part.startswith("vae") else part: {

@@ -14,9 +14,9 @@ class SemipermLoadCanvas(io.ComfyNode):
             display_name="Load Canvas (embedded model)",
             category="semiperm/loaders",
             description=(
-                "The very small models that come with semiperm: Stable Diffusion 1.5's architecture, and 3's, under 10 "
-                "million parameters, pictures of 128x128. They draw simple objects in a few styles within seconds on a "
-                "CPU. Made for trying things out; put a checkpoint loader in its place for real pictures."
+                "The very small models that come with semiperm, built like Stable Diffusion 1.5 and 3, pictures of "
+                "128x128. They draw simple objects in a few styles within seconds on a CPU. Made for trying things out; "
+                "put a checkpoint loader in its place for real pictures."
             ),
             inputs=[
                 io.Combo.Input(

@@ -12,6 +12,7 @@ import comfy.samplers
 import torch
 from safetensors import safe_open
 from semiperm.nodes.canvas.model import load_canvas
+from semiperm.nodes.membranes.concept_text import text_space
 
 file, name, folder = ARGUMENTS  # noqa: F821
 with safe_open(file, "pt") as f:
@@ -43,7 +44,11 @@ found["encoded_64"] = scale.process_in(double.encode(given["picture"].double() *
 found["decoded_64"] = vae.process_output(double.decode(scale.process_out(given["encoded_64"])))
 report = {name: (tensor.double() - given[name].double()).abs().max().item() for name, tensor in found.items()}
 marks = [patcher.get_attachment("semiperm_canvas") == name for patcher in (model.clone(), clip.clone().patcher)]
+space = text_space(model, clip)
+features = space.encode(["", "a robot"])
 facts = {
+    "fit": [list(features.hidden.shape), features.pooled is not None and list(features.pooled.shape)],
+    "projections": [len(space.tokens), len(space.pooled), len(space.segments)],
     "marked": all(marks),
     "dtypes": [str(model.model.get_dtype()), str(vae.vae_dtype)],
     "pooled_finite": bool(encoded[0][1].isfinite().all()),

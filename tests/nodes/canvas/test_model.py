@@ -7,19 +7,30 @@ import pytest
 import torch
 from comfy_server import in_comfyui, link_pack
 from semiperm.canvas.models import MODELS
-from untrained_worlds import SECOND
+from untrained_worlds import SECOND, has_weights
 
 pytestmark = pytest.mark.comfy
 
 PROMPT = "a dotted picture of a robot on a sand background"
+SHIPPED = [name for name in MODELS if has_weights(name)]
 ATOL = 1e-4  # fp32: other kernels, another order of sums
 ATOL_64 = 1e-9  # fp64, for the autoencoder: in fp32 its large levels leave 1e-4, and the memory layout alone moves 4e-4
 
 
-def graph(positive: str, negative: str = "", seed: int = 0, batch: int = 1, sampler: str = "ddim") -> dict:
-    """The API graph of the shortest text-to-image workflow on the canvas."""
+def graph(
+    positive: str,
+    negative: str = "",
+    seed: int = 0,
+    batch: int = 1,
+    sampler: str = "ddim",
+    model: str | None = None,
+    steps: int = 25,
+) -> dict:
+    """The API graph of the shortest text-to-image workflow; without `model` as before there was a choice."""
+    own = MODELS[model or "canvas"]
+    scheduler = own.scheduler if sampler == own.sampler else "normal"
     return {
-        "1": {"class_type": "SemipermLoadCanvas", "inputs": {}},
+        "1": {"class_type": "SemipermLoadCanvas", "inputs": {} if model is None else {"model": model}},
         "2": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["1", 1], "text": positive}},
         "3": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["1", 1], "text": negative}},
         "4": {"class_type": "EmptyLatentImage", "inputs": {"width": 128, "height": 128, "batch_size": batch}},
@@ -31,10 +42,10 @@ def graph(positive: str, negative: str = "", seed: int = 0, batch: int = 1, samp
                 "negative": ["3", 0],
                 "latent_image": ["4", 0],
                 "seed": seed,
-                "steps": 25,
-                "cfg": 4.0,
+                "steps": steps,
+                "cfg": own.guidance_scale,
                 "sampler_name": sampler,
-                "scheduler": "ddim_uniform" if sampler == "ddim" else "normal",
+                "scheduler": scheduler,
                 "denoise": 1.0,
             },
         },
@@ -124,7 +135,10 @@ def test_every_part_gives_what_diffusers_gives(from_diffusers):
     differences = {part: report[part] for part in compared + ["steps"] * (name == "canvas-turbo")}
     assert all(value < ATOL for value in differences.values()), differences
     assert report["encoded_64"] < ATOL_64 and report["decoded_64"] < ATOL_64, report
+    tokens = 32 if name == "canvas" else 77
     assert report["facts"] == {
+        "fit": [[2, 77, 4096], [2, 256]] if flow else [[2, tokens, 128], False],
+        "projections": [1, 1, 1] if flow else [16, 0, 1],
         "marked": True,
         "dtypes": ["torch.float32"] * 2,
         "pooled_finite": True,
@@ -152,6 +166,36 @@ def test_the_same_graph_gives_the_same_bytes(comfy):
     assert all("5" not in comfy.cached(run) for run in runs)
     first, other, again = (comfy.images(run)[0].tobytes() for run in runs)
     assert first == again != other
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_model_gives_the_same_bytes_when_queued_again(comfy, name):
+    """With Erase Concept behind it; a run of another strength lies between."""
+    own, pictures = MODELS[name], []
+    for strength in (0.0, 1.0, 0.0, 1.0):
+        prompt = graph(PROMPT, "a ring", seed=3, sampler=own.sampler, model=name, steps=4)
+        prompt["erase"] = {
+            "class_type": "SemipermEraseConcept",
+            "inputs": {"model": ["1", 0], "clip": ["1", 1], "concept": "robot", "surrogate": "", "preset": "selective"}
+            | {"strength": strength},
+        }
+        prompt["5"]["inputs"]["model"] = ["erase", 0]
+        entry = comfy.queue(prompt)
+        assert entry["errors"] == [] and entry["status"]["status_str"] == "success"
+        assert "5" not in comfy.cached(entry)  # forgotten with the run between
+        pictures.append(comfy.images(entry)[0].tobytes())
+    assert pictures[0] == pictures[2] != pictures[1] == pictures[3]
+
+
+def test_a_model_by_its_name(comfy):
+    """`canvas` by its name is what it was without one; a model whose weights are not there says what makes them."""
+    plain, named = (comfy.images(comfy.queue(graph(PROMPT, seed=5, steps=2, model=m)))[0] for m in (None, "canvas"))
+    assert plain.tobytes() == named.tobytes()
+    for name in sorted(set(MODELS) - set(SHIPPED)):
+        (error,) = comfy.queue(graph(PROMPT, model=name))["errors"]
+        assert "is missing" in error and "semiperm canvas worlds export" in error
+    entry = comfy.queue(graph(PROMPT) | {"1": {"class_type": "SemipermLoadCanvas", "inputs": {"model": "canvas-slow"}}})
+    assert entry["status"]["status_str"] == "invalid" and "canvas-slow" in str(entry["errors"])
 
 
 def test_errors_come_back_and_the_server_goes_on(comfy):
