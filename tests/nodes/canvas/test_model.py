@@ -138,7 +138,7 @@ def test_every_part_gives_what_diffusers_gives(from_diffusers):
     tokens = 32 if name == "canvas" else 77
     assert report["facts"] == {
         "fit": [[2, 77, 4096], [2, 256]] if flow else [[2, tokens, 128], False],
-        "projections": [1, 1, 1] if flow else [16, 0, 1],
+        "projections": [1, 1, 1] if flow else [14, 0, 1],
         "marked": True,
         "dtypes": ["torch.float32"] * 2,
         "pooled_finite": True,
