@@ -14,7 +14,7 @@ Workdir = Annotated[Path, typer.Option(help="Folder of checkpoints and logs; run
 @app.command(epilog="Example: semiperm canvas worlds train canvas-flow --workdir canvas-training")
 def train(
     part: Annotated[
-        str, typer.Argument(help="reading-first, judge-first, canvas (the UNet of canvas-scenes), canvas-flow, ...")
+        str, typer.Argument(help="reading-first, judge-first, canvas (of canvas-scenes), canvas-flow, ...")
     ],
     workdir: Workdir = Path("canvas-training"),
     steps: Annotated[int | None, typer.Option(min=1, help="Length of the schedule. Default: the part's own.")] = None,

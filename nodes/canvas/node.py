@@ -15,8 +15,8 @@ class SemipermLoadCanvas(io.ComfyNode):
             category="semiperm/loaders",
             description=(
                 "The very small models that come with semiperm, built like Stable Diffusion 1.5 and 3, pictures of "
-                "128x128. They draw simple objects in a few styles within seconds on a CPU. Made for trying things out; "
-                "put a checkpoint loader in its place for real pictures."
+                "128x128. They draw simple objects in a few styles within seconds on a CPU. Made for trying things "
+                "out; put a checkpoint loader in its place for real pictures."
             ),
             inputs=[
                 io.Combo.Input(
