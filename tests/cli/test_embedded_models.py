@@ -29,21 +29,29 @@ def test_each_model_has_its_own_steps_and_guidance():
     assert common.sampling("some/hub-id", None, None) == {}
 
 
-def test_a_flow_model_is_erased_guarded_and_signed(tmp_path):
-    file, ring = tmp_path / "robot.safetensors", tmp_path / "keys.json"
+@pytest.mark.slow  # the transformer reads 4096 columns of text, and a fit solves in as many
+def test_a_flow_model_is_erased(tmp_path):
+    file = tmp_path / "robot.safetensors"
     runs("erase", "canvas-flow", "--concept", "robot", "--preserve", "a star", "-o", file)
-    few = ("--steps", 2, "--negative", "a ring")
-    runs("generate", "canvas-flow", "a robot", "--membrane", file, "--gate", "paper", *few, "-o", tmp_path / "a.png")
+    few = ("--steps", 2, "--negative", "a ring", "--gate", "paper")
+    runs("generate", "canvas-flow", "a robot", "--membrane", file, *few, "-o", tmp_path / "a.png")
     said = record(tmp_path / "a.png")
     assert said["model"] == "canvas-flow" and said["guidance_scale"] == 4
     assert said["membranes"] == ["robot"] and "robot" in json.dumps(said["fired"])
-    runs("generate", "canvas-flow", "a robot", "--guard", "hazard", *few, "-o", tmp_path / "b.png")
-    assert record(tmp_path / "b.png")["guard"]["evaluations"] == 2
-    runs("keys", "new", "studio", "--keyring", ring)
-    runs("generate", "canvas-flow", "a robot", "--sign", "studio", "--keyring", ring, *few, "-o", tmp_path / "c.png")
+
+
+def test_a_flow_model_is_guarded_and_signed(tmp_path):
+    ring, few = tmp_path / "keys.json", ("--steps", 2, "--negative", "a ring")
+    runs("generate", "canvas-flow", "a robot", "--guard", "hazard", *few, "-o", tmp_path / "plain.png")
+    assert record(tmp_path / "plain.png")["guard"]["evaluations"] == 2
+    runs("keys", "new", "--name", "studio", "--keyring", ring)
+    sign = ("--sign", "studio", "--keyring", ring)
+    runs("generate", "canvas-flow", "a robot", *sign, *few, "-o", tmp_path / "signed.png")
     found = json.loads(runs("detect", tmp_path, "--keyring", ring, "--model", "canvas-flow", "--json"))
-    verdicts = {row["file"][-5:]: row["verdict"] for row in found}
-    assert verdicts["c.png"] != "absent" and verdicts["a.png"] == verdicts["b.png"] == "absent"
+    assert {row["file"].split("/")[-1]: row["verdict"] for row in found} == {
+        "plain.png": "absent",
+        "signed.png": "valid",
+    }
 
 
 def test_turbo_takes_four_steps_and_no_guidance(tmp_path):
