@@ -170,19 +170,26 @@ def test_the_same_graph_gives_the_same_bytes(comfy):
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_every_model_gives_the_same_bytes_when_queued_again(comfy, name):
-    """With Erase Concept behind it; a run of another strength lies between."""
+    own, pictures = MODELS[name], []
+    for seed in (3, 4, 3):
+        entry = comfy.queue(graph(PROMPT, "a ring", seed=seed, sampler=own.sampler, model=name, steps=4))
+        assert entry["errors"] == [] and entry["status"]["status_str"] == "success"
+        assert "5" not in comfy.cached(entry)  # forgotten with the run between
+        pictures.append(comfy.images(entry)[0].tobytes())
+    assert pictures[0] == pictures[2] != pictures[1]
+
+
+@pytest.mark.slow  # the transformer reads 4096 columns of text, and a fit solves in as many
+@pytest.mark.parametrize("name", [name for name in SHIPPED if name in SECOND])
+def test_erasing_in_every_model_is_the_same_when_queued_again(comfy, name):
     own, pictures = MODELS[name], []
     for strength in (0.0, 1.0, 0.0, 1.0):
         prompt = graph(PROMPT, "a ring", seed=3, sampler=own.sampler, model=name, steps=4)
-        prompt["erase"] = {
-            "class_type": "SemipermEraseConcept",
-            "inputs": {"model": ["1", 0], "clip": ["1", 1], "concept": "robot", "surrogate": "", "preset": "selective"}
-            | {"strength": strength},
-        }
+        inputs = {"model": ["1", 0], "clip": ["1", 1], "concept": "robot", "surrogate": "", "preset": "selective"}
+        prompt["erase"] = {"class_type": "SemipermEraseConcept", "inputs": inputs | {"strength": strength}}
         prompt["5"]["inputs"]["model"] = ["erase", 0]
         entry = comfy.queue(prompt)
         assert entry["errors"] == [] and entry["status"]["status_str"] == "success"
-        assert "5" not in comfy.cached(entry)  # forgotten with the run between
         pictures.append(comfy.images(entry)[0].tobytes())
     assert pictures[0] == pictures[2] != pictures[1] == pictures[3]
 
