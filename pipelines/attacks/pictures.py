@@ -285,7 +285,7 @@ def _img2img(
     prompts = [prompt] * len(pixels) if isinstance(prompt, str) else list(prompt)
     if len(prompts) != len(pixels):
         raise WatermarkError(f"{len(prompts)} prompts were given for {len(pixels)} pictures; expected one, or as many")
-    kind = getattr(diffusers, family_of(pipe).img2img)
+    kind = getattr(pipe, "semiperm_img2img", None) or getattr(diffusers, family_of(pipe).img2img)
     redraw = with_parts(pipe, kind)
     call = {"strength": strength, "num_inference_steps": steps, "guidance_scale": 1.0, **more}
     if "height" in inspect.signature(kind.__call__).parameters:
