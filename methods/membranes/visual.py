@@ -26,7 +26,7 @@ from torch import Tensor
 from ...kernels.gated_projection import gated_projection
 from ..errors import MembraneError
 
-__all__ = ["ImageSite", "Openings", "VisualSide", "VisualSite", "knot_weights", "opened_rows"]
+__all__ = ["ImageSite", "Openings", "VisualSide", "VisualSite", "knot_weights", "opened_row"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,28 +158,27 @@ class Openings:
         return found
 
 
-def opened_rows(
-    gates: Tensor, openings: Openings, membranes: Sequence, columns: Sequence[int]
-) -> tuple[list[list[float]], list[dict[str, float]]]:
-    """A report's figures of the rows of one text batch.
+def opened_row(
+    gates: Sequence[float], seen: Sequence[tuple[Openings, int]], membranes: Sequence, columns: Sequence[int]
+) -> tuple[list[float], dict[str, float]]:
+    """A report's figures of one row of text.
 
     Args:
-        gates: (B, K) of the prompts. membranes: the stack (`types.Membrane`). columns: each membrane's own of those K.
+        gates: (K,) of its prompt. seen: (what opened in a batch, the row's number in it) of each batch that had it.
+        membranes: the stack (`types.Membrane`). columns: each membrane's own of those K.
 
     Returns:
-        The gates, of image-side membranes the widest that opened in a row; and of these, concept -> the largest share
-        of one layer's tokens that were open at once.
+        The gates, of image-side membranes the widest that opened; and of these, concept -> the largest share of one
+        layer's tokens that were open at once.
     """
-    rows, shares = gates.tolist(), [{} for _ in gates]
-    widest, tokens = (None if t is None else t.tolist() for t in (openings.widest, openings.tokens))
+    row, shares = list(gates), {}
     for membrane, column in zip(membranes, columns, strict=True):
         if membrane.visual is None:
             continue
-        for number, row in enumerate(rows):
-            row[column] = 0.0 if widest is None else widest[number][column]
-            share = 0.0 if tokens is None else tokens[number][column]
-            shares[number][membrane.concept] = max(share, shares[number].get(membrane.concept, 0.0))
-    return rows, shares
+        known = [(each.widest[i, column], each.tokens[i, column]) for each, i in seen if each.widest is not None]
+        row[column], share = (max(map(float, values)) for values in zip(*(known or [(0.0, 0.0)]), strict=True))
+        shares[membrane.concept] = max(share, shares.get(membrane.concept, 0.0))
+    return row, shares
 
 
 class ImageSite:

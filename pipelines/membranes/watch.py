@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ...methods.errors import MembraneError
 from ...methods.membranes.config import MembraneConfig
 from ...methods.membranes.visual import ImageSite, VisualSide
-from ..family import Pipeline, device_of
+from ..family import Pipeline, denoiser_of, device_of, family_of
 from ..handle import Handle, RootHook
 from ..hooks import parameters_of
 from ..rows import row_layout
@@ -21,7 +21,7 @@ from ..text import encode_text
 from ..watermark.inversion import predictor
 from .visual import image_layers
 
-__all__ = ["Scores", "Tokens", "Watch", "drawn", "shown"]
+__all__ = ["Noised", "Scores", "Tokens", "Watch", "drawn", "shown"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,7 +150,31 @@ def drawn(
     return torch.cat(found)
 
 
-@torch.no_grad()
+class Noised:
+    """Pictures, noised to a share of the schedule, denoised once under a caption: `noised(share)` is the prediction.
+
+    Args:
+        latents: (B, C, H, W) as `encode_pixels` gives them.
+        seed: of the noise, the same at every share.
+    """
+
+    def __init__(self, pipe: Pipeline, latents: Tensor, caption: str, seed: int):
+        self.pipe, self.family, device = pipe, family_of(pipe), device_of(pipe)
+        self.latents = latents.to(device).float()
+        self.noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed)).to(device)
+        text = encode_text(pipe, [caption])
+        self.predict = predictor(pipe, self.family, self.latents, text.hidden, text.pooled)
+        self.tokens = image_tokens(self.family, denoiser_of(pipe)[0], self.family.pack(pipe, self.latents))
+        self.alphas = None if self.family.flow else alphas_of(pipe).to(device)
+
+    @torch.no_grad()
+    def __call__(self, share: float) -> Tensor:
+        at = timestep_at(self.pipe.scheduler, self.family, share, self.tokens)
+        image, noise = noise_levels(self.family, torch.tensor([at], device=self.latents.device), self.alphas)
+        with row_layout("positive"):
+            return self.predict(image * self.latents + noise * self.noise, at / self.family.noise_timestep)
+
+
 def shown(
     pipe: Pipeline,
     latents: Tensor,
@@ -160,24 +184,9 @@ def shown(
     seed: int,
     told: Callable,
 ) -> None:
-    """Show pictures to a denoiser under watch: noised to each share, denoised once, under captions in turn.
-
-    Args:
-        latents: (B, C, H, W) of `encode_pixels`.
-    """
-    watch = Watch.on(pipe)
-    family, device = watch.family, device_of(pipe)
-    alphas = None if family.flow else alphas_of(pipe).to(device)
-    for first in range(0, len(latents), batch_size):
-        part = latents[first : first + batch_size].to(device).float()
-        noise = torch.randn(part.shape, generator=torch.Generator().manual_seed(seed + first)).to(device)
-        text = encode_text(pipe, [captions[(first // batch_size) % len(captions)]])
-        predict = predictor(pipe, family, part, text.hidden, text.pooled)
-        tokens = image_tokens(family, watch.denoiser, family.pack(pipe, part))
+    """Show pictures to a denoiser under watch: noised to each share, denoised once, under captions in turn."""
+    for number, part in enumerate(latents.split(batch_size)):
+        noised = Noised(pipe, part, captions[number % len(captions)], seed + number)
         for share in shares:
-            timestep = torch.tensor([timestep_at(pipe.scheduler, family, share, tokens)], device=device)
-            image_level, noise_level = noise_levels(family, timestep, alphas)
-            noised = image_level * part + noise_level * noise
-            with row_layout("positive"):
-                predict(noised, float(timestep) / family.noise_timestep)
+            noised(share)
         told(len(part))
