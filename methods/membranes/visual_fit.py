@@ -136,7 +136,8 @@ def fit_side(
         raise MembraneError(
             f"none of {len(with_)} layers tells pictures with the concept from those without (the best by"
             f" {max(powers.values(), default=0.0):.2f}, where 1 is no better than the most alike of the others): give"
-            " captions or pictures that show it more plainly, or more of them (VisualConfig.samples)"
+            " captions or pictures that show it more plainly or more of them (VisualConfig.samples), and captions to"
+            " preserve whose pictures do not show it anyway"
         )
     return VisualSide(tuple(shares), kept)
 

@@ -231,10 +231,11 @@ class SemipermMembraneReport(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, samples):
-        from .patch import report_of
+        from .patch import opening_maps_of, report_of
 
         report = report_of(model, samples["samples"])
-        text, plot = report_text(report), report_plot(report)
+        maps = opening_maps_of(model, samples["samples"])
+        text, plot = report_text(report), report_plot(report, maps)
         shown = ui.PreviewText(text).as_dict() | ui.PreviewImage(plot, cls=cls).as_dict()
         return io.NodeOutput(samples, text, plot, ui=shown)
 
