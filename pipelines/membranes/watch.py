@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,7 @@ from ..text import encode_text
 from ..watermark.inversion import predictor
 from .visual import image_layers
 
-__all__ = ["Noised", "Scores", "Tokens", "Watch", "drawn", "shown"]
+__all__ = ["Noised", "Scores", "Tokens", "Watch", "drawn", "shown", "watched"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,6 +149,17 @@ def drawn(
         found.append(made[0])
         told(len(part))
     return torch.cat(found)
+
+
+@contextlib.contextmanager
+def watched(pipe: Pipeline, taker: Any, keys: Sequence[str] | None = None) -> Iterator[Watch]:
+    """Inside, a taker sees what these layers answer; None: all."""
+    watch = Watch(pipe, taker, keys)
+    watch.replace(pipe)
+    try:
+        yield watch
+    finally:
+        watch.remove()
 
 
 class Noised:

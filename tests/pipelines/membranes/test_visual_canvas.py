@@ -1,4 +1,4 @@
-"""Image-side membranes on the embedded model: what a judge sees. The fit is given the name alone, the test other words."""
+"""Image-side membranes on the embedded model: the fit is given the name alone, the judged other words."""
 
 import dataclasses
 
