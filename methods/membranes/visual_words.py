@@ -23,8 +23,14 @@ from .visual_fit import VisualConfig, calibrated, fit_side
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["Drawing", "Wanted", "fit_looks", "wanted"]
+__all__ = ["AWAY", "LOOKED_AT", "Drawing", "Wanted", "fit_looks", "wanted"]
 
+AWAY = 1_000_000  # between the seeds of the fit, the thresholds and the validation
+LOOKED_AT = (
+    0.1,
+    0.3,
+    0.5,
+)  # shares at which beta is tried: what a picture shows is decided in the first half of its run
 _BETAS = (1.0, 2.0, 3.0)  # tried in this order
 _DEFAULT_BETA = 2.0  # CASteer's, where nothing can be validated
 _NEARER = 0.5  # of the way to other things: nearer to there than to here

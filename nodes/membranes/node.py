@@ -13,7 +13,7 @@ from ..sockets import MembranesIO, aliases
 from .files import membrane_names, membrane_path, new_membrane_file, read_membranes
 from .inputs import CATEGORY, strength_input
 from .report_plot import report_plot, report_text
-from .solve_node import SemipermEraseConcept, SemipermSolveMembranes
+from .solve_node import SemipermEraseConcept, SemipermSolveImageMembranes, SemipermSolveMembranes
 
 # A saved name may be wired into a text input and, in the same graph, into Load Membrane's list.
 FileNameIO = io.Custom("STRING,COMBO")
@@ -244,6 +244,7 @@ NODES = [
     SemipermLoadMembrane,
     SemipermEraseConcept,
     SemipermSolveMembranes,
+    SemipermSolveImageMembranes,
     SemipermApplyMembranes,
     SemipermSaveMembrane,
     SemipermMembraneReport,

@@ -268,6 +268,11 @@ class _Row(NamedTuple):
     seen: list[tuple[Openings, int]]
 
 
+def text_first(key: str) -> bool:
+    """Whether a layer's tokens are text, then the image: Flux's single blocks'."""
+    return "_single_transformer_blocks_" in key
+
+
 class _ImageLayer:
     """One layer that image-side membranes read, in one patch."""
 
@@ -275,8 +280,7 @@ class _ImageLayer:
         self.patch, self.key, self.ran = patch, key, False
         own = zip(patch.bank.columns, patch.membranes, strict=True)
         parts = [(column, m.visual) for column, m in own if m.visual is not None and key in m.visual.sites]
-        # of Flux's single blocks, where text and image are one sequence
-        self.site = ImageSite(key, parts, patch.bank.width, after_text="_single_transformer_blocks_" in key)
+        self.site = ImageSite(key, parts, patch.bank.width, text_first(key))
 
     def around(self, original: Callable) -> Callable:
         def forward(x, *args, **kwargs):

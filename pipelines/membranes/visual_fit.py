@@ -14,21 +14,19 @@ from ...methods.membranes.base_model import base_model_hash
 from ...methods.membranes.config import MembraneConfig
 from ...methods.membranes.types import Membrane, Membranes
 from ...methods.membranes.visual import VisualSide
-from ...methods.membranes.visual_fit import VisualConfig, fit_side
-from ...methods.membranes.visual_words import fit_looks, wanted
-from ..family import Pipeline, denoiser_of, device_of, family_of
+from ...methods.membranes.visual_fit import VisualConfig, fit_side, way_gone
+from ...methods.membranes.visual_takers import Scores, Tokens
+from ...methods.membranes.visual_words import AWAY, LOOKED_AT, fit_looks, wanted
+from ..family import Pipeline, denoiser_of, family_of
 from ..latents import latent_shape, pixels_per_latent
 from ..watermark.inversion import encode_images
 from ..weights import weights_of
 from .apply import apply_membranes
 from .state import MembraneHandle
 from .visual import image_layers, reads_text
-from .watch import Noised, Scores, Tokens, drawn, shown, watched
+from .watch import Noised, drawn, shown, watched
 
 __all__ = ["fit_visual"]
-
-_AWAY = 1_000_000  # between the seeds of the fit, the thresholds and the validation
-_LOOKED_AT = (0.1, 0.3, 0.5)  # shares: what a picture shows is decided in the first half of its run
 
 
 @torch.no_grad()
@@ -117,11 +115,11 @@ class _Drawing:
         return found
 
     def scores(self, sides: Sequence[VisualSide], prompts: Sequence[str]) -> Tensor:
-        return self._scored(sides, prompts, _AWAY, more=1)[0]
+        return self._scored(sides, prompts, AWAY, more=1)[0]
 
     def _scored(self, sides: Sequence[VisualSide], prompts: Sequence[str], seed: int, more: int = 0):
         """(P, K) counts, and latents."""
-        taker = Scores(sides, device_of(self.pipe))
+        taker = Scores(sides)
         with watched(self.pipe, taker, list(taker.sites)):
             latents = self._drawn(prompts, seed, taker.next, more)
         return taker.of(), latents
@@ -129,29 +127,26 @@ class _Drawing:
     def validate(
         self, membrane: Membrane, prompts: Sequence[str], without: Sequence[str], betas: Sequence[float]
     ) -> tuple[Tensor, Iterator[float]]:
-        scores, latents = self._scored([membrane.visual], prompts, 2 * _AWAY)
+        scores, latents = self._scored([membrane.visual], prompts, 2 * AWAY)
         latents = self.family.unpack(self.pipe, latents, *self.size)
         return scores[:, 0], self._ways(membrane, latents, prompts, without, betas)
 
     def _ways(self, membrane: Membrane, latents: Tensor, prompts, without, betas) -> Iterator[float]:
-        """<e_beta - e_on, e_off - e_on> / |e_off - e_on|^2, on average over pictures, noised again."""
         if not betas:
             return
         on, off = (self._predictions(latents, texts) for texts in (prompts, without))
-        way = (off - on).flatten(1)
         for beta in betas:
             tried = replace(membrane, visual=replace(membrane.visual, beta=beta))
             with apply_membranes(self.pipe, tried, MembraneConfig(check_base=False)):
                 edited = self._predictions(latents, prompts)
-            gone = ((edited - on).flatten(1) * way).sum(dim=1) / way.square().sum(dim=1).clamp_min(1e-12)
-            yield float(gone.mean())
+            yield way_gone(on, off, edited)
 
     def _predictions(self, latents: Tensor, captions: Sequence[str]) -> Tensor:
-        """(B, J, ...): what the denoiser predicts of each picture, noised to each share of `_LOOKED_AT`."""
+        """(B, J, ...): what the denoiser predicts of each picture, noised to each share of `LOOKED_AT`."""
         found = []
         for number, (picture, caption) in enumerate(zip(latents, captions, strict=True)):
             noised = Noised(self.pipe, picture[None], caption, self.config.seed + number)
-            found.append(torch.cat([noised(share) for share in _LOOKED_AT]))
+            found.append(torch.cat([noised(share) for share in LOOKED_AT]))
         return torch.stack(found)
 
     def of_pictures(self, pictures: Sequence[Any], kept: Sequence[str]) -> VisualSide:

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from ...methods.errors import MembraneError
 from ...methods.membranes.config import MembraneConfig
-from ...methods.membranes.visual import ImageSite, VisualSide
 from ..family import Pipeline, denoiser_of, device_of, family_of
 from ..handle import Handle, RootHook
 from ..hooks import parameters_of
@@ -22,7 +21,7 @@ from ..text import encode_text
 from ..watermark.inversion import predictor
 from .visual import image_layers
 
-__all__ = ["Noised", "Scores", "Tokens", "Watch", "drawn", "shown", "watched"]
+__all__ = ["Noised", "Watch", "drawn", "shown", "watched"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,59 +77,6 @@ class _Eye:
         if look is not None and look.rows:
             self.watch.taker.take(self.key, y[look.rows].detach(), look.share, look.text if self.after_text else 0)
         return y
-
-
-class Tokens:
-    """Keeps some tokens of every layer, picture and step: always the same places of a layer.
-
-    Args:
-        count: of one layer's answer.
-    """
-
-    def __init__(self, count: int):
-        self.count = count
-        self._kept: dict[str, dict[float, list[Tensor]]] = {}
-
-    def take(self, key: str, tokens: Tensor, share: float, text: int) -> None:
-        image = tokens[:, text:]
-        places = torch.randperm(image.shape[1], generator=torch.Generator().manual_seed(0))[: self.count]
-        kept = self._kept.setdefault(key, {}).setdefault(share, [])
-        kept.append(image[:, places.to(image.device)].cpu())
-
-    def of(self) -> tuple[list[float], dict[str, Tensor]]:
-        """(shares (J,), key -> (P, J, S, C))."""
-        shares = sorted(next(iter(self._kept.values())))
-        return shares, {
-            key: torch.stack([torch.cat(steps[share]) for share in shares], dim=1) for key, steps in self._kept.items()
-        }
-
-
-class Scores:
-    """Keeps each picture's highest count along each concept's directions, over tokens, layers and steps."""
-
-    def __init__(self, sides: Sequence[VisualSide], device: torch.device):
-        self.sites = {}
-        for key in dict.fromkeys(key for side in sides for key in side.sites):
-            parts = [(k, side) for k, side in enumerate(sides) if key in side.sites]
-            self.sites[key] = ImageSite(key, parts, len(sides), False)
-            self.sites[key].place(device)
-        self._now: Tensor | None = None
-        self._done: list[Tensor] = []
-
-    def take(self, key: str, tokens: Tensor, share: float, text: int) -> None:
-        site, image = self.sites[key], tokens[:, text:]
-        found = site.scores(image, site.packed_at(share, torch.float32), 0)
-        self._now = found if self._now is None else torch.maximum(self._now, found)
-
-    def next(self) -> None:
-        """A batch of pictures is over."""
-        if self._now is not None:
-            self._done.append(self._now.cpu())
-        self._now = None
-
-    def of(self) -> Tensor:
-        """(pictures, K)."""
-        return torch.cat(self._done)
 
 
 def drawn(

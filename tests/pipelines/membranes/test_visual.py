@@ -37,11 +37,13 @@ def run(pipe, prompts=PROMPTS, **kwargs):
 def test_fitted_from_a_name_saved_and_applied(family, tmp_path):
     pipe, drawn = build(family), []
     untouched = run(pipe)
+    # the small Flux makes little of a word: the more of them, the plainer
+    name = "robot android machine robot android machine" if family == "flux" else "robot"
     made = erase_concepts(
-        pipe, ["robot"], preserve=KEPT, templates=TEMPLATES, side="image", visual=small(family), progress=drawn.append
+        pipe, [name], preserve=KEPT, templates=TEMPLATES, side="image", visual=small(family), progress=drawn.append
     )
     side = made[0].visual
-    assert made.concepts == ("robot",) and made[0].method == "visual/words" and made[0].modules == {}
+    assert made.concepts == (name,) and made[0].method == "visual/words" and made[0].modules == {}
     assert side.false_open == 0.3 and side.calibrated == 3 and side.checked == 2 and side.beta in (1.0, 2.0, 3.0)
     assert len(side.shares) == 2 and sum(drawn) == 4 + 4 + 4 + 3 + 2
     assert torch.equal(run(pipe), untouched), "fitting leaves nothing behind"
@@ -51,7 +53,7 @@ def test_fitted_from_a_name_saved_and_applied(family, tmp_path):
     with apply_membranes(pipe, loaded):
         assert torch.equal(run(pipe), edited)
     assert report["gates"] == ["image"] and report["modules"] == len(side.sites)
-    opened = [row["gamma"]["robot"] > 0 for row in report["rows"] if row["kind"] == "positive"]
+    opened = [row["gamma"][name] > 0 for row in report["rows"] if row["kind"] == "positive"]
     for number, gate in enumerate(opened):
         assert torch.equal(edited[number], untouched[number]) != gate, "changed where a gate opened, and only there"
 
@@ -127,9 +129,16 @@ def test_the_window_and_the_negative_rows():
 
 def test_pictures_of_a_concept_that_no_word_names():
     pipe = build("sd15")
-    pictures = [torch.rand(3, SIZE, SIZE, generator=torch.Generator().manual_seed(i)) * 0.1 for i in range(4)]
+    noise = [torch.rand(3, SIZE, SIZE, generator=torch.Generator().manual_seed(i)) for i in range(8)]
+    pictures = [0.9 * torch.eye(SIZE) + 0.1 * each for each in noise]
     made = erase_concepts(
-        pipe, "zzz", preserve=KEPT, side="image", pictures={"zzz": pictures}, visual=small("sd15"), templates=TEMPLATES
+        pipe,
+        "zzz",
+        preserve=KEPT,
+        side="image",
+        pictures={"zzz": pictures},
+        visual=small("sd15", steps=4),
+        templates=TEMPLATES,
     )
     assert made[0].method == "visual/pictures" and made[0].visual.beta == 2.0 and made[0].visual.checked == 0
     assert any("attn1" in key for key in made[0].keys), "self-attention sees what no text speaks of"

@@ -15,7 +15,7 @@ OTHERS = tuple(name for name in captions.OBJECTS if name != "robot")
 CONFIG = VisualConfig(
     samples=16, background=24, steps=5, false_open=0.05, validation=4, others=OTHERS, sampling=GUIDANCE
 )
-FEW = dataclasses.replace(CONFIG, samples=6, background=8, steps=2, false_open=0.2, validation=0, beta=2.0)
+FEW = dataclasses.replace(CONFIG, samples=6, background=8, steps=2, false_open=0.2, validation=2)
 
 
 @pytest.fixture(scope="module")
