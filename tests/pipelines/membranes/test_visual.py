@@ -10,6 +10,7 @@ from semiperm.methods.membranes.config import MembraneConfig
 from semiperm.methods.membranes.file import load_membranes, save_membranes
 from semiperm.methods.membranes.types import Membranes
 from semiperm.methods.membranes.visual_fit import VisualConfig
+from semiperm.pipelines.membranes.adapters import export_lora
 from semiperm.pipelines.membranes.apply import apply_membranes, remove_membranes
 from semiperm.pipelines.membranes.erase import erase_concepts
 from tiny_models import LENGTH, SIZE, build, call
@@ -166,6 +167,8 @@ def test_what_is_refused():
     with pytest.raises(MembraneError, match="was computed for base model"):
         apply_membranes(other, made)
     remove_membranes(pipe)
+    with pytest.raises(MembraneError, match="no LoRA can carry"):
+        export_lora(pipe, look(pipe), "lora.safetensors")
     with pytest.raises(MembraneError, match="make two of it"):
         dataclasses.replace(strong(pipe), visual=look(pipe).visual)
     assert Membranes([strong(pipe), look(pipe)]).image_keys == look(pipe).keys
