@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .visual import ImageSite, VisualSide
+from .image_site import ImageSite
+from .visual import VisualSide
 
 __all__ = ["Scores", "Tokens"]
 

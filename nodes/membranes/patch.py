@@ -25,11 +25,11 @@ from ...methods.errors import MembraneError
 from ...methods.membranes.base_model import check_base_models
 from ...methods.membranes.config import MembraneConfig
 from ...methods.membranes.gate_bank import GateBank
+from ...methods.membranes.image_site import ImageSite, Openings, opened_row
 from ...methods.membranes.packing import pack
 from ...methods.membranes.record import membrane_report
 from ...methods.membranes.sites import Folds, Plan, Site, modes_of
 from ...methods.membranes.types import Membranes
-from ...methods.membranes.visual import ImageSite, Openings, opened_row
 from ..base_weights import base_weights
 from ..extra_rows import Rows
 from ..progress import Progress

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from ...methods.errors import MembraneError
 from ...methods.membranes.config import MembraneConfig
 from ...methods.membranes.gate_bank import GateBank
+from ...methods.membranes.image_site import opened_row
 from ...methods.membranes.prompt_record import PromptRecord
 from ...methods.membranes.record import membrane_report
 from ...methods.membranes.sites import Folds, Plan, Site, modes_of
 from ...methods.membranes.types import Membranes
-from ...methods.membranes.visual import opened_row
 from ...methods.modules import stamp
 from ...methods.text_space import Wording
 from ..handle import Handle, RootHook

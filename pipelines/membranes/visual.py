@@ -17,8 +17,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ...methods.errors import MembraneError
+from ...methods.membranes.image_site import ImageSite, Openings
 from ...methods.membranes.types import Membranes
-from ...methods.membranes.visual import ImageSite, Openings
 from ..family import Family
 from ..text import module_keys
 from ..weights import shape_of

@@ -5,8 +5,9 @@ import dataclasses
 import pytest
 import torch
 from semiperm.methods.errors import MembraneError
+from semiperm.methods.membranes.image_site import ImageSite, Openings, knot_weights, opened_row
 from semiperm.methods.membranes.types import Membrane
-from semiperm.methods.membranes.visual import ImageSite, Openings, VisualSide, VisualSite, knot_weights, opened_row
+from semiperm.methods.membranes.visual import VisualSide, VisualSite
 from semiperm.methods.membranes.visual_fit import VisualConfig, calibrated, fit_side
 
 CONFIG = VisualConfig(samples=8, background=8, steps=2, false_open=0.1, tokens=12)
