@@ -29,6 +29,8 @@ if TYPE_CHECKING:  # for editors and type checkers, which cannot follow `__getat
     from .methods.membranes.config import MembraneConfig
     from .methods.membranes.file import load_membranes, save_membranes
     from .methods.membranes.types import GateProbe, LowRank, Membrane, Membranes
+    from .methods.membranes.visual import VisualSide
+    from .methods.membranes.visual_fit import VisualConfig
     from .methods.provenance.record import Provenance, read_provenance, write_provenance
     from .methods.schedule import Window
     from .methods.token_merging.config import NegativeTokenMergingConfig
@@ -85,6 +87,8 @@ _EXPORTS = {
     "MembraneStableDiffusionPipeline": "pipelines.membranes.pipelines",
     "MembraneStableDiffusionXLPipeline": "pipelines.membranes.pipelines",
     "Membranes": "methods.membranes.types",
+    "VisualConfig": "methods.membranes.visual_fit",
+    "VisualSide": "methods.membranes.visual",
     "apply_membranes": "pipelines.membranes.apply",
     "erase_concepts": "pipelines.membranes.erase",
     "export_lora": "pipelines.membranes.adapters",
@@ -169,6 +173,8 @@ __all__ = [
     "SemipermError",
     "TokenMergingError",
     "TokenMergingMixin",
+    "VisualConfig",
+    "VisualSide",
     "WatermarkError",
     "WatermarkKey",
     "WatermarkMixin",

@@ -264,7 +264,8 @@ def split_strength(text: str) -> tuple[Path, float]:
 
 
 def load_stack(pipe, texts: list[str], names: list[str] = (), **options):
-    """Read FILE[:strength] arguments as one stack; strength multiplies each pair's alpha, 0 leaves a file out.
+    """Read FILE[:strength] arguments as one stack; strength multiplies each pair's alpha, and the beta of an image
+    side; 0 leaves a file out.
 
     Args:
         names: what the files erase that do not say it, in their order; another number of names names none of them.
@@ -279,7 +280,8 @@ def load_stack(pipe, texts: list[str], names: list[str] = (), **options):
     for path, strength in map(split_strength, texts):
         for membrane in import_membranes(pipe, path, **options) if strength else ():
             modules = {key: replace(pair, alpha=pair.alpha * strength) for key, pair in membrane.modules.items()}
-            stack.append(membrane if strength == 1 else replace(membrane, modules=modules))
+            side = membrane.visual and replace(membrane.visual, beta=membrane.visual.beta * strength)
+            stack.append(membrane if strength == 1 else replace(membrane, modules=modules, visual=side))
     nameless = [index for index, membrane in enumerate(stack) if not membrane.named]
     if len(nameless) == len(names):
         for index, name in zip(nameless, names, strict=True):
@@ -312,7 +314,8 @@ def show_gates(console, membranes) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(caption="detectors, on prompts kept out of their fit; auto is a detector or the words themselves")
+    about = "detectors, on prompts (an image side's on pictures) kept out of their fit; auto is a detector or the words"
+    table = Table(caption=about)
     for heading in ("concept", "separation", "false closed", "false open", "gate auto is"):
         table.add_column(heading, overflow="fold")
     for membrane in membranes:
@@ -322,7 +325,11 @@ def show_gates(console, membranes) -> None:
 
 def gate_figures(membrane) -> dict[str, str]:
     """separation, false_closed, false_open and gate of one membrane, in words; a dash where nothing is known."""
-    probe = membrane.probe
+    probe, side = membrane.probe, membrane.visual
+    if side is not None:
+        closed = "-" if side.false_closed is None else f"{100 * side.false_closed:.1f} % of {side.checked}"
+        opened = "-" if side.false_open is None else f"at most {100 * side.false_open:g} %, by {side.calibrated}"
+        return {"separation": "-", "false_closed": closed, "false_open": opened, "gate": "image"}
     gate = ("paper" if membrane.named else "always") if probe is None else "auto" if probe.tells else "always"
     if probe is None:
         return {"separation": "-", "false_closed": "-", "false_open": "-", "gate": gate}

@@ -75,11 +75,11 @@ def run(
         called = row["concept"] if row["named"] else "not said (--concept NAME)"
         also = ", ".join(phrase for phrase in row["phrases"] if phrase != row["concept"])
         ranks, probe = "/".join(map(str, row["ranks"])) or "by the model", "yes" if row["probe"] else "no"
-        alphas, norm = "/".join(f"{alpha:g}" for alpha in row["alphas"]), f"{row['norm']:.3g}" if row["ranks"] else "-"
+        alphas, norm = "/".join(f"{alpha:g}" for alpha in row["alphas"]), f"{row['norm']:.3g}" if row["alphas"] else "-"
         cells = (called + becomes, also, ranks, alphas or "-", str(row["modules"]), norm, probe)
         table.add_row(*map(Text, cells))
     console.print(table)
-    if any(row["probe"] for row in rows):
+    if any(row["probe"] or row["visual"] for row in rows):
         common.show_gates(console, loaded)
     for line in described["left_out"] + described["notes"]:
         console.print(line, markup=False, soft_wrap=True)
@@ -112,7 +112,7 @@ def describe(membrane) -> dict:
     """A JSON-ready description; `norm` is the Frobenius norm of the whole weight change."""
     import math
 
-    squares = 0.0
+    squares, parts = 0.0, membrane.modules if membrane.visual is None else membrane.visual.sites
     for pair in membrane.modules.values():
         down, up = pair.down.flatten(1).double(), pair.up.flatten(1).double()
         # ||U D||^2 = tr(U^T U D D^T): r x r instead of out x in
@@ -123,15 +123,23 @@ def describe(membrane) -> dict:
         "phrases": list(membrane.phrases),
         "surrogate": membrane.surrogate,
         "method": membrane.method,
-        "ranks": sorted({pair.rank for pair in membrane.modules.values()}),
+        "ranks": sorted({part.rank for part in parts.values()}),
         "alphas": sorted({round(pair.alpha, 6) for pair in membrane.modules.values()}),
-        "modules": len(membrane.modules),
+        "modules": len(membrane.keys),
         "norm": math.sqrt(max(squares, 0.0)),
+        "kind": "low-rank" if membrane.visual is None else "visual",
+        "visual": membrane.visual and side_of(membrane.visual),
         "probe": membrane.probe is not None,
         "detector": detector_of(membrane.probe),
         "base_model": membrane.base_model,
         "metadata": dict(membrane.metadata),
     }
+
+
+def side_of(side) -> dict:
+    """What is known of an image side, JSON-ready; `false_open` is a promise, `false_closed` was counted."""
+    names = ("beta", "shares", "false_open", "calibrated", "false_closed", "checked")
+    return {name: getattr(side, name) for name in names}
 
 
 def detector_of(probe) -> dict | None:

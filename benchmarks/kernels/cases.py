@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ...kernels.dual_context_attention import dual_context_attention
 from ...kernels.gated_low_rank import gated_low_rank
+from ...kernels.gated_projection import gated_projection
 from ...kernels.keyed_correlation import keyed_correlation
 from ...kernels.normalized_attention_guidance import normalized_attention_guidance
 from ...kernels.safe_guidance_step import safe_guidance_step
@@ -161,6 +162,34 @@ class GatedLowRank(Operation):
         return moved * element, 2 * batch * tokens * rank * (n_in + n_out)
 
 
+class GatedProjection(Operation):
+    """R directions of image-side membranes; every picture has tokens with open gates and with shut ones."""
+
+    name, letters = "membranes/gated_projection", "BNCR"
+
+    def inputs(self, device, dtype) -> tuple[Tensor, ...]:
+        batch, tokens, channels, rank = self.size
+        y = _noise(0, batch, tokens, channels).to(device, dtype)
+        read, write = ((_noise(i, rank, channels) / channels**0.5).to(device, dtype) for i in (1, 2))
+        gates = torch.tensor([[0.0], [0.5], [2.0], [0.1], [2.0]]).expand(5, rank).contiguous()
+        return y, read, write, gates.to(device), torch.ones(batch, rank, device=device)
+
+    def kernel(self, y, read, write, gates, gamma) -> tuple[Tensor]:
+        return (gated_projection(y, read, write, gates, gamma)[0],)
+
+    def naive(self, y, read, write, gates, gamma) -> tuple[Tensor]:
+        offset, low, slope, seen, steep = gates
+        a = y.float() @ read.float().T - offset
+        picture = ((a.amax(dim=1, keepdim=True) - seen) * steep).clamp(0, 1)
+        h = ((a - low) * slope).clamp(0, 1) * picture * a * gamma[:, None]
+        return ((y.float() - h @ write.float()).to(y.dtype),)
+
+    def work(self, element) -> tuple[int, int]:
+        batch, tokens, channels, rank = self.size
+        moved = (2 * batch * tokens * channels + 2 * rank * channels + batch * tokens * rank) * element
+        return moved + 4 * rank * (5 + batch + 2 * batch * tokens), 4 * batch * tokens * rank * channels
+
+
 class NormalizedAttentionGuidance(Operation):
     name, letters = "normalized_attention_guidance", "BNC"
     scale, tau, alpha = 4.0, 2.5, 0.25
@@ -291,6 +320,7 @@ def small_cases() -> list[Operation]:
     return [
         TokenMatchMerge(3, 1111, 72),
         GatedLowRank(3, 77, 40, 56, 5),
+        GatedProjection(3, 77, 40, 5),
         KeyedCorrelation(3, 5, 256, 3),
         NormalizedAttentionGuidance(3, 77, 72),
         DualContextAttention(2, 3, 77, 40, 13),
@@ -304,7 +334,7 @@ def timed_cases(device: torch.device, quick: bool) -> list[Operation]:
     The watermark's keys are those of latents of 16,384 (SDXL) and 65,536 (Flux) elements.
     """
     if quick:
-        cases = [TokenMatchMerge(4, 1024, 640), GatedLowRank(2, 1024, 640, 640, 20)]
+        cases = [TokenMatchMerge(4, 1024, 640), GatedLowRank(2, 1024, 640, 640, 20), GatedProjection(2, 1024, 640, 20)]
         cases.append(KeyedCorrelation(2, 64, 2048, 4))
         cases.append(DualContextAttention(1, 4, 1024, 64, 77))
         return cases + [NormalizedAttentionGuidance(2, 1024, 640), SafeGuidanceStep(4, 4, 64, 64)]
@@ -315,6 +345,7 @@ def timed_cases(device: torch.device, quick: bool) -> list[Operation]:
         cases.append(TokenMatchMerge(4, 1024, 1280))
         cases.append(TokenMatchMerge(2, 32760, 1536, timed=False, dtype=torch.bfloat16))
     cases += [GatedLowRank(8, 4096, 640, 640, rank) for rank in (2, 20, 200)]
+    cases += [GatedProjection(8, 4096, 640, rank) for rank in (1, 20, 100)]
     cases += [
         KeyedCorrelation(*((16, 1024) if device.type == "cuda" else (4, 64)), length, 4) for length in (2048, 8192)
     ]

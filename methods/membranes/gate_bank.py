@@ -99,6 +99,11 @@ class GateBank:
         """The columns of Gamma."""
         return len(self.kinds) ** 2 if self.official else len(self.kinds)
 
+    @property
+    def columns(self) -> list[int]:
+        """Each membrane's own column: of K^2, the one that it acts with."""
+        return [k * (len(self.kinds) + 1) if self.official else k for k in range(len(self.kinds))]
+
     def place(self, device: torch.device) -> None:
         """Keep the gates' tensors where the text embeddings are, so that a compiled step copies nothing."""
         self._probes = [p if p is None or p.weight.device == device else p.to(device) for p in self._probes]
@@ -106,8 +111,8 @@ class GateBank:
 
     def named(self, gamma: list[float]) -> dict[str, float]:
         """One row of Gamma by concept; the widest gate of membranes that share a name."""
-        if self.official:  # K^2 columns; the diagonal is the squared gate that one membrane acts with
-            gamma = gamma[:: len(self.concepts) + 1]
+        if self.official:  # the diagonal: the squared gate
+            gamma = [gamma[column] for column in self.columns]
         named: dict[str, float] = {}
         for concept, value in zip(self.concepts, gamma, strict=True):
             named[concept] = max(value, named.get(concept, value))

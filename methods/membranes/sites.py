@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from ...kernels.gated_low_rank import gated_low_rank
 from ..errors import MembraneError
 from ..modules import checksum, is_own_forward, ordinary, same_bits
+from .image_site import Openings
 from .packing import fold
-from .visual import Openings
 
 
 @dataclass(eq=False)

@@ -36,7 +36,7 @@ from .visual import VisualSide, VisualSite
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["VisualConfig", "calibrated", "fit_side"]
+__all__ = ["VisualConfig", "calibrated", "fit_side", "way_gone"]
 
 _RAMP = 1.25  # thresholds high over low, so that a picture at the edge is no switch; chosen by hand
 _OPEN = (0.99, 0.999)  # quantiles of others' tokens between which a token's gate opens; chosen by hand on the canvas
@@ -136,7 +136,8 @@ def fit_side(
         raise MembraneError(
             f"none of {len(with_)} layers tells pictures with the concept from those without (the best by"
             f" {max(powers.values(), default=0.0):.2f}, where 1 is no better than the most alike of the others): give"
-            " captions or pictures that show it more plainly, or more of them (VisualConfig.samples)"
+            " captions or pictures that show it more plainly or more of them (VisualConfig.samples), and captions to"
+            " preserve whose pictures do not show it anyway"
         )
     return VisualSide(tuple(shares), kept)
 
@@ -166,6 +167,19 @@ def calibrated(side: VisualSide, scores: Tensor, config: VisualConfig) -> Visual
         false_open=config.false_open,
         calibrated=len(scores),
     )
+
+
+def way_gone(on: Tensor, off: Tensor, edited: Tensor) -> float:
+    """How far edited predictions have gone from the untouched ones of a prompt to those of another, on average.
+
+    <edited - on, off - on> / |off - on|^2,   1 where they arrive
+
+    Args:
+        on, off, edited: (P, J, ...) predictions of P pictures at J shares.
+    """
+    way = (off - on).flatten(2).float()
+    gone = ((edited - on).flatten(2).float() * way).sum(dim=2) / way.square().sum(dim=2).clamp_min(1e-12)
+    return float(gone.mean())
 
 
 def _directions(shown: Tensor, without: Tensor, background: Tensor, config: VisualConfig):

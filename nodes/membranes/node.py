@@ -13,7 +13,7 @@ from ..sockets import MembranesIO, aliases
 from .files import membrane_names, membrane_path, new_membrane_file, read_membranes
 from .inputs import CATEGORY, strength_input
 from .report_plot import report_plot, report_text
-from .solve_node import SemipermEraseConcept, SemipermSolveMembranes
+from .solve_node import SemipermEraseConcept, SemipermSolveImageMembranes, SemipermSolveMembranes
 
 # A saved name may be wired into a text input and, in the same graph, into Load Membrane's list.
 FileNameIO = io.Custom("STRING,COMBO")
@@ -231,10 +231,11 @@ class SemipermMembraneReport(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, samples):
-        from .patch import report_of
+        from .patch import opening_maps_of, report_of
 
         report = report_of(model, samples["samples"])
-        text, plot = report_text(report), report_plot(report)
+        maps = opening_maps_of(model, samples["samples"])
+        text, plot = report_text(report), report_plot(report, maps)
         shown = ui.PreviewText(text).as_dict() | ui.PreviewImage(plot, cls=cls).as_dict()
         return io.NodeOutput(samples, text, plot, ui=shown)
 
@@ -243,6 +244,7 @@ NODES = [
     SemipermLoadMembrane,
     SemipermEraseConcept,
     SemipermSolveMembranes,
+    SemipermSolveImageMembranes,
     SemipermApplyMembranes,
     SemipermSaveMembrane,
     SemipermMembraneReport,

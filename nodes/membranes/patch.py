@@ -13,6 +13,7 @@ import logging
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import comfy.lora
 import comfy.patcher_extension
@@ -24,6 +25,7 @@ from ...methods.errors import MembraneError
 from ...methods.membranes.base_model import check_base_models
 from ...methods.membranes.config import MembraneConfig
 from ...methods.membranes.gate_bank import GateBank
+from ...methods.membranes.image_site import ImageSite, Openings, opened_row
 from ...methods.membranes.packing import pack
 from ...methods.membranes.record import membrane_report
 from ...methods.membranes.sites import Folds, Plan, Site, modes_of
@@ -65,9 +67,11 @@ def apply_membranes_to(
         raise MembraneError("no membranes to apply; connect Load Membrane or Erase Concept")
     config = config or MembraneConfig()
     weights = base_weights(model)
-    targets = _targets(model, membranes, weights)
+    targets, image_targets = _targets(model, membranes, weights), _image_targets(model, membranes, weights)
     if config.check_base:
-        check_base_models(membranes, {key: _part(weights, *target) for key, target in targets.items()})
+        wrapped = {key: _part(weights, *target) for key, target in targets.items()}
+        wrapped |= {key: weights[f"{path}.weight"] for key, path in image_targets.items()}
+        check_base_models(membranes, wrapped)
     bank = GateBank(_encoder(model, clip), membranes, config.gate, config.negative_rows)
     if config.strength == 0:
         return model
@@ -80,6 +84,10 @@ def apply_membranes_to(
         )
         patch.sites.append(site)
         add_around(patched, f"{path}.forward", partial(_through, site, module, part))
+    for key, path in image_targets.items():  # outside of what changes a weight
+        layer = _ImageLayer(patch, key)
+        patch.sites.append(layer)
+        add_around(patched, f"{path}.forward", layer.around)
     add_root(patched, patch.around)
     patched.add_wrapper_with_key(_WRAPPER, f"semiperm_membranes_{next(_numbers)}", patch.sample)
     patched.set_attachments(ATTACHMENT, patch)
@@ -107,22 +115,33 @@ def report_of(model, samples: Tensor | None = None) -> dict:
     return patch.report() if samples is None else patch.reports.of(samples)
 
 
+def opening_maps_of(model, samples: Tensor) -> dict[str, Tensor]:
+    """Where image-side membranes opened in the run that returned these latents: concept -> (images, H, W) in 0..1.
+
+    Raises:
+        MembraneError: as `report_of`.
+    """
+    report_of(model, samples)
+    return model.get_attachment(ATTACHMENT).maps.of(samples)
+
+
 class MembranePatch:
     """One stack at work on one model: the state its sites share, and the record of what fired."""
 
     def __init__(self, membranes: Membranes, config: MembraneConfig, bank: GateBank, progress: Progress):
         self.membranes, self.config, self.bank, self.progress = membranes, config, bank, progress
         self.strength = float(config.strength)
-        self.sites: list[Site] = []
+        self.sites: list[Site | _ImageLayer] = []
+        self.share, self.text, self.grid = 0.0, 0, (1, 1)  # of the call at hand
         self.plan: Plan | None = None
         self.outside, self.gamma, self.folds = False, None, Folds()
         self.weights_fixed = True
         self._plans: list[tuple[Tensor, Plan]] = []
-        self._rows: dict[tuple, dict] = {}
+        self._rows: dict[tuple, _Row] = {}
         self._steps: list[dict] = []
         self._modes: list[str] = []
         self._called = False
-        self.reports = RunReports(MembraneError)
+        self.reports, self.maps = RunReports(MembraneError), RunReports(MembraneError)
 
     def sample(self, executor, *args, **kwargs):
         """Around a whole sampling run: nothing is carried from one to the next, and one that we missed is an error."""
@@ -149,6 +168,7 @@ class MembranePatch:
         if missed := self.config.window.missed(self._steps):  # no error: a second pass may lie outside on purpose
             logger.warning("Apply Membranes: %s", missed)
         self.reports.keep(result, self.report())
+        self.maps.keep(result, self._maps())
         return result
 
     def around(self, original: Callable) -> Callable:
@@ -158,7 +178,8 @@ class MembranePatch:
             context = kwargs.get("context", args[2] if len(args) > 2 else None)
             if context is None:
                 raise MembraneError("the model was called without text conditioning: a membrane cannot see the prompt")
-            first = not self._called
+            first, x = not self._called, args[0] if args else kwargs["x"]
+            self.grid = tuple(x.shape[-2:])
             self._begin(context, kwargs.get("y"), kwargs.get("transformer_options") or {})
             output = original(*args, **kwargs)
             if first and not any(site.ran for site in self.sites):
@@ -182,6 +203,7 @@ class MembranePatch:
             self._plans = [(context.clone(), plan), *self._plans][:_PLANS]
         plan.hidden, plan.pooled, self.plan = context, pooled, plan
         share, sigma = self.progress(options)
+        self.share, self.text = share, context.shape[1]
         self.outside = not self.config.window.contains(share)
         if not self._steps or self._steps[-1]["sigma"] != sigma:
             self._steps.append({"share": share, "sigma": sigma, "active": not self.outside})
@@ -191,16 +213,17 @@ class MembranePatch:
         gamma = self.bank(context, pooled, negative)
         if not torch.isfinite(gamma).all():
             raise MembraneError("a gate is NaN or Inf: the text conditioning is not finite; check the text encoder")
+        openings = Openings()
         for i, (text, values) in enumerate(zip(context, gamma.tolist(), strict=True)):
             entry = self.bank.recorded.find(text, negative[i])
             fired = {
                 "kind": "negative" if negative[i] else "positive",
                 "prompt": entry.prompt if entry else None,
                 "source": "prompt" if entry else "embeds",
-                "gamma": self.bank.named(values),
             }
             # a plan that was dropped and made again is no new row
-            self._rows.setdefault((i, negative[i], float(text.float().sum()), *values), fired)
+            row = self._rows.setdefault((i, negative[i], float(text.float().sum()), *values), _Row(fired, values, []))
+            row.seen.append((openings, i))
         gates, gamma = gamma, gamma * self.strength
         return Plan(
             hidden=context,
@@ -213,7 +236,16 @@ class MembranePatch:
             uniform=bool((gamma == gamma[:1]).all()),
             grad=torch.is_grad_enabled(),
             negative=negative,
+            openings=openings,
         )
+
+    def _maps(self) -> dict[str, Tensor]:
+        found, rows = {}, [row for row in self._rows.values() if row.fired["kind"] == "positive"]
+        for membrane, column in zip(self.membranes, self.bank.columns, strict=True):
+            if membrane.visual is not None and rows:
+                each = [[o.map(i, column, *self.grid) for o, i in row.seen] for row in rows]
+                found[membrane.concept] = torch.stack([torch.stack(maps).amax(dim=0) for maps in each])
+        return found
 
     def report(self) -> dict:
         """Of the last run; see `report_of`."""
@@ -221,7 +253,48 @@ class MembranePatch:
             raise MembraneError("no report yet: this model has not sampled; connect the sampler's latent to the report")
         idle = [site.key for site in self.sites if not site.ran]
         kept = {"modules": len(self.sites), "idle_modules": idle, "modes": self._modes}
-        return membrane_report(self.bank, self.config, list(self._rows.values()), self._steps, **kept)
+        rows = []
+        for row in self._rows.values():
+            gates, opened = opened_row(row.gates, row.seen, self.membranes, self.bank.columns)
+            rows.append(row.fired | {"gamma": self.bank.named(gates), "opened": opened})
+        return membrane_report(self.bank, self.config, rows, self._steps, **kept)
+
+
+class _Row(NamedTuple):
+    """What is known of one row of text: for people, its prompt's gates, and (openings, its number in them)."""
+
+    fired: dict
+    gates: list[float]
+    seen: list[tuple[Openings, int]]
+
+
+def text_first(key: str) -> bool:
+    """Whether a layer's tokens are text, then the image: Flux's single blocks'."""
+    return "_single_transformer_blocks_" in key
+
+
+class _ImageLayer:
+    """One layer that image-side membranes read, in one patch."""
+
+    def __init__(self, patch: MembranePatch, key: str):
+        self.patch, self.key, self.ran = patch, key, False
+        own = zip(patch.bank.columns, patch.membranes, strict=True)
+        parts = [(column, m.visual) for column, m in own if m.visual is not None and key in m.visual.sites]
+        self.site = ImageSite(key, parts, patch.bank.width, text_first(key))
+
+    def around(self, original: Callable) -> Callable:
+        def forward(x, *args, **kwargs):
+            y, plan, patch = original(x, *args, **kwargs), self.patch.plan, self.patch
+            self.ran = True
+            if plan is None or plan.neutral or patch.outside:
+                return y
+            self.site.place(y.device)
+            gamma = plan.gamma.to(y.device)
+            y, gates = self.site.edit(y, self.site.packed_at(patch.share, y.dtype), gamma, patch.text)
+            plan.openings.add(gates.detach(), self.site, gamma)
+            return y
+
+        return forward
 
 
 def _through(site: Site, module, part: tuple[int, int] | None, original: Callable) -> Callable:
@@ -260,6 +333,21 @@ def _targets(model, membranes: Membranes, weights: dict[str, Tensor]) -> dict[st
                 f" {tuple(weight.shape)}; it was made for another base model"
             )
     return targets
+
+
+def _image_targets(model, membranes: Membranes, weights: dict[str, Tensor]) -> dict[str, str]:
+    """Layer's key -> its path in the model."""
+    known, found = comfy.lora.model_lora_keys_unet(model.model, {}), {}
+    for key in membranes.image_keys:
+        target = known.get(key)
+        channels = next(m.visual.sites[key].channels for m in membranes if m.visual and key in m.visual.sites)
+        if not isinstance(target, str) or weights[target].shape[0] != channels:
+            raise MembraneError(
+                f"an image-side membrane reads {channels} channels of {key}, which this {type(model.model).__name__}"
+                f" model {'has not' if target is None else 'has otherwise'}: it was made for another model"
+            )
+        found[key] = target.removesuffix(".weight")
+    return found
 
 
 def _part(weights: dict[str, Tensor], path: str, part: tuple[int, int] | None) -> Tensor:

@@ -14,6 +14,7 @@ _PANEL = 34  # concepts below each other before the next panel begins: about 1,0
 _INK, _FAINT, _PAPER, _RULE = (30, 34, 40), (140, 147, 156), (255, 255, 255), (214, 219, 225)
 _SHUT, _OPEN, ACTIVE, _IDLE = (241, 244, 247), (13, 83, 122), (32, 134, 98), (226, 230, 235)
 _CELL, _LINE, _GAP, _LABEL = 68, 28, 28, 260  # pixels
+_MAP, _MAPS = 96, 8  # side of an opening map in pixels, and how many images have one
 
 
 def _gamma(report: dict, row: dict, concept: str) -> float:
@@ -61,7 +62,8 @@ def _shortened(text: str, font: ImageFont.ImageFont, width: int) -> str:
 class _Sheet:
     """A drawing with the two fonts and the layout of one report."""
 
-    def __init__(self, report: dict):
+    def __init__(self, report: dict, maps: dict[str, torch.Tensor]):
+        self.maps = {concept: each[:_MAPS] for concept, each in maps.items()}
         self.report, self.rows, self.silent = report, report["rows"], set(report["silent"])
         self.font, self.small = ImageFont.load_default(17), ImageFont.load_default(14)
         self.labels = [_shortened(c.replace("\n", " "), self.font, _LABEL) for c in report["concepts"]]
@@ -70,10 +72,14 @@ class _Sheet:
         self.label = math.ceil(max((self.font.getlength(text) for text in self.labels), default=0)) + 12
         self.panel = self.label + _CELL * len(self.rows)
         text = max(self.small.getlength(line) for line in _summary(report))
-        self.width = max(self.panels * (self.panel + _GAP) - _GAP, math.ceil(text), 440)
+        images = max((len(each) for each in self.maps.values()), default=0)
+        mapped = self.label + images * (_MAP + 8)
+        self.width = max(self.panels * (self.panel + _GAP) - _GAP, math.ceil(text), mapped, 440)
         self.top = _GAP + 2 * 22 + 58
         self.bottom = self.top + _LINE * self.height + 26
-        self.image = Image.new("RGB", (self.width + 2 * _GAP, self.bottom + 92), _PAPER)
+        self.end = self.bottom + 92
+        height = self.end + (_GAP + (_MAP + 8) * len(self.maps) + _GAP if self.maps else 0)
+        self.image = Image.new("RGB", (self.width + 2 * _GAP, height), _PAPER)
         self.draw = ImageDraw.Draw(self.image)
 
     def write(self, x: float, y: float, text: str, fill=_INK, font=None, anchor: str = "lm") -> None:
@@ -113,13 +119,29 @@ class _Sheet:
             self.write(_GAP, y + 60, f"first, sigma {steps[0]['sigma']:.3g}", _FAINT, self.small)
             self.write(_GAP + self.width, y + 60, f"last, sigma {steps[-1]['sigma']:.3g}", _FAINT, self.small, "rm")
 
+    def openings(self) -> None:
+        """Below all: where image-side membranes opened in each image, white on black."""
+        if self.maps:
+            self.write(_GAP, self.end + 8, "where image-side membranes opened, in each image", font=self.small)
+        for line, (concept, each) in enumerate(self.maps.items()):
+            y = self.end + _GAP + line * (_MAP + 8)
+            self.write(_GAP, y + _MAP / 2, _shortened(concept.replace("\n", " "), self.font, _LABEL))
+            for column, found in enumerate(each):
+                height, width = (max(1, round(_MAP * side / max(found.shape))) for side in found.shape)
+                grey = Image.fromarray((found * 255).round().byte().numpy()).resize((width, height), Image.NEAREST)
+                self.image.paste(grey.convert("RGB"), (_GAP + self.label + column * (_MAP + 8), y))
 
-def report_plot(report: dict) -> torch.Tensor:
+
+def report_plot(report: dict, maps: dict[str, torch.Tensor] | None = None) -> torch.Tensor:
     """The report as IMAGE (1, H, W, 3), float 0..1: a heat map concepts x rows of gates, and a strip over the steps.
+
+    Args:
+        maps: concept -> (images, h, w) in 0..1 of image-side membranes, which then stand below.
 
     More than 34 concepts are set in panels side by side. Concepts that never fired are grey.
     """
-    sheet = _Sheet(report)
+    sheet = _Sheet(report, maps or {})
     sheet.gates()
     sheet.steps()
+    sheet.openings()
     return rearrange(from_pil(sheet.image), "c h w -> 1 h w c")

@@ -1,8 +1,10 @@
-"""The nodes that make membranes from words: Solve Membranes, and Erase Concept, which also applies them."""
+"""The nodes that make membranes from words: Solve Membranes (text side), Solve Image-Side Membranes, and Erase Concept,
+which also applies the first."""
 
 from comfy_api.latest import io
 
 from ...methods.membranes.closed_form import METHODS, ClosedFormConfig
+from ...methods.membranes.visual_fit import VisualConfig
 from ..sockets import MembranesIO, aliases
 from .inputs import CATEGORY, concept_inputs, strength_input
 
@@ -141,3 +143,96 @@ class SemipermSolveMembranes(io.ComfyNode):
 
         config = ClosedFormConfig(**options)
         return io.NodeOutput(erase_in(model, clip, concept.splitlines(), surrogate, preserve.splitlines(), config))
+
+
+class SemipermSolveImageMembranes(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        default = VisualConfig
+        size = {"default": 512, "min": 16, "max": 16384, "step": 8}
+        return io.Schema(
+            node_id="SemipermSolveImageMembranes",
+            display_name="Solve Image-Side Membranes",
+            category=CATEGORY,
+            description="Computes membranes that read the picture instead of the prompt, so that a concept does not"
+            " pass in other words either. The model draws some hundred small pictures for it, in few steps. Nothing is"
+            " applied: connect Apply Membranes, alone or together with those of Solve Membranes.",
+            inputs=[
+                io.Model.Input("model", tooltip="The model to erase from; it draws with what is patched into it."),
+                io.Clip.Input("clip", tooltip="The text encoder that also encodes your prompts."),
+                *concept_inputs(),
+                io.Int.Input(
+                    "width", tooltip="Width of the pictures that are drawn, in pixels: the model's own.", **size
+                ),
+                io.Int.Input("height", tooltip="Height of the pictures that are drawn, in pixels.", **size),
+                io.Float.Input(
+                    "cfg",
+                    default=7.0,
+                    min=1.0,
+                    max=30.0,
+                    step=0.1,
+                    tooltip="Guidance scale of these pictures: the one that you will draw with.",
+                ),
+                io.Int.Input(
+                    "steps",
+                    default=default.steps,
+                    min=2,
+                    max=50,
+                    optional=True,
+                    tooltip="Steps of these pictures. What is found is interpolated between them for any sampler.",
+                ),
+                io.Float.Input(
+                    "false_open",
+                    default=default.false_open,
+                    min=0.001,
+                    max=0.5,
+                    step=0.001,
+                    optional=True,
+                    tooltip="Share of other pictures in which a gate may open somewhere. Smaller draws more pictures"
+                    " for the thresholds: 99 at 0.01.",
+                ),
+                io.Int.Input(
+                    "rank",
+                    default=default.rank,
+                    min=1,
+                    max=2,
+                    optional=True,
+                    tooltip="Directions of one concept at each layer; 2 also takes what a part of the picture shows.",
+                ),
+                io.String.Input(
+                    "preserve",
+                    optional=True,
+                    multiline=True,
+                    default="",
+                    placeholder="captions of other pictures, one per line",
+                    tooltip="Captions whose pictures do not show the concept, one per line, in place of a general list."
+                    " They set the thresholds.",
+                ),
+                io.String.Input(
+                    "others",
+                    optional=True,
+                    multiline=True,
+                    default="",
+                    placeholder="words for other things, one per line",
+                    tooltip="What stands in the concept's place in pictures without it, one per line, in place of a"
+                    " general list: other animals for an animal, other styles for a style.",
+                ),
+            ],
+            outputs=[
+                MembranesIO.Output(
+                    "made",
+                    display_name="membranes",
+                    tooltip="One membrane for each line, for Apply Membranes, Save Membrane or Load Membrane's stack.",
+                )
+            ],
+            **aliases("unlearn by picture", "visual eraser", "CASteer", "robust erase", "steering", "image gate"),
+        )
+
+    @classmethod
+    def execute(cls, model, clip, concept, surrogate, width, height, cfg, preserve="", others="", **options):
+        from .visual_fit import Sampling, solve_looks
+
+        words = tuple(word.strip() for word in others.splitlines() if word.strip())
+        config, sampling = VisualConfig(others=words, **options), Sampling(width, height, cfg)
+        made = solve_looks(model, clip, concept.splitlines(), surrogate, preserve.splitlines(), config, sampling)
+        return io.NodeOutput(made)

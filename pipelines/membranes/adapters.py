@@ -92,7 +92,8 @@ def export_lora(pipe: Pipeline, membranes: Membrane | Iterable[Membrane], path: 
 
     Raises:
         ModelError: an unsupported pipeline.
-        MembraneError: no membranes, a name that does not end in .safetensors, or keys that match no module.
+        MembraneError: no membranes, image-side ones, a name that does not end in .safetensors, or keys that match no
+            module.
         SemipermError: the path is a folder.
         OSError: it cannot be written.
 
@@ -101,6 +102,11 @@ def export_lora(pipe: Pipeline, membranes: Membrane | Iterable[Membrane], path: 
     ('both',)
     """
     path, membranes = Path(path), Membranes(membranes)
+    if membranes.image_keys:
+        raise MembraneError(
+            "an image-side membrane has gates that no LoRA can carry; export those of the text side alone, and keep the"
+            " others as membrane files (save_membranes)"
+        )
     if path.suffix != ".safetensors" or not membranes:
         raise MembraneError(
             f"cannot export {len(membranes)} membranes to {str(path)!r}; expected at least one, and a name ending in"

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from ...methods.errors import MembraneError
 from ...methods.membranes.config import MembraneConfig
 from ...methods.membranes.gate_bank import GateBank
+from ...methods.membranes.image_site import opened_row
 from ...methods.membranes.prompt_record import PromptRecord
 from ...methods.membranes.record import membrane_report
 from ...methods.membranes.sites import Folds, Plan, Site, modes_of
 from ...methods.membranes.types import Membranes
-from ...methods.membranes.visual import opened_rows
 from ...methods.modules import stamp
 from ...methods.text_space import Wording
 from ..handle import Handle, RootHook
@@ -82,7 +82,7 @@ class MembraneHandle(Handle):
         self.strength, self.bank = float(config.strength), bank
         texts = [Site(self, key, module, pair) for key, (module, pair) in sites.items()]
         around: dict[nn.Module, Any] = dict(zip((module for module, _ in sites.values()), texts, strict=True))
-        images = image_hooks(self, membranes, layers, self.columns, bank.width)
+        images = image_hooks(self, membranes, layers, self.bank.columns, bank.width)
         for module, hook in images:  # outside of what changes a weight
             around[module] = Chained(hook, around[module]) if module in around else hook
         self.sites, self.images = [*texts, *(hook for _, hook in images)], bool(images)
@@ -111,12 +111,6 @@ class MembraneHandle(Handle):
         self.folds, run = Folds(), self.run
         if run is not None and run.encodes and not run.began and not self.compiled:
             logger.warning("%s", self.never_ran())
-
-    @property
-    def columns(self) -> list[int]:
-        """Each membrane's column of Gamma; with gate "official" its own one of K^2."""
-        count = len(self.membranes)
-        return [k * (count + 1) if self.bank.official else k for k in range(count)]
 
     # --- of the call at hand, for the sites ---
 
@@ -173,13 +167,15 @@ class MembraneHandle(Handle):
         self.report()
         record = self.run.record
         rows = [(p.openings, row) for p in record.plans for row, shut in enumerate(p.negative) if not shut]
-        own = [(m.concept, c) for m, c in zip(self.membranes, self.columns, strict=True) if m.visual is not None]
+        own = [(m.concept, c) for m, c in zip(self.membranes, self.bank.columns, strict=True) if m.visual is not None]
         return {concept: opening_pictures(rows, column, record.grid) for concept, column in own}
 
     def _rows(self, plan: Plan) -> list[dict]:
         """One entry a row."""
-        found, figures = [], opened_rows(plan.gates, plan.openings, self.membranes, self.columns)
-        for hidden, negative, gates, share in zip(plan.hidden, plan.negative, *figures, strict=True):
+        found = []
+        rows = zip(plan.hidden, plan.negative, plan.gates.tolist(), strict=True)
+        for row, (hidden, negative, of_prompt) in enumerate(rows):
+            gates, share = opened_row(of_prompt, [(plan.openings, row)], self.membranes, self.bank.columns)
             entry = self.run.record.prompts.find(hidden, negative)
             found.append(
                 {

@@ -2,7 +2,8 @@
 
 The layers are those that safe guidance's attention seam pushes, at their answer: `attn2.to_out.0` where text is read by
 cross-attention, `attn.to_out.0` of joint attention (the image's part), and `proj_out` of Flux's single blocks, where
-text and image are one sequence, text first.
+text and image are one sequence, text first. What cross-attention answers says little of a picture that its text does
+not speak of; for membranes that are fitted on pictures there is `attn1.to_out.0`, too.
 """
 
 from __future__ import annotations
@@ -16,15 +17,16 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ...methods.errors import MembraneError
+from ...methods.membranes.image_site import ImageSite, Openings
 from ...methods.membranes.types import Membranes
-from ...methods.membranes.visual import ImageSite, Openings
 from ..family import Family
 from ..text import module_keys
 from ..weights import shape_of
 
-__all__ = ["Chained", "ImageHook", "grid_of", "image_hooks", "image_layers", "opening_pictures"]
+__all__ = ["Chained", "ImageHook", "grid_of", "image_hooks", "image_layers", "opening_pictures", "reads_text"]
 
-_CROSS = re.compile(r"(^|\.)attn2\.to_out\.0$")
+_CROSS = re.compile(r"(^|\.)attn[12]\.to_out\.0$")
+_READS_TEXT = re.compile(r"(^|_)(attn2?_to_out_0|proj_out)$")
 _JOINT = re.compile(r"(^|\.)transformer_blocks\.\d+\.attn\.to_out\.0$|^single_transformer_blocks\.\d+\.proj_out$")
 
 
@@ -42,10 +44,16 @@ def image_layers(denoiser: nn.Module, attribute: str, family: Family) -> dict[st
     }
     if not found:
         raise MembraneError(
-            f"0 layers of this {type(denoiser).__name__} give image tokens that a membrane can read (attn2.to_out.0,"
-            " attn.to_out.0, single blocks' proj_out): expected SD1.x, SD2, SDXL, SD3 or Flux; take side='text'"
+            f"0 layers of this {type(denoiser).__name__} give image tokens that a membrane can read (attn1.to_out.0,"
+            " attn2.to_out.0, attn.to_out.0, single blocks' proj_out): expected SD1.x, SD2, SDXL, SD3 or Flux; take"
+            " side='text'"
         )
     return found
+
+
+def reads_text(key: str) -> bool:
+    """Whether a layer of `image_layers` sees the text: all but the self-attention of UNets."""
+    return bool(_READS_TEXT.search(key))
 
 
 def image_hooks(

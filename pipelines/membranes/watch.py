@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +12,7 @@ from torch import Tensor, nn
 
 from ...methods.errors import MembraneError
 from ...methods.membranes.config import MembraneConfig
-from ...methods.membranes.visual import ImageSite, VisualSide
-from ..family import Pipeline, device_of
+from ..family import Pipeline, denoiser_of, device_of, family_of
 from ..handle import Handle, RootHook
 from ..hooks import parameters_of
 from ..rows import row_layout
@@ -21,7 +21,7 @@ from ..text import encode_text
 from ..watermark.inversion import predictor
 from .visual import image_layers
 
-__all__ = ["Scores", "Tokens", "Watch", "drawn", "shown"]
+__all__ = ["Noised", "Watch", "drawn", "shown", "watched"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,59 +79,6 @@ class _Eye:
         return y
 
 
-class Tokens:
-    """Keeps some tokens of every layer, picture and step: always the same places of a layer.
-
-    Args:
-        count: of one layer's answer.
-    """
-
-    def __init__(self, count: int):
-        self.count = count
-        self._kept: dict[str, dict[float, list[Tensor]]] = {}
-
-    def take(self, key: str, tokens: Tensor, share: float, text: int) -> None:
-        image = tokens[:, text:]
-        places = torch.randperm(image.shape[1], generator=torch.Generator().manual_seed(0))[: self.count]
-        kept = self._kept.setdefault(key, {}).setdefault(share, [])
-        kept.append(image[:, places.to(image.device)].cpu())
-
-    def of(self) -> tuple[list[float], dict[str, Tensor]]:
-        """(shares (J,), key -> (P, J, S, C))."""
-        shares = sorted(next(iter(self._kept.values())))
-        return shares, {
-            key: torch.stack([torch.cat(steps[share]) for share in shares], dim=1) for key, steps in self._kept.items()
-        }
-
-
-class Scores:
-    """Keeps each picture's highest count along each concept's directions, over tokens, layers and steps."""
-
-    def __init__(self, sides: Sequence[VisualSide], device: torch.device):
-        self.sites = {}
-        for key in dict.fromkeys(key for side in sides for key in side.sites):
-            parts = [(k, side) for k, side in enumerate(sides) if key in side.sites]
-            self.sites[key] = ImageSite(key, parts, len(sides), False)
-            self.sites[key].place(device)
-        self._now: Tensor | None = None
-        self._done: list[Tensor] = []
-
-    def take(self, key: str, tokens: Tensor, share: float, text: int) -> None:
-        site, image = self.sites[key], tokens[:, text:]
-        found = site.scores(image, site.packed_at(share, torch.float32), 0)
-        self._now = found if self._now is None else torch.maximum(self._now, found)
-
-    def next(self) -> None:
-        """A batch of pictures is over."""
-        if self._now is not None:
-            self._done.append(self._now.cpu())
-        self._now = None
-
-    def of(self) -> Tensor:
-        """(pictures, K)."""
-        return torch.cat(self._done)
-
-
 def drawn(
     pipe: Pipeline, prompts: Sequence[str], steps: int, batch_size: int, seed: int, told: Callable, sampling: dict
 ) -> Tensor:
@@ -150,7 +97,42 @@ def drawn(
     return torch.cat(found)
 
 
-@torch.no_grad()
+@contextlib.contextmanager
+def watched(pipe: Pipeline, taker: Any, keys: Sequence[str] | None = None) -> Iterator[Watch]:
+    """Inside, a taker sees what these layers answer; None: all."""
+    watch = Watch(pipe, taker, keys)
+    watch.replace(pipe)
+    try:
+        yield watch
+    finally:
+        watch.remove()
+
+
+class Noised:
+    """Pictures, noised to a share of the schedule, denoised once under a caption: `noised(share)` is the prediction.
+
+    Args:
+        latents: (B, C, H, W) as `encode_pixels` gives them.
+        seed: of the noise, the same at every share.
+    """
+
+    def __init__(self, pipe: Pipeline, latents: Tensor, caption: str, seed: int):
+        self.pipe, self.family, device = pipe, family_of(pipe), device_of(pipe)
+        self.latents = latents.to(device).float()
+        self.noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed)).to(device)
+        text = encode_text(pipe, [caption])
+        self.predict = predictor(pipe, self.family, self.latents, text.hidden, text.pooled)
+        self.tokens = image_tokens(self.family, denoiser_of(pipe)[0], self.family.pack(pipe, self.latents))
+        self.alphas = None if self.family.flow else alphas_of(pipe).to(device)
+
+    @torch.no_grad()
+    def __call__(self, share: float) -> Tensor:
+        at = timestep_at(self.pipe.scheduler, self.family, share, self.tokens)
+        image, noise = noise_levels(self.family, torch.tensor([at], device=self.latents.device), self.alphas)
+        with row_layout("positive"):
+            return self.predict(image * self.latents + noise * self.noise, at / self.family.noise_timestep)
+
+
 def shown(
     pipe: Pipeline,
     latents: Tensor,
@@ -160,24 +142,9 @@ def shown(
     seed: int,
     told: Callable,
 ) -> None:
-    """Show pictures to a denoiser under watch: noised to each share, denoised once, under captions in turn.
-
-    Args:
-        latents: (B, C, H, W) of `encode_pixels`.
-    """
-    watch = Watch.on(pipe)
-    family, device = watch.family, device_of(pipe)
-    alphas = None if family.flow else alphas_of(pipe).to(device)
-    for first in range(0, len(latents), batch_size):
-        part = latents[first : first + batch_size].to(device).float()
-        noise = torch.randn(part.shape, generator=torch.Generator().manual_seed(seed + first)).to(device)
-        text = encode_text(pipe, [captions[(first // batch_size) % len(captions)]])
-        predict = predictor(pipe, family, part, text.hidden, text.pooled)
-        tokens = image_tokens(family, watch.denoiser, family.pack(pipe, part))
+    """Show pictures to a denoiser under watch: noised to each share, denoised once, under captions in turn."""
+    for number, part in enumerate(latents.split(batch_size)):
+        noised = Noised(pipe, part, captions[number % len(captions)], seed + number)
         for share in shares:
-            timestep = torch.tensor([timestep_at(pipe.scheduler, family, share, tokens)], device=device)
-            image_level, noise_level = noise_levels(family, timestep, alphas)
-            noised = image_level * part + noise_level * noise
-            with row_layout("positive"):
-                predict(noised, float(timestep) / family.noise_timestep)
+            noised(share)
         told(len(part))

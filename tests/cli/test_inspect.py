@@ -4,10 +4,12 @@ import json
 
 import pytest
 import torch
+from contracts.membranes import look, strong
 from file_layouts import LAYOUTS
 from PIL import Image
 from safetensors.torch import save_file
 from semiperm.cli import app, common
+from semiperm.methods.membranes.file import save_membranes
 from tiny_models import build
 from typer.testing import CliRunner
 
@@ -53,6 +55,22 @@ def test_names_go_to_the_files_that_do_not_say(tmp_path):
     assert stack.concepts == ("robot", "cat", "dog") and all(membrane.named for membrane in stack)
     assert next(iter(stack[1].modules.values())).scale == 0.5 * 16 / 4
     assert [membrane.named for membrane in common.load_stack(pipe, files, ["cat"])] == [True, False, False]
+
+
+def test_an_image_side_says_what_it_promises(tmp_path):
+    pipe = build("sd15")
+    side = look(pipe, beta=2.0, false_open=0.01, calibrated=99, false_closed=0.125, checked=8)
+    path = save_membranes([side, strong(pipe, concept="ghost")], tmp_path / "both.safetensors")
+    image, text = json.loads(run("inspect", path, "--json").stdout)["membranes"]
+    assert (image["kind"], text["kind"]) == ("visual", "low-rank") and text["visual"] is None
+    assert image["visual"] == {
+        "beta": 2.0, "shares": [0.1, 0.8], "false_open": 0.01, "calibrated": 99, "false_closed": 0.125, "checked": 8,
+    }  # fmt: skip
+    assert image["modules"] == len(side.keys) and image["ranks"] == [1] and image["alphas"] == []
+    shown = " ".join(run("inspect", path).stdout.split())
+    assert "12.5 % of 8" in shown and "at most 1 %, by 99" in shown
+    half = common.load_stack(pipe, [f"{path}:0.5"])
+    assert half[0].visual.beta == 1.0 and half[0].keys == side.keys
 
 
 @pytest.mark.slow

@@ -63,6 +63,7 @@ def test_without_triton_auto_takes_the_reference_and_force_raises(monkeypatch):
 
 KERNELS = (
     "gated_low_rank",
+    "gated_projection",
     "keyed_correlation",
     "normalized_attention_guidance",
     "safe_guidance_step",

@@ -23,6 +23,7 @@ IDS = {
     "SemipermLoadMembrane",
     "SemipermEraseConcept",
     "SemipermSolveMembranes",
+    "SemipermSolveImageMembranes",
     "SemipermApplyMembranes",
     "SemipermSaveMembrane",
     "SemipermMembraneReport",

@@ -1,0 +1,152 @@
+"""Image-side membranes from concepts' names: which pictures a model draws for the fit, and in what order.
+
+All that a model contributes is its `Drawing`, so that the diffusers and the ComfyUI face fit the same membranes.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from torch import Tensor
+
+from ..errors import MembraneError
+from .captions import OTHERS, PRESERVE
+from .concept_fit import checked, fill, kept_captions, phrases_of
+from .phrases import fold, names
+from .types import Membrane, Membranes
+from .visual import VisualSide
+from .visual_fit import VisualConfig, calibrated, fit_side
+
+logger = logging.getLogger(__name__)
+
+__all__ = ["AWAY", "LOOKED_AT", "Drawing", "Wanted", "fit_looks", "wanted"]
+
+AWAY = 1_000_000  # between the seeds of the fit, the thresholds and the validation
+LOOKED_AT = (
+    0.1,
+    0.3,
+    0.5,
+)  # shares at which beta is tried: what a picture shows is decided in the first half of its run
+_BETAS = (1.0, 2.0, 3.0)  # tried in this order
+_DEFAULT_BETA = 2.0  # CASteer's, where nothing can be validated
+_NEARER = 0.5  # of the way to other things: nearer to there than to here
+
+
+class Drawing(Protocol):
+    """Runs of a model, under watch."""
+
+    def tokens(self, prompts: Sequence[str], keep: bool) -> tuple[list[float], dict[str, Tensor]]:
+        """(shares (J,), key -> tokens (P, J, S, C)) of runs; `keep`: they are asked for again."""
+
+    def scores(self, sides: Sequence[VisualSide], prompts: Sequence[str]) -> Tensor:
+        """(P, K): the highest count of each run along each side's directions; of one step more than `tokens`."""
+
+    def validate(self, membrane: Membrane, prompts: Sequence[str], without: Sequence[str], betas: Sequence[float]):
+        """Draws new pictures of `prompts`. Returns (P,) their highest counts, and for each beta the share of
+        the way from the prediction under a prompt to that under its other one that the edited prediction has gone."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is to be fitted.
+
+    Args:
+        phrases: concept -> its phrasings. surrogate: what it turns into. templates: captions with one "{}".
+        others: words that stand in its place. kept: captions that name none of them, in random order.
+    """
+
+    phrases: dict[str, tuple[str, ...]]
+    surrogate: str
+    templates: list[str]
+    others: list[str]
+    kept: list[str]
+
+
+def wanted(
+    concepts: str | Sequence[str],
+    surrogate: str,
+    preserve: Iterable[str] | None,
+    synonyms: Mapping[str, Sequence[str]] | None,
+    templates: Sequence[str] | None,
+    config: VisualConfig,
+) -> Wanted:
+    """What `erase_concepts` was asked for, with the general lists where it was given none.
+
+    Raises:
+        MembraneError: no concept, a template without "{}", a surrogate that is a concept, or no other words.
+    """
+    phrases = phrases_of(concepts, synonyms or {})
+    templates = checked(phrases, surrogate, templates)
+    every = [phrase for own in phrases.values() for phrase in own]
+    kept = kept_captions(PRESERVE if preserve is None else preserve, every)
+    others = [surrogate] if surrogate else list(config.others or OTHERS)
+    others = [word for word in others if not names(word, [fold(phrase) for phrase in every])]
+    if not others:
+        raise MembraneError("every one of `others` names an erased concept; give words for other things")
+    kept = random.Random(config.seed).sample(kept, len(kept))  # lists go from subject to subject
+    return Wanted(phrases, surrogate, templates, others, kept)
+
+
+def fit_looks(
+    drawing: Drawing,
+    asked: Wanted,
+    config: VisualConfig,
+    fitted: Mapping[str, VisualSide] | None = None,
+) -> Membranes:
+    """One image-side membrane per concept; the model's fingerprint is not in them yet.
+
+    Args:
+        fitted: sides, without thresholds, of concepts whose pictures are not to be drawn.
+    """
+    fitted = fitted or {}
+    sides = [fitted[n] if n in fitted else _fitted(drawing, own, asked, config) for n, own in asked.phrases.items()]
+    scores = drawing.scores(sides, _cycled(asked.kept, config.calibration))
+    sides = [calibrated(side, own, config) for side, own in zip(sides, scores.T, strict=True)]
+    made = []
+    for (name, own), side in zip(asked.phrases.items(), sides, strict=True):
+        side = replace(side, beta=_DEFAULT_BETA if config.beta is None else config.beta)
+        origin = "pictures" if name in fitted else "words"
+        membrane = Membrane(name, {}, phrases=own, surrogate=asked.surrogate, method=f"visual/{origin}", visual=side)
+        if name not in fitted and config.validation:
+            membrane = replace(membrane, visual=_validated(drawing, membrane, asked, config))
+        made.append(membrane)
+    return Membranes(made)
+
+
+def _cycled(captions: Sequence[str], count: int) -> list[str]:
+    return [captions[i % len(captions)] for i in range(count)]
+
+
+def _pairs(phrases: Sequence[str], asked: Wanted, templates: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Captions with the concept in its phrasings, and the same with other things in its place."""
+    on = [fill(text, phrases[i % len(phrases)]) for i, text in enumerate(templates)]
+    # in steps that share no divisor with most lists' lengths: halves of them have as many of each
+    return on, [fill(text, asked.others[(i * 5) % len(asked.others)]) for i, text in enumerate(templates)]
+
+
+def _fitted(drawing: Drawing, phrases: Sequence[str], asked: Wanted, config: VisualConfig) -> VisualSide:
+    on, off = _pairs(phrases, asked, _cycled(asked.templates, config.samples))
+    shares, without = drawing.tokens(off, True)
+    _, background = drawing.tokens(_cycled(asked.kept, config.background), True)
+    _, shown = drawing.tokens(on, False)
+    return fit_side(shown, without, background, shares, config)
+
+
+def _validated(drawing: Drawing, membrane: Membrane, asked: Wanted, config: VisualConfig) -> VisualSide:
+    """With the share of new pictures in which no gate opens, and the smallest beta that serves: with which the edited
+    prediction of these pictures lies nearer to that of other things than to the concept's own. No judge is needed."""
+    side, spare = membrane.visual, [*asked.templates[config.samples :], *asked.templates]
+    on, off = _pairs(membrane.phrases, asked, spare[: config.validation])
+    scores, ways = drawing.validate(membrane, on, off, _BETAS if config.beta is None else ())
+    closed = float((scores <= 0).float().mean())  # thresholds are set: a count above 0 is an open gate
+    side = replace(side, false_closed=closed, checked=len(scores))
+    for beta, way in zip(_BETAS, ways, strict=False):
+        logger.info("beta %g takes %r %.2f of the way to other things", beta, membrane.concept, way)
+        side = replace(side, beta=beta)
+        if way >= _NEARER:
+            break
+    return side
