@@ -13,7 +13,7 @@ from ..errors import MembraneError
 try:
     import tomllib
 except ModuleNotFoundError:  # Python 3.10
-    import tomli as tomllib
+    import tomli as tomllib  # type: ignore[import-not-found,unused-ignore]
 
 __all__ = ["ANCHORS", "LAYERS", "PRECISIONS", "WARM_STARTS", "TrainingConfig", "TrainingFile", "read_training"]
 
@@ -34,7 +34,7 @@ class TrainingConfig:
 
     Args:
         steps: of the optimiser, at most; early stop may end before.
-        learning_rate: peak of AdamW's, after `warmup` steps, then along a cosine.
+        learning_rate, warmup: peak of AdamW's, and the steps that lead up to it; from there on along a cosine.
         rank: of each projection's pair, >= 1; where a warm start has a pair, it keeps its own rank.
         layers: "text" (what reads text alone: the cheapest at work, cached once a prompt), "cross" (also the other
             projections of cross-attention, of joint attention in transformers), "all" (SPM's choice: attention, feed-
