@@ -66,7 +66,7 @@ class TrainingConfig:
     """
 
     steps: int = 200
-    learning_rate: float = 1e-3
+    learning_rate: float = 5e-3
     warmup: int = 10
     rank: int = 1
     layers: str = "all"

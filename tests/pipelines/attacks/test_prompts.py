@@ -49,8 +49,7 @@ def test_the_open_encoder_says_what_the_words_say(pipes, family):
         torch.testing.assert_close(pooled, expected.pooled, atol=1e-5, rtol=1e-4)
     (grad,) = torch.autograd.grad(hidden.square().sum(), embeddings)
     assert grad.shape == embeddings.shape and all(part.abs().sum() > 0 for part in grad.split(encoder._widths, dim=2))
-    layers = [pipe.text_encoder.get_input_embeddings()]
-    assert not any(layer._forward_hooks for layer in layers)
+    assert not any(module._forward_hooks for module in pipe.text_encoder.modules())
 
 
 def test_words_that_are_left_out_are_not_found_in_any_form(pipes):
@@ -69,7 +68,7 @@ def test_prompts_are_found_through_a_membrane_in_every_family(pipes, family):
         assert prompt_loss(pipe, targets, ["a photo of a robot"])[0] > 1e-8
         found = find_prompts(pipe, targets, "by the river", SEARCH, without=["robot"])
         again = prompt_loss(pipe, targets, [one.prompt for one in found])
-    assert [one.loss for one in found] == again == sorted(again)
+    assert [one.loss for one in found] == pytest.approx(again, rel=1e-4) == sorted(again)
     assert all(one.prompt.endswith("by the river") and "robot" not in one.prompt for one in found)
     assert len({one.prompt for one in found}) == len(found)
 
