@@ -49,6 +49,9 @@ class TrainingConfig:
         batch_size: pictures of a concept that are drawn and trained on side by side.
         sampling_steps: of the sampler whose latents are trained on, one at each step.
         sampling_guidance: of that sampler, towards the concept; 1 is none.
+        adversary_steps: of a search, at each step, for texts near the concept's captions that still bring it back; they
+            are erased beside the captions. 0 is none; each costs about as much as a step without. For attacks on text.
+        adversary_radius: how near, as a share of the captions' norm.
         concepts_per_batch: concepts whose rows go through the denoiser together: memory for speed, the same result.
         max_sequence_length: T5 positions (SD3, Flux), as in the pipeline's call; 0 is its default.
         validate_every: steps between two validations; 0 is never, and then nothing stops early.
@@ -79,6 +82,8 @@ class TrainingConfig:
     batch_size: int = 2
     sampling_steps: int = 20
     sampling_guidance: float = 3.0
+    adversary_steps: int = 0
+    adversary_radius: float = 0.3
     concepts_per_batch: int = 1
     max_sequence_length: int = 0
     validate_every: int = 25
@@ -100,17 +105,22 @@ class TrainingConfig:
         for name, least in (
             *((n, 1) for n in ("steps", "rank", "anchors", "batch_size", "checkpoint_every", "concepts_per_batch")),
             ("sampling_steps", 2),
-            *((n, 0) for n in ("warmup", "validate_every", "patience", "seed", "max_sequence_length")),
+            *(
+                (n, 0)
+                for n in ("warmup", "validate_every", "patience", "seed", "max_sequence_length", "adversary_steps")
+            ),
         ):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise MembraneError(f"{name}={value!r}; expected a whole number, at least {least}")
-        for name in ("learning_rate", "push", "anchor_weight", "anchor_power", "sampling_guidance"):
+        for name in ("learning_rate", "push", "anchor_weight", "anchor_power", "sampling_guidance", "adversary_radius"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
                 raise MembraneError(f"{name}={value!r}; expected a finite number >= 0")
         if self.learning_rate == 0:
             raise MembraneError("learning_rate=0 trains nothing; expected a number above 0, such as 1e-3")
+        if self.adversary_steps and self.adversary_radius == 0:
+            raise MembraneError("adversary_radius=0 leaves its search no room; expected a share above 0, such as 0.3")
         if not isinstance(self.gradient_checkpointing, bool):
             raise MembraneError(f"gradient_checkpointing={self.gradient_checkpointing!r}; expected true or false")
 

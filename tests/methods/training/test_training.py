@@ -6,6 +6,7 @@ import pytest
 import torch
 from semiperm.methods.errors import MembraneError
 from semiperm.methods.membranes.types import LowRank, Membrane
+from semiperm.methods.training.adversary import adversarial_texts
 from semiperm.methods.training.anchors import AnchorPool, acceptance
 from semiperm.methods.training.config import TrainingConfig, read_training
 from semiperm.methods.training.loop import TrainingLog, load_checkpoint, save_checkpoint
@@ -98,6 +99,29 @@ def test_losses_are_means_over_the_latent():
     assert erasing_loss(a, b).tolist() == anchoring_loss(a, b).tolist() == [0.0, 4.0]
     assert erasing_target(torch.tensor(3.0), torch.tensor(1.0), 0.0) == 1.0
     assert erasing_target(torch.tensor(3.0), torch.tensor(1.0), 2.0) == -3.0
+
+
+def test_the_adversary_comes_nearer_and_stays_within_its_radius():
+    hidden, goal = torch.randn(3, 2, 4, generator=noise()), torch.randn(3, 2, 4, generator=noise(1))
+    near = hidden[2:] + 0.01 * goal[2:]
+    goal = torch.cat([goal[:2], near])  # the last one's lies inside the ball
+
+    def loss_of(asked):
+        return (asked - goal).square().flatten(1).sum(1)
+
+    found = adversarial_texts(loss_of, hidden, 20, 0.2)
+    away = (found - hidden).flatten(1).norm(dim=1) / hidden.flatten(1).norm(dim=1)
+    assert not found.requires_grad and (away <= 0.2 + 1e-5).all() and (away[:2] > 0.19).all()
+    assert (loss_of(found) < loss_of(hidden)).all() and away[2] < 0.05
+    # on the edge, the nearest point to the goal
+    torch.testing.assert_close(
+        loss_of(found)[:2].sqrt(),
+        loss_of(hidden)[:2].sqrt() - 0.2 * hidden[:2].flatten(1).norm(dim=1),
+        rtol=0.02,
+        atol=0,
+    )
+    with pytest.raises(MembraneError, match="radius 0"):
+        adversarial_texts(loss_of, hidden, 3, 0.0)
 
 
 # ---- packed parameters -----------------------------------------------------------------------------------------------

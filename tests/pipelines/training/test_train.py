@@ -185,6 +185,17 @@ def test_gradient_checkpointing_changes_memory_alone():
     assert not denoiser_of(pipe)[0].is_gradient_checkpointing
 
 
+@pytest.mark.parametrize("family", ["sdxl", "flux"])
+def test_an_adversary_makes_every_step_harder(family):
+    """The first step's erasing loss, with what is found near the captions, is above that of the captions alone."""
+    pipe, plain, hard = built(family), [], []
+    settings = dict(steps=1, validate_every=0, layers="text")
+    run(pipe, progress=plain.append, **settings)
+    run(pipe, progress=hard.append, adversary_steps=3, adversary_radius=2.0, **settings)
+    assert hard[0]["erasing"] > plain[0]["erasing"]
+    assert hard[0]["anchoring"] == pytest.approx(plain[0]["anchoring"], rel=1e-3)
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_trains_parameters_in_full(precision):
     rows = []
