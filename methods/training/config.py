@@ -47,6 +47,7 @@ class TrainingConfig:
         anchor_source: "captions" (of the list to preserve), "latent" (points of text space between and beyond them), or
             "both" in turn.
         batch_size: pictures of a concept that are drawn and trained on side by side.
+        height, width: of those pictures, in pixels; 0 is the model's own size.
         sampling_steps: of the sampler whose latents are trained on, one at each step.
         sampling_guidance: of that sampler, towards the concept; 1 is none.
         adversary_steps: of a search, at each step, for texts near the concept's captions that still bring it back; they
@@ -80,6 +81,8 @@ class TrainingConfig:
     anchor_power: float = 1.0
     anchor_source: str = "both"
     batch_size: int = 2
+    height: int = 0
+    width: int = 0
     sampling_steps: int = 20
     sampling_guidance: float = 3.0
     adversary_steps: int = 0
@@ -107,7 +110,16 @@ class TrainingConfig:
             ("sampling_steps", 2),
             *(
                 (n, 0)
-                for n in ("warmup", "validate_every", "patience", "seed", "max_sequence_length", "adversary_steps")
+                for n in (
+                    "warmup",
+                    "validate_every",
+                    "patience",
+                    "seed",
+                    "max_sequence_length",
+                    "adversary_steps",
+                    "height",
+                    "width",
+                )
             ),
         ):
             value = getattr(self, name)

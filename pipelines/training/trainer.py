@@ -64,7 +64,7 @@ class Trainer:
                 f"batch_size={count} cannot be shared by {world} processes; expected a multiple of {world}"
             )
         self.mine = range(accelerator.process_index, count, world)
-        shape = latent_shape(predictor.pipe)
+        shape = latent_shape(predictor.pipe, self.config.height or None, self.config.width or None)
         self.latents = torch.zeros(len(packed.names), len(self.mine), *shape, device=self.device)
         self.times = predictor.times(self.config.sampling_steps, self.latents[0])
         self.best = [_Best() for _ in packed.names]

@@ -68,7 +68,7 @@ class Validation:
         """Latents (ROWS, ...) of guided pictures of the words, each at its own place of the schedule, and timesteps."""
         config, (hidden, pooled) = self.words.config, words
         seeds = [seed_of(config.seed, "validation", name, row) for row in range(ROWS)]
-        shape = latent_shape(self.predictor.pipe)
+        shape = latent_shape(self.predictor.pipe, config.height or None, config.width or None)
         latents = torch.stack([torch.randn(*shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
         latents, steps = latents.to(self.device), config.sampling_steps
         times = self.predictor.times(steps, latents).to(self.device)

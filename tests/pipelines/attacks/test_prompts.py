@@ -15,6 +15,7 @@ from semiperm.pipelines.membranes.apply import apply_membranes
 from semiperm.pipelines.text import encode_text, text_projections
 from semiperm.pipelines.weights import weights_of
 
+SIZE = {"height": tiny_models.SIZE, "width": tiny_models.SIZE}
 SEARCH = PromptSearch(tokens=3, steps=4, kept=2)
 
 
@@ -61,7 +62,7 @@ def test_words_that_are_left_out_are_not_found_in_any_form(pipes):
 @pytest.mark.parametrize("family", tiny_models.FAMILIES)
 def test_prompts_are_found_through_a_membrane_in_every_family(pipes, family):
     pipe = pipes[family]
-    targets = targets_from_model(pipe, "a photo of a robot", count=4)
+    targets = targets_from_model(pipe, "a photo of a robot", count=4, **SIZE)
     untouched = prompt_loss(pipe, targets, ["a photo of a robot"])[0]
     assert untouched < 1e-9  # the untouched model's own prediction
     with apply_membranes(pipe, membrane(pipe), MembraneConfig(gate="always")):
@@ -76,7 +77,7 @@ def test_prompts_are_found_through_a_membrane_in_every_family(pipes, family):
 def test_the_gate_is_differentiated_too(pipes):
     """A probe that is half open: the same search with the gate's gradient cut off goes elsewhere."""
     pipe = pipes["sd15"]
-    targets = targets_from_model(pipe, "a photo of a robot", count=2)
+    targets = targets_from_model(pipe, "a photo of a robot", count=2, **SIZE)
     encoder = OpenEncoder(pipe, 2)
     ids = encoder.allowed()[:2][None]
     from semiperm.pipelines.prediction import Predictor
@@ -109,7 +110,7 @@ def test_pictures_are_targets_too(pipes):
 @pytest.mark.parametrize("family", ["sd15", "sdxl", "sd3", "flux"])
 def test_embeddings_are_learned_through_a_membrane_and_drawn(pipes, family, scope):
     pipe = pipes[family]
-    targets = targets_from_model(pipe, "a photo of a robot", count=2)
+    targets = targets_from_model(pipe, "a photo of a robot", count=2, **SIZE)
     with apply_membranes(pipe, membrane(pipe), MembraneConfig(gate="always")):
         learned = learn_embedding(pipe, targets, scope=scope, tokens=2, steps=12, learning_rate=0.1, points=2)
         assert min(learned.losses[1:]) < learned.losses[0]

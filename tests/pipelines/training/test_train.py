@@ -26,6 +26,8 @@ QUICK = dict(
     sampling_steps=4,
     validate_every=2,
     checkpoint_every=2,
+    height=tiny_models.SIZE,
+    width=tiny_models.SIZE,
     max_sequence_length=tiny_models.LENGTH,
 )
 
@@ -80,10 +82,12 @@ def test_every_family_learns_and_is_left_as_it_was(family, tmp_path):
     denoiser, _ = denoiser_of(pipe)
     before = {name: t.clone() for name, t in denoiser.state_dict().items()}
     untouched = tiny_models.call(pipe, "a robot")
-    (membrane,) = run(pipe, progress=rows.append, warm_start="none", steps=8, anchor_weight=1.0, validate_every=8)
+    settings = dict(warm_start="none", steps=8, learning_rate=0.005, anchor_weight=1.0, patience=0)
+    (membrane,) = run(pipe, progress=rows.append, workdir=tmp_path / "run", **settings)
     assert len(rows) == 8 and rows[-1]["steps"] == 8
-    erased = rows[-1]["validation"]["robot"]["erased"]
-    assert erased < 0.99, f"{family}: {erased}"  # 1 is the untouched model, on wordings that were never trained on
+    first = json.loads((tmp_path / "run" / LOG).read_text().splitlines()[0])["validation"]["robot"]
+    assert first["erased"] == pytest.approx(1.0, rel=1e-3) and first["moved"] < 1e-6  # the untouched model
+    assert float(membrane.metadata["validation_loss"]) < 0.99 * first["loss"], family  # on wordings that it never saw
 
     assert all(torch.equal(t, before[name]) for name, t in denoiser.state_dict().items())
     assert not any(hasattr(module, "_semiperm_calls") for module in denoiser.modules())
@@ -95,7 +99,7 @@ def test_every_family_learns_and_is_left_as_it_was(family, tmp_path):
     same(loaded.modules, membrane.modules)
     with apply_membranes(pipe, loaded, MembraneConfig(gate="always")) as handle:
         assert not torch.equal(tiny_models.call(pipe, "a robot"), untouched)
-        assert handle.report()["idle_modules"] == ()
+        assert not handle.report()["idle_modules"]
     (lora,) = import_membranes(pipe, export_lora(pipe, membrane, tmp_path / "lora.safetensors"), "robot")
     same(lora.modules, membrane.modules, atol=1e-5, rtol=1e-4)
 
@@ -170,7 +174,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path):
 def test_a_concept_stops_when_it_no_longer_gets_better_and_its_best_is_given_back():
     pipe, rows = built("sd15"), []
     # steps so large that nothing after the start is better
-    stopped = run(pipe, ("robot",), steps=40, learning_rate=1.0, validate_every=1, patience=3, progress=rows.append)
+    stopped = run(pipe, ("robot",), steps=40, learning_rate=0.1, validate_every=1, patience=3, progress=rows.append)
     assert len(rows) == 3 and stopped[0].metadata["step"] == "0"
     start = training.erase_concepts(pipe, ["robot"], "tree")[0]
     for key, pair in start.modules.items():
