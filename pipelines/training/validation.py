@@ -47,7 +47,7 @@ class Validation:
         figures = {"loss": loss, "erased": erasing / before, "moved": anchoring / before}
         # devices may round differently: all processes go by the first one's
         sent = broadcast(torch.stack(list(figures.values())).float())
-        return {name: round(float(value), 7) for name, value in zip(figures, sent, strict=True)}
+        return {name: float(f"{float(value):.6g}") for name, value in zip(figures, sent, strict=True)}
 
     def _made(self, name: str) -> tuple:
         config = self.words.config
