@@ -26,7 +26,7 @@ def adversarial_texts(loss_of: Callable[[Tensor], Tensor], hidden: Tensor, steps
     Args:
         loss_of: (B, N, d) -> (B,).
         hidden: (B, N, d) to begin from.
-        steps: >= 1. radius: r > 0, as a share of each text's norm; a step is 2 r / steps: the edge is reached.
+        steps: >= 1. radius: r > 0, as a share of each text's norm; a step is r / steps: straight on, the edge is reached.
 
     Returns:
         (B, N, d) without a gradient: of all points that were visited, each text's best.
@@ -52,7 +52,7 @@ def adversarial_texts(loss_of: Callable[[Tensor], Tensor], hidden: Tensor, steps
         if step == steps:
             break
         length = grad.flatten(1).norm(dim=1)[:, None, None].clamp_min(1e-20)
-        away = point - grad / length * norm * (2 * radius / steps) - start
+        away = point - grad / length * norm * (radius / steps) - start
         far = away.flatten(1).norm(dim=1)[:, None, None] / (radius * norm)
         point = start + away / far.clamp_min(1.0)
     return best.to(hidden.dtype)

@@ -82,7 +82,8 @@ def test_every_family_learns_and_is_left_as_it_was(family, tmp_path):
     denoiser, _ = denoiser_of(pipe)
     before = {name: t.clone() for name, t in denoiser.state_dict().items()}
     untouched = tiny_models.call(pipe, "a robot")
-    settings = dict(warm_start="none", steps=8, learning_rate=0.005, anchor_weight=1.0, patience=0)
+    rate = 0.005 if denoiser_of(pipe)[1] == "transformer" else 0.0005  # the random UNets hardly hear their text
+    settings = dict(warm_start="none", steps=8, learning_rate=rate, anchor_weight=1.0, patience=0)
     (membrane,) = run(pipe, progress=rows.append, workdir=tmp_path / "run", **settings)
     assert len(rows) == 8 and rows[-1]["steps"] == 8
     first = json.loads((tmp_path / "run" / LOG).read_text().splitlines()[0])["validation"]["robot"]
@@ -195,7 +196,7 @@ def test_an_adversary_makes_every_step_harder(family):
     pipe, plain, hard = built(family), [], []
     settings = dict(steps=1, validate_every=0, layers="text")
     run(pipe, progress=plain.append, **settings)
-    run(pipe, progress=hard.append, adversary_steps=3, adversary_radius=2.0, **settings)
+    run(pipe, progress=hard.append, adversary_steps=3, adversary_radius=0.3, **settings)
     assert hard[0]["erasing"] > plain[0]["erasing"]
     assert hard[0]["anchoring"] == pytest.approx(plain[0]["anchoring"], rel=1e-3)
 
