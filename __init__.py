@@ -34,6 +34,7 @@ if TYPE_CHECKING:  # for editors and type checkers, which cannot follow `__getat
     from .methods.provenance.record import Provenance, read_provenance, write_provenance
     from .methods.schedule import Window
     from .methods.token_merging.config import NegativeTokenMergingConfig
+    from .methods.training.config import TrainingConfig
     from .methods.watermark.detection import DetectionConfig, DetectionResult
     from .methods.watermark.keyring import Keyring, load_keyring, save_keyring, update_keyring
     from .methods.watermark.keys import WatermarkKey
@@ -57,6 +58,7 @@ if TYPE_CHECKING:  # for editors and type checkers, which cannot follow `__getat
     from .pipelines.rows import row_layout
     from .pipelines.token_merging.apply import apply_negative_token_merging, remove_negative_token_merging
     from .pipelines.token_merging.mixin import TokenMergingMixin
+    from .pipelines.training.train import train_membranes
     from .pipelines.watermark.content import BoundImages, generate_bound
     from .pipelines.watermark.detect import detect_watermark
     from .pipelines.watermark.mixin import WatermarkMixin
@@ -89,6 +91,7 @@ _EXPORTS = {
     "Membranes": "methods.membranes.types",
     "VisualConfig": "methods.membranes.visual_fit",
     "VisualSide": "methods.membranes.visual",
+    "TrainingConfig": "methods.training.config",
     "apply_membranes": "pipelines.membranes.apply",
     "erase_concepts": "pipelines.membranes.erase",
     "export_lora": "pipelines.membranes.adapters",
@@ -96,6 +99,7 @@ _EXPORTS = {
     "load_membranes": "methods.membranes.file",
     "remove_membranes": "pipelines.membranes.apply",
     "save_membranes": "methods.membranes.file",
+    "train_membranes": "pipelines.training.train",
     # safe guidance
     "AdaVD": "methods.guidance.adavd",
     "Category": "methods.guidance.category",
@@ -175,6 +179,7 @@ __all__ = [
     "TokenMergingMixin",
     "VisualConfig",
     "VisualSide",
+    "TrainingConfig",
     "WatermarkError",
     "WatermarkKey",
     "WatermarkMixin",
@@ -202,6 +207,7 @@ __all__ = [
     "save_keyring",
     "save_membranes",
     "sign_noise",
+    "train_membranes",
     "update_keyring",
     "write_provenance",
 ]

@@ -13,7 +13,7 @@ from ..errors import MembraneError
 try:
     import tomllib
 except ModuleNotFoundError:  # Python 3.10
-    import tomli as tomllib
+    import tomli as tomllib  # type: ignore[import-not-found,unused-ignore]
 
 __all__ = ["ANCHORS", "LAYERS", "PRECISIONS", "WARM_STARTS", "TrainingConfig", "TrainingFile", "read_training"]
 
@@ -34,7 +34,7 @@ class TrainingConfig:
 
     Args:
         steps: of the optimiser, at most; early stop may end before.
-        learning_rate: peak of AdamW's, after `warmup` steps, then along a cosine.
+        learning_rate, warmup: peak of AdamW's, and the steps that lead up to it; from there on along a cosine.
         rank: of each projection's pair, >= 1; where a warm start has a pair, it keeps its own rank.
         layers: "text" (what reads text alone: the cheapest at work, cached once a prompt), "cross" (also the other
             projections of cross-attention, of joint attention in transformers), "all" (SPM's choice: attention, feed-
@@ -47,8 +47,12 @@ class TrainingConfig:
         anchor_source: "captions" (of the list to preserve), "latent" (points of text space between and beyond them), or
             "both" in turn.
         batch_size: pictures of a concept that are drawn and trained on side by side.
+        height, width: of those pictures, in pixels; 0 is the model's own size.
         sampling_steps: of the sampler whose latents are trained on, one at each step.
         sampling_guidance: of that sampler, towards the concept; 1 is none.
+        adversary_steps: of a search, at each step, for texts near the concept's captions that still bring it back; they
+            are erased beside the captions. 0 is none; each costs about as much as a step without. For attacks on text.
+        adversary_radius: how near, as a share of the captions' norm.
         concepts_per_batch: concepts whose rows go through the denoiser together: memory for speed, the same result.
         max_sequence_length: T5 positions (SD3, Flux), as in the pipeline's call; 0 is its default.
         validate_every: steps between two validations; 0 is never, and then nothing stops early.
@@ -66,7 +70,7 @@ class TrainingConfig:
     """
 
     steps: int = 200
-    learning_rate: float = 1e-3
+    learning_rate: float = 5e-3
     warmup: int = 10
     rank: int = 1
     layers: str = "all"
@@ -77,8 +81,12 @@ class TrainingConfig:
     anchor_power: float = 1.0
     anchor_source: str = "both"
     batch_size: int = 2
+    height: int = 0
+    width: int = 0
     sampling_steps: int = 20
     sampling_guidance: float = 3.0
+    adversary_steps: int = 0
+    adversary_radius: float = 0.3
     concepts_per_batch: int = 1
     max_sequence_length: int = 0
     validate_every: int = 25
@@ -100,17 +108,31 @@ class TrainingConfig:
         for name, least in (
             *((n, 1) for n in ("steps", "rank", "anchors", "batch_size", "checkpoint_every", "concepts_per_batch")),
             ("sampling_steps", 2),
-            *((n, 0) for n in ("warmup", "validate_every", "patience", "seed", "max_sequence_length")),
+            *(
+                (n, 0)
+                for n in (
+                    "warmup",
+                    "validate_every",
+                    "patience",
+                    "seed",
+                    "max_sequence_length",
+                    "adversary_steps",
+                    "height",
+                    "width",
+                )
+            ),
         ):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise MembraneError(f"{name}={value!r}; expected a whole number, at least {least}")
-        for name in ("learning_rate", "push", "anchor_weight", "anchor_power", "sampling_guidance"):
+        for name in ("learning_rate", "push", "anchor_weight", "anchor_power", "sampling_guidance", "adversary_radius"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
                 raise MembraneError(f"{name}={value!r}; expected a finite number >= 0")
         if self.learning_rate == 0:
             raise MembraneError("learning_rate=0 trains nothing; expected a number above 0, such as 1e-3")
+        if self.adversary_steps and self.adversary_radius == 0:
+            raise MembraneError("adversary_radius=0 leaves its search no room; expected a share above 0, such as 0.3")
         if not isinstance(self.gradient_checkpointing, bool):
             raise MembraneError(f"gradient_checkpointing={self.gradient_checkpointing!r}; expected true or false")
 

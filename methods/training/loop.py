@@ -132,7 +132,7 @@ class TrainingLog:
 
     def write(self, step: int, **figures: Any) -> dict[str, Any]:
         """Write the row of the steps counted since the last one; figures are added as they are."""
-        means = {name: round(value / self._counted, 7) for name, value in self._sums.items()}
+        means = {name: float(f"{value / self._counted:.6g}") for name, value in self._sums.items()}
         row = {"step": step, **means, **figures}
         if self._counted:
             row["seconds_per_step"] = round((time.monotonic() - self._since) / self._counted, 3)

@@ -124,6 +124,8 @@ def draw_arithmetic(
     terms: Sequence[tuple[float, str]],
     count: int = 1,
     *,
+    height: int | None = None,
+    width: int | None = None,
     steps: int = 25,
     guidance_scale: float = 4.0,
     seed: int = 0,
@@ -138,6 +140,7 @@ def draw_arithmetic(
         pipe: the protected pipeline, SD1.x, SD2, SDXL, SD3 or Flux.
         terms: (weight, prompt).
         count: pictures, from the noise of seed, seed + 1, ...
+        height, width: in pixels; None is the model's own.
         steps: of a deterministic sampler. guidance_scale: g.
 
     Returns:
@@ -156,7 +159,7 @@ def draw_arithmetic(
     features = encode_text(pipe, ["", *prompts], told=True)
     rows = torch.arange(1 + len(prompts)).repeat_interleave(count).to(device)
     hidden, pooled = (None if t is None else t[rows] for t in (features.hidden, features.pooled))
-    shape = latent_shape(pipe)
+    shape = latent_shape(pipe, height, width)
     noise = [torch.randn(*shape, generator=torch.Generator().manual_seed(seed + n)) for n in range(count)]
 
     def predict(latents: Tensor, times: Tensor) -> Tensor:

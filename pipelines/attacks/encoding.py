@@ -8,12 +8,13 @@ others (SD3's T5, Flux's CLIP) read the words that stand for them.
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...methods.errors import ModelError, SemipermError
 from ...methods.membranes.phrases import fold, names
@@ -42,13 +43,13 @@ class OpenEncoder:
         found = reader_of(pipe)
         if found is None:
             raise ModelError(f"{type(pipe).__name__} has no text encoder to search words for")
-        _, self.tokenizer = found
+        self.tokenizer = copy.deepcopy(found[1])  # whoever asks a tokenizer changes how it pads
         vocabulary, self._encoders, self._others = self.tokenizer.get_vocab(), [], []
         for name in TOKENIZERS:
             tokenizer, encoder = getattr(pipe, name, None), getattr(pipe, f"text_encoder{name[9:]}", None)
             if tokenizer is None or encoder is None:
                 continue
-            same = tokenizer is self.tokenizer or tokenizer.get_vocab() == vocabulary
+            same = tokenizer.get_vocab() == vocabulary
             (self._encoders if same else self._others).append((f"prompt{name[9:]}", encoder))
         tables = [encoder.get_input_embeddings().weight.detach() for _, encoder in self._encoders]
         rows = min(len(table) for table in tables)
@@ -112,8 +113,10 @@ class OpenEncoder:
         handles = []
         try:
             for (_, encoder), part in zip(self._encoders, embeddings.split(self._widths, dim=2), strict=True):
-                layer = encoder.get_input_embeddings()
-                handles.append(layer.register_forward_hook(self._hook(part)))
+                weight = encoder.get_input_embeddings().weight  # T5 ties two layers to it
+                for module in encoder.modules():
+                    if isinstance(module, nn.Embedding) and module.weight is weight:
+                        handles.append(module.register_forward_hook(self._hook(part)))
             yield
         finally:
             for handle in handles:

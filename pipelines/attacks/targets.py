@@ -54,7 +54,14 @@ class Targets:
 
 @torch.no_grad()
 def targets_from_model(
-    pipe: Pipeline, prompt: str | Sequence[str], count: int = 32, *, guidance_scale: float = 3.0, seed: int = 0
+    pipe: Pipeline,
+    prompt: str | Sequence[str],
+    count: int = 32,
+    *,
+    height: int | None = None,
+    width: int | None = None,
+    guidance_scale: float = 3.0,
+    seed: int = 0,
 ) -> Targets:
     """What the untouched model predicts for a prompt, on the way to its pictures: P4D's target.
 
@@ -62,6 +69,7 @@ def targets_from_model(
         pipe: the untouched model, before membranes are put on it.
         prompt: that names the concept, or several, taken in turn.
         count: points, spread over the schedule.
+        height, width: of the pictures, in pixels; None is the model's own.
         guidance_scale: of the way there; the target itself is not guided.
         seed: of the noise.
 
@@ -74,7 +82,7 @@ def targets_from_model(
     if count < 1 or not prompts:
         raise SemipermError(f"{count} points for {len(prompts)} prompts; expected at least one of each")
     predictor, device = Predictor(pipe), device_of(pipe)
-    shape, noise = latent_shape(pipe), torch.Generator().manual_seed(seed)
+    shape, noise = latent_shape(pipe, height, width), torch.Generator().manual_seed(seed)
     latents = torch.randn(count, *shape, generator=noise).to(device)
     times = predictor.times(_STEPS, latents).to(device)
     places = [row * _STEPS // count for row in range(count)]

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ...methods.errors import MembraneError
 from ...methods.files import open_safetensors
+from ...methods.training.adversary import adversarial_texts
 from ...methods.training.config import TrainingConfig
 from ...methods.training.loop import learning_rate, load_checkpoint, save_checkpoint
 from ...methods.training.objectives import anchoring_loss, erasing_loss, erasing_target
@@ -63,7 +64,7 @@ class Trainer:
                 f"batch_size={count} cannot be shared by {world} processes; expected a multiple of {world}"
             )
         self.mine = range(accelerator.process_index, count, world)
-        shape = latent_shape(predictor.pipe)
+        shape = latent_shape(predictor.pipe, self.config.height or None, self.config.width or None)
         self.latents = torch.zeros(len(packed.names), len(self.mine), *shape, device=self.device)
         self.times = predictor.times(self.config.sampling_steps, self.latents[0])
         self.best = [_Best() for _ in packed.names]
@@ -127,19 +128,33 @@ class Trainer:
             e_concept, e_surrogate, e_anchors, *e_none = self._predict(parts)
         target = erasing_target(e_concept, e_surrogate, config.push)
         owners = [k for k in group for _ in range(per)]
-        with self.packed.on([*owners, *(k for k in owners for _ in range(config.anchors))]):
+        rows, aims = [parts[0]], [target]
+        if config.adversary_steps:
+            rows.append((latents, now, self._adversary(parts[0], e_concept, owners)))
+            aims.append(target)
+        with self.packed.on([*owners * len(rows), *(k for k in owners for _ in range(config.anchors))]):
             with self.autocast():
-                erased, anchored = self._predict([parts[0], parts[2]])
+                *erased, anchored = self._predict([*rows, parts[2]])
             # over the pictures of one concept a mean, over concepts the sum: each is trained as if it were alone
-            erasing = erasing_loss(erased, target).sum() / per
+            erasing = erasing_loss(torch.cat(erased), torch.cat(aims)).sum() / (per * len(rows))
             anchoring = anchoring_loss(anchored, e_anchors).sum() / (per * config.anchors)
             self.scaler.scale(erasing + config.anchor_weight * anchoring).backward()
-        guided = erased.detach().float()
+        guided = erased[0].detach().float()
         if e_none:
             guided = e_none[0] + config.sampling_guidance * (guided - e_none[0])
         moved = self.predictor.step(latents, guided, now, then)
         self.latents[list(group)] = moved.unflatten(0, (len(group), per))
         return torch.stack([erasing.detach(), anchoring.detach()]).float().cpu()
+
+    def _adversary(self, part: tuple[Tensor, Tensor, Embedding], concept: Tensor, owners: list[int]) -> Embedding:
+        """Texts near the captions with which the membranes let most of the concept through; pooled ones stay."""
+        latents, now, (hidden, pooled) = part
+
+        def loss_of(asked: Tensor) -> Tensor:
+            with self.packed.on(owners), self.autocast():
+                return erasing_loss(self.predictor(latents, now, asked, pooled), concept)
+
+        return adversarial_texts(loss_of, hidden, self.config.adversary_steps, self.config.adversary_radius), pooled
 
     def _predict(self, parts: Sequence[tuple[Tensor, Tensor, Embedding]]) -> list[Tensor]:
         """The predictions of several groups of rows, in one call of the denoiser."""

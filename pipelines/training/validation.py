@@ -47,7 +47,7 @@ class Validation:
         figures = {"loss": loss, "erased": erasing / before, "moved": anchoring / before}
         # devices may round differently: all processes go by the first one's
         sent = broadcast(torch.stack(list(figures.values())).float())
-        return {name: round(float(value), 7) for name, value in zip(figures, sent, strict=True)}
+        return {name: float(f"{float(value):.6g}") for name, value in zip(figures, sent, strict=True)}
 
     def _made(self, name: str) -> tuple:
         config = self.words.config
@@ -68,7 +68,7 @@ class Validation:
         """Latents (ROWS, ...) of guided pictures of the words, each at its own place of the schedule, and timesteps."""
         config, (hidden, pooled) = self.words.config, words
         seeds = [seed_of(config.seed, "validation", name, row) for row in range(ROWS)]
-        shape = latent_shape(self.predictor.pipe)
+        shape = latent_shape(self.predictor.pipe, config.height or None, config.width or None)
         latents = torch.stack([torch.randn(*shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
         latents, steps = latents.to(self.device), config.sampling_steps
         times = self.predictor.times(steps, latents).to(self.device)

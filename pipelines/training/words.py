@@ -52,12 +52,14 @@ class Words:
         object.__setattr__(self, "_forms", TEMPLATES + FREE if given is None else tuple(given))
 
     def encode(self, captions: Sequence[str]) -> Embedding:
-        """Each caption is encoded once, and kept."""
-        fresh = [c for c in dict.fromkeys(captions) if c not in self._known]
-        if fresh:
-            made = encode_text(self.pipe, fresh, self.config.max_sequence_length or None)
-            pooled = [None] * len(fresh) if made.pooled is None else made.pooled
-            self._known.update(zip(fresh, zip(made.hidden, pooled, strict=True), strict=True))
+        """Each caption is encoded once, alone, and kept.
+
+        In a batch its last bits would depend on the others, and a resumed run has others.
+        """
+        for caption in captions:
+            if caption not in self._known:
+                made = encode_text(self.pipe, [caption], self.config.max_sequence_length or None)
+                self._known[caption] = made.hidden[0], None if made.pooled is None else made.pooled[0]
         hidden, pooled = zip(*(self._known[c] for c in captions), strict=True)
         return torch.stack(hidden), None if pooled[0] is None else torch.stack(pooled)
 

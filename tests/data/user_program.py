@@ -45,6 +45,7 @@ from semiperm import (
     SemipermError,
     TokenMergingError,
     TokenMergingMixin,
+    TrainingConfig,
     WatermarkError,
     WatermarkKey,
     WatermarkMixin,
@@ -72,6 +73,7 @@ from semiperm import (
     save_keyring,
     save_membranes,
     sign_noise,
+    train_membranes,
     update_keyring,
     write_provenance,
 )
@@ -89,6 +91,8 @@ def membranes(weight: Tensor) -> None:
     except (MembraneError, ModelError, KernelError):
         raise
     assert_type(erased, Membranes)
+    config = TrainingConfig(steps=10, layers="text", precision="bf16")
+    assert_type(train_membranes(pipe, "robot|android", config=config, workdir=Path("run"), progress=print), Membranes)
     assert_type(erased[0], Membrane)
     assert_type(erased[:1] + erased[0], Membranes)
     assert_type(erased[0].modules["lora_unet_a"], LowRank)
@@ -170,6 +174,7 @@ def watermark(picture: Image, image: Tensor) -> None:
 def ready(image: Tensor, ring: Keyring) -> None:
     mine = Mine()
     assert_type(mine.erase_concepts(["robot"]), Membranes)
+    assert_type(mine.train_membranes(["robot"]), Membranes)
     assert_type(mine.apply_membranes(mine.erase_concepts(["robot"])).report(), dict)
     assert_type(mine.import_membranes("a.safetensors"), Membranes)
     assert_type(mine.export_lora(mine.membranes, "a.safetensors"), Path)
@@ -195,6 +200,7 @@ def mistakes(ring: Keyring) -> None:
     print(semiperm.no_such_name)  # type: ignore[attr-defined]
     MembraneConfig(merging_alpha=1)  # type: ignore[call-arg]
     erase_concepts(pipe, 3)  # type: ignore[arg-type]
+    TrainingConfig(step=3)  # type: ignore[call-arg]
     detect_watermark(pipe, 3, ring)  # type: ignore[arg-type]
     sign_noise(pipe, "studio")  # type: ignore[arg-type]
     Window(0.5).contains("half")  # type: ignore[arg-type]
