@@ -194,44 +194,57 @@ def show_picture(path: Path, key: bytes | None, as_json: bool) -> None:
     Raises:
         CliError: it says nothing, or what it says is damaged.
     """
-    from ..methods.guidance.record import SEAL, sealed_is_intact
+    from ..methods.guidance.record import CHUNK, SEAL, sealed_is_intact
     from ..methods.provenance.picture_file import parse
 
-    texts = parse(path.read_bytes()).texts("semiperm")
+    texts = parse(path.read_bytes()).texts(CHUNK)
     if not texts:
-        raise common.CliError(f"{path} says nothing of how it was made: it has no text chunk `semiperm`")
+        raise common.CliError(f"{path} says nothing of how it was made: it has no text chunk `{CHUNK}`")
     try:
         record = json.loads(texts[0])
     except ValueError:
         raise common.CliError(f"{path}: its text chunk `semiperm` is damaged: not JSON") from None
-    guard = record.get("guard") if isinstance(record, dict) else None
-    if key is not None and guard is None:
+    guards = record.get("guard") if isinstance(record, dict) else None
+    guards = guards if isinstance(guards, list) else [] if guards is None else [guards]  # several: ComfyUI's nodes
+    if key is not None and not guards:
         raise common.CliError(f"{path} has no record of a guard whose seal could be checked")
     seal = None
     if key is not None:
-        seal = sealed_is_intact(guard, key)
+        seal = all(sealed_is_intact(guard, key) for guard in guards)
     if as_json:
         typer.echo(json.dumps(record if seal is None else record | {"seal_intact": seal}, indent=2, ensure_ascii=False))
     else:
-        for line in picture_lines(path, record, guard, seal, SEAL):
+        for line in picture_lines(path, record, guards, seal, SEAL):
             common.say(line)
     if seal is False:
         raise typer.Exit(1)
 
 
-def picture_lines(path: Path, record: dict, guard: dict | None, seal: bool | None, name: str) -> list[str]:
+def picture_lines(path: Path, record: dict, guards: list[dict], seal: bool | None, name: str) -> list[str]:
     """The record of a picture, in words."""
-    lines = [f"{path}: {record.get('prompt', '')!r} by {record.get('model', 'unknown')}"]
+    prompt = f"{record['prompt']!r} " if "prompt" in record else ""
+    lines = [f"{path}: {prompt}by {record.get('model', 'unknown')}"]
     if membranes := record.get("membranes"):
         lines.append(f"membranes: {', '.join(membranes)}")
-    if guard is None:
+    if not guards:
         return [*lines, "guard: none"]
+    for guard in guards:
+        lines += guard_lines(guard)
+    if seal is not None:
+        lines.append("seal: intact" if seal else "seal: BROKEN, the record was changed, or the key is another")
+    elif any(name in guard for guard in guards):
+        lines.append("seal: not checked (--guard-key FILE)")
+    return lines
+
+
+def guard_lines(guard: dict) -> list[str]:
+    """What one guard did, in words."""
     steps = guard["steps"]
     active = sum(bool(step["active"]) for step in steps)
-    lines.append(
+    lines = [
         f"guard: {', '.join(guard['algorithms'])} away from {', '.join(guard['categories'])}, strength"
         f" {guard['strength']:g}; active in {active} of {len(steps)} steps, {guard['evaluations']} extra evaluations"
-    )
+    ]
     for row in guard["rows"]:
         scores = [
             f"{kind} {row[f'{kind}_score']:.2f}" for kind in ("text", "picture") if row[f"{kind}_score"] is not None
@@ -242,9 +255,4 @@ def picture_lines(path: Path, record: dict, guard: dict | None, seal: bool | Non
             f"image {row['image']}: fired in {100 * row['fired']:.0f} % of the steps, mean scale {row['scale']:.3f}, by"
             f" {row['category'] or 'no category'}{detected}{refused}"
         )
-    lines.append(f"config {guard['config']}, categories {guard['categories_hash']}")
-    if seal is not None:
-        lines.append("seal: intact" if seal else "seal: BROKEN, the record was changed, or the key is another")
-    elif name in guard:
-        lines.append("seal: not checked (--guard-key FILE)")
-    return lines
+    return [*lines, f"config {guard['config']}, categories {guard['categories_hash']}"]

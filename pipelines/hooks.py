@@ -25,6 +25,7 @@ __all__ = [
     "install",
     "listen",
     "listeners_of",
+    "others_at",
     "parameters_of",
     "unheard",
     "uninstall",
@@ -68,6 +69,11 @@ def uninstall(module: nn.Module, name: str) -> None:
     elif hasattr(module, _CALLS):
         delattr(module, _CALLS)
         _leave(module)
+
+
+def others_at(module: nn.Module, name: str) -> bool:
+    """Whether hooks of other names stand around a module."""
+    return bool(set(getattr(module, _CALLS, {})) - {name})
 
 
 def untouched(module: nn.Module) -> Callable:

@@ -51,11 +51,15 @@ class Guided:
     Args:
         prediction: (B, ...) in the place of that for the prompt; guidance by the pipeline follows.
         scale: (B,) float32, mean scale of the change, 0 where nothing was unsafe. category: (B,) int64, whose branch.
+        alignment: (K, B) float32, how far the prompt's direction is each category's, -1 to 1; None where nobody asked.
+        loud: (K, B) bool, the branches that acted; None: all.
     """
 
     prediction: Tensor
     scale: Tensor
     category: Tensor
+    alignment: Tensor | None = None
+    loud: Tensor | None = None
 
 
 class Momentum:
@@ -150,6 +154,7 @@ class Algorithm:
         level: float,
         update: bool,
         strength: float,
+        evaluated: Tensor | None = None,
     ) -> Guided:
         """Prediction seam.
 
@@ -161,6 +166,7 @@ class Algorithm:
             active: (B,) bool, where the prediction may be changed.
             level: the noise level; update: whether a step begins with this call.
             strength: 0 changes nothing, 1 is the paper's.
+            evaluated: (K, B) bool, which of `safety` is there; what is not has the numbers of `uncond`. None: all.
         """
         raise self._undeclared("prediction")
 

@@ -18,8 +18,9 @@ from torch import Tensor
 from ..errors import GuidanceError
 from .config import SafeGuidanceConfig
 
-__all__ = ["GuidanceRecord", "seal", "sealed_is_intact"]
+__all__ = ["CHUNK", "GuidanceRecord", "record_of_picture", "seal", "sealed_is_intact"]
 
+CHUNK = "semiperm"  # the PNG text chunk that says how a picture was made; the record stands under "guard"
 SEAL = "hmac"
 _SHORTEST = 16  # bytes of a key: shorter ones are guessed
 
@@ -44,7 +45,8 @@ class GuidanceRecord:
             self.steps[-1]["active"] = True
 
     def add(self, name: str, value: Tensor) -> None:
-        """One outcome of the current step for each image, (B,): "scale", "category" or "picture_score"."""
+        """One outcome of the current step for each image, (B,): "scale", "category" (-1: none), "alignment" or
+        "picture_score"."""
         self.values[-1].setdefault(name, []).append(value.detach())
 
     @property
@@ -62,8 +64,9 @@ class GuidanceRecord:
             {"algorithms": names, "config": hash of all settings, "categories": names, "categories_hash", "strength",
             "window", "evaluations": rows of the denoiser beside those that were asked for, "rows": [{"kind":
             "positive", "image", "fired": share of the steps in which it was changed, "scale": mean scale of the change
-            over them, "scales": that of each step, "category": the one that acted most, or None, "text_score",
-            "picture_score": of the detectors (the highest), or None, "refused": whether it ended as plain grey}],
+            over them, "scales": that of each step, "category": the one that acted most, or None, "alignment":
+            with a category, the highest cosine, or None where dynamic mode is off, "text_score", "picture_score": of
+            the detectors (the highest), or None, "refused": whether it ended as plain grey}],
             "steps": [{"share", "sigma", "active"}]}.
         """
         return {
@@ -82,7 +85,11 @@ class GuidanceRecord:
         scales = [self._mean(step, "scale", image) for step in self.values]
         fired = [scale for scale in scales if scale > 0]
         acted = [int(v[image]) for step in self.values for v in step.get("category", ()) if len(v) == images]
-        scores = [float(v[image]) for step in self.values for v in step.get("picture_score", ())]
+        acted = [category for category in acted if category >= 0]
+        scores, cosines = (
+            [float(v[image]) for step in self.values for v in step.get(name, ())]
+            for name in ("picture_score", "alignment")
+        )
         category = max(set(acted), key=acted.count) if acted and fired else None
         return {
             "kind": "positive",
@@ -91,6 +98,7 @@ class GuidanceRecord:
             "scale": sum(scales) / len(scales) if scales else 0.0,
             "scales": [round(scale, 6) for scale in scales],
             "category": None if category is None else config.categories[category].name,
+            "alignment": max(cosines) if cosines else None,
             "text_score": None if self.text_scores is None else float(self.text_scores[image]),
             "picture_score": max(scores) if scores else None,
             "refused": image in self.refused,
@@ -100,6 +108,31 @@ class GuidanceRecord:
     def _mean(step: dict[str, list[Tensor]], name: str, image: int) -> float:
         found = step.get(name, ())
         return float(torch.stack([v[image].float() for v in found]).mean()) if found else 0.0
+
+
+def record_of_picture(reports: Sequence[dict[str, Any]], image: int, key: bytes | str | None = None) -> list[dict]:
+    """What a picture's file says of its guidance: each report with that picture's row alone, sealed where there is a
+    key.
+
+    Args:
+        reports: of `GuidanceRecord.report`, one for each guidance at work. image: which picture of the run.
+
+    Raises:
+        GuidanceError: no reports, or none of that picture; or a key that is too short.
+    """
+    found = []
+    for report in reports:
+        rows = [row for row in report["rows"] if row["image"] == image]
+        if len(rows) != 1:
+            raise GuidanceError(
+                f"the guidance record is of {len(report['rows'])} pictures, and has {len(rows)} rows for picture"
+                f" {image}: give the record of the run that drew these pictures"
+            )
+        alone = {**report, "rows": rows}
+        found.append(alone if key is None else seal(alone, key))
+    if not found:
+        raise GuidanceError("the guidance record says nothing; connect `record` of Guidance Report")
+    return found
 
 
 # ---- the seal --------------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from ...kernels.safe_guidance_step import safe_guidance_step
 from ..errors import GuidanceError
 from .algorithm import Algorithm, Guided, Momentum
 
-__all__ = ["PRESETS", "SLD", "best_aligned"]
+__all__ = ["PRESETS", "SLD", "alignment", "best_aligned"]
 
 # name -> warmup (the paper's delta, steps of 50), S, lambda, s_m, beta: table 1 of the paper as diffusers has it
 PRESETS = {
@@ -48,10 +48,11 @@ class SLD(Algorithm):
         threshold: lambda, in units of noise.
         momentum_scale: s_m, 0 to 1.
         momentum_beta: beta, 0 to below 1.
-        patience: steps for which a category must be silent on all images until its branch is left out; None evaluates
-            every branch in every step.
+        patience: dynamic mode: steps for which a category must be silent on an image until its branch is left out
+            there, and acts where it is not silent alone; None evaluates every branch in every step, as the paper.
         probe: every so many steps a branch that was left out is evaluated again.
-        silent: mean scale up to which a branch counts as silent.
+        silent: cosine of t - u and s - u up to which a branch counts as silent, -1 to 1. The default was chosen on the
+            canvas, where harmless prompts stay below it at first; the record's "alignment" shows it for your model.
 
     Raises:
         GuidanceError: another preset, or a value outside its range.
@@ -73,7 +74,7 @@ class SLD(Algorithm):
     momentum_beta: float | None = None
     patience: int | None = None
     probe: int = 8
-    silent: float = 0.02
+    silent: float = 0.2  # canvas, first step: harmless prompts -0.1 to 0.14, prompts with the hazard 0.1 to 0.5
 
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:
@@ -84,7 +85,7 @@ class SLD(Algorithm):
                 object.__setattr__(self, name, value)
         # lambda above 1 is more than noise itself ever differs by; beta 1 would never learn
         self._check(warmup=(0, 1), safety_scale=(0, 1e6), threshold=(-10, 10), momentum_scale=(0, 1))
-        self._check(momentum_beta=(0, 0.9999), probe=(1, 1000), silent=(0, 1))
+        self._check(momentum_beta=(0, 0.9999), probe=(1, 1000), silent=(-1, 1))
         if self.patience is not None:
             self._check(patience=(1, 1000))
 
@@ -103,14 +104,21 @@ class SLD(Algorithm):
         level: float,
         update: bool,
         strength: float,
+        evaluated: Tensor | None = None,
     ) -> Guided:
         rows = len(text)
         none = torch.zeros(rows, dtype=torch.int64, device=text.device)
+        cosines = alignment(uncond, text, safety) if len(safety) and self.patience is not None else None
+        loud = evaluated
+        if cosines is not None:
+            loud = cosines > self.silent if evaluated is None else (cosines > self.silent) & evaluated
         m = momentum.at(level, update)
         if abs(unit) < _NO_UNIT or (not len(safety) and m is None):
-            return Guided(text, torch.zeros(rows, device=text.device), none)
+            return Guided(text, torch.zeros(rows, device=text.device), none, cosines, loud)
         # without a branch the rest of the momentum acts: s = u has no part of its own
         branches = safety if len(safety) else uncond[None]
+        if loud is not None and len(safety):
+            branches = torch.where(loud.view(*loud.shape, *[1] * (text.ndim - 1)), safety, uncond)
         options: dict[str, Any] = {
             "guidance_scale": 1.0,  # u + 1 (t - u - gamma) = t - gamma: guidance itself is the pipeline's
             "safety_guidance_scale": self.safety_scale,
@@ -121,18 +129,22 @@ class SLD(Algorithm):
         }
         u, t = (uncond, text) if unit == 1.0 else (uncond * unit, text * unit)
         found = [safe_guidance_step(u, t, s if unit == 1.0 else s * unit, m, **options) for s in branches]
-        pick = none if len(found) == 1 else best_aligned(u, t, branches * unit)
+        pick = none if len(found) == 1 else best_aligned(uncond, text, safety, loud)
         guided, new_momentum, scale = (_picked(torch.stack(part), pick) for part in zip(*found, strict=True))
         momentum.keep(new_momentum, update)
         if unit != 1.0:
             guided = guided / unit
         if strength != 1.0:
             guided = torch.lerp(text.float(), guided.float(), strength).to(text.dtype)
-        return Guided(guided, scale if len(safety) else torch.zeros_like(scale), pick)
+        if not len(safety):
+            scale = torch.zeros_like(scale)
+        elif loud is not None:
+            scale = scale * _picked(loud, pick)
+        return Guided(guided, scale, pick, cosines, loud)
 
 
-def best_aligned(uncond: Tensor, text: Tensor, safety: Tensor) -> Tensor:
-    """(B,): the category whose direction s - u the prompt's t - u follows most closely (cosine).
+def alignment(uncond: Tensor, text: Tensor, safety: Tensor) -> Tensor:
+    """(K, B) float32: the cosine of the prompt's direction t - u and each category's s - u; 0 where there is none.
 
     Args:
         uncond, text: (B, ...). safety: (K, B, ...).
@@ -140,7 +152,17 @@ def best_aligned(uncond: Tensor, text: Tensor, safety: Tensor) -> Tensor:
     prompt = rearrange((text - uncond).float(), "b ... -> b (...)")
     harm = rearrange((safety - uncond).float(), "k b ... -> k b (...)")
     along = reduce(prompt * harm, "k b m -> k b", "sum")
-    return (along / harm.norm(dim=-1).clamp_min(1e-12)).argmax(dim=0)
+    return along / (harm.norm(dim=-1) * prompt.norm(dim=-1)).clamp_min(1e-12)
+
+
+def best_aligned(uncond: Tensor, text: Tensor, safety: Tensor, among: Tensor | None = None) -> Tensor:
+    """(B,): the category whose direction s - u the prompt's t - u follows most closely (cosine).
+
+    Args:
+        uncond, text: (B, ...). safety: (K, B, ...). among: (K, B) bool, those that may be chosen; None: all.
+    """
+    cosines = alignment(uncond, text, safety)
+    return (cosines if among is None else cosines.masked_fill(~among, -2.0)).argmax(dim=0)
 
 
 def _picked(values: Tensor, pick: Tensor) -> Tensor:

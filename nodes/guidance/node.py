@@ -133,8 +133,9 @@ class SemipermSafeGuidanceAdvanced(io.ComfyNode):
                     default=0,
                     min=0,
                     max=1000,
-                    tooltip="Leave a category's branch out after so many steps in which it did nothing, and look again"
-                    " every 8. 0: evaluate every branch in every step.",
+                    tooltip="Dynamic mode: a category acts only where the prompt leads towards it, and is left out"
+                    " after so many steps in which it does not; it is looked at again every 8. 0: every branch, every"
+                    " step.",
                 ),
                 _words(),
             ],

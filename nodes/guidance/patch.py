@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ...methods.errors import GuidanceError
 from ...methods.guidance.algorithm import Momentum
+from ...methods.guidance.branches import Branches
 from ...methods.guidance.config import SafeGuidanceConfig
 from ...methods.guidance.record import GuidanceRecord
 from ..extra_rows import rows_of
@@ -112,7 +113,7 @@ class GuidancePatch:
         self.guider = None
         self.step: tuple[float, float, bool] | None = None  # share, sigma, active of the call at hand
         self.guided = False  # whether the call at hand was
-        self.silent = [0] * len(self.config.categories)
+        self.worth = Branches.of(self.config)
         self.positive: list[int] = []
         self.over = False
         self.calls = 0
@@ -197,7 +198,8 @@ class GuidancePatch:
         self.guided = True
         if not self.step[2]:
             return executor(model, conds, x, timestep, *args, **kwargs)
-        branches = self._branches()
+        wanted = self.worth.wanted(self.images)
+        branches = wanted.any(dim=1).nonzero()[:, 0].tolist()
         safety = [self._prepared(k) for k in branches]
         found = executor(model, [*conds, *safety], x, timestep, *args, **kwargs)
         if len(found) != len(conds) + len(safety):
@@ -206,7 +208,8 @@ class GuidancePatch:
                 " leaves some out; remove it"
             )
         out = list(found[: len(conds)])
-        out[where] = self._guided(out[other], out[where], found[len(conds) :], branches, self._update(args, kwargs))
+        self.record.evaluations += len(out[where]) * len(safety)
+        out[where] = self._guided(out[other], out[where], found[len(conds) :], wanted, self._update(args, kwargs))
         return out
 
     def _prepared(self, category: int):
@@ -218,16 +221,6 @@ class GuidancePatch:
             )
         return cond
 
-    def _branches(self) -> list[int]:
-        patience = next((one.patience for one in self.guiding if one.patience is not None), None)
-        probe, found = self.guiding[0].probe, []
-        for k in range(len(self.config.categories)):
-            if patience is not None and self.silent[k] >= patience and (self.silent[k] - patience) % probe != probe - 1:
-                self.silent[k] += 1
-            else:
-                found.append(k)
-        return found
-
     def _update(self, args: tuple, kwargs: dict) -> bool:
         """Whether a step begins with this noise level; second-order samplers ask for others, too."""
         options = kwargs.get("model_options") or next((a for a in args if isinstance(a, dict)), {})
@@ -236,29 +229,34 @@ class GuidancePatch:
             return True
         return bool(((sigmas.float().cpu() - self.step[1]).abs() <= 1e-4 * max(self.step[1], 1e-4)).any())
 
-    def _guided(self, uncond: Tensor, text: Tensor, safety: list[Tensor], branches: list[int], update: bool) -> Tensor:
-        """Predicted pictures in units of noise differ by -1 / sigma, of flow models by -(1 - sigma) / sigma."""
+    def _guided(self, uncond: Tensor, text: Tensor, safety: list[Tensor], wanted: Tensor, update: bool) -> Tensor:
+        """Predicted pictures in units of noise differ by -1 / sigma, of flow models by -(1 - sigma) / sigma.
+
+        Args:
+            safety: of each category that is wanted on any image; wanted: (K, B) bool.
+        """
         share, sigma, _ = self.step
         flow = isinstance(self.sampling, comfy.model_sampling.CONST)
         unit = -(1 - sigma if flow else 1.0) / max(sigma, 1e-6)
         stacked = torch.stack(safety) if safety else text[None][:0]
-        self.record.evaluations += len(text) * len(safety)
+        branches = wanted.any(dim=1).nonzero()[:, 0]
+        evaluated = None if bool(wanted[branches].all()) else wanted[branches].to(text.device)
         for one in self.guiding:
             active = torch.full((len(text),), share >= one.window() - 1e-4, device=text.device)
             outcome = one.guide(
                 uncond, text, stacked, self.momentum, unit=unit, active=active, level=sigma, update=update,
-                strength=self.config.strength,
+                strength=self.config.strength, evaluated=evaluated,
             )  # fmt: skip
             text = outcome.prediction
             self.record.add("scale", outcome.scale * active)
-            if branches:
-                picked = torch.tensor(branches, device=text.device)[outcome.category]
-                self.record.add("category", picked)
-                if one.patience is not None:
-                    pairs = list(zip(outcome.scale.tolist(), picked.tolist(), strict=True))
-                    for k in branches:
-                        loud = any(scale > one.silent for scale, category in pairs if category == k)
-                        self.silent[k] = 0 if loud else self.silent[k] + 1
+            if safety:
+                picked = branches.to(text.device)[outcome.category]
+                self.record.add("category", picked.where(outcome.scale > 0, -1))
+                if outcome.alignment is not None:
+                    self.record.add("alignment", outcome.alignment.amax(dim=0))
+                    loud = torch.zeros_like(wanted)
+                    loud[branches] = outcome.loud.cpu()
+                    self.worth.heard(wanted, loud)
         return text
 
     # ---- the attention seam's view of a call -------------------------------------------------------------------------

@@ -1,17 +1,21 @@
-"""Saving with provenance in ComfyUI: the workflow, a record of origin that names the mark found, and a C2PA manifest.
+"""Saving with provenance in ComfyUI: the workflow, a record of origin that names the mark found, what safe guidance
+did, and a C2PA manifest.
 
-Order matters: ComfyUI writes the picture and its workflow, then comes the record, and the manifest, which covers every
+Order matters: ComfyUI writes the picture and its workflow, then come the records, and the manifest, which covers every
 byte, comes last.
 """
 
+import json
 import os
 from pathlib import Path
 
 import folder_paths
 from comfy_api.latest import io, ui
 
-from ...methods.errors import WatermarkError
+from ...methods.errors import GuidanceError, WatermarkError
 from ...methods.files import write_file
+from ...methods.guidance.record import CHUNK, SEAL, record_of_picture
+from ...methods.provenance.picture_file import parse
 from ...methods.provenance.record import describe, embed
 from ..private import private_folder
 from ..sockets import DetectionIO, aliases, digest
@@ -66,13 +70,50 @@ def records_of(images, detection, model_name: str) -> list:
     return records
 
 
-def save(images, filename_prefix: str, records: list, credentials, cls):
-    """Save pictures as ComfyUI does, then write record and manifest into them; (what was saved, text)."""
+def seal_key() -> bytes | None:
+    """The secret that seals guidance records: user/__semiperm/guidance.key; None where there is no such file."""
+    path = private_folder("guidance.key")
+    return path.read_bytes().strip() if path.is_file() else None
+
+
+def guidance_of(images, guidance: str | None, model_name: str) -> list[str | None]:
+    """For each picture the text chunk that says what safe guidance did, in `semiperm generate`'s form.
+
+    Args:
+        guidance: `record` of Guidance Report, of the run that drew these pictures; None: no chunk.
+
+    Raises:
+        GuidanceError: no such record, or one of other pictures.
+    """
+    if guidance is None:
+        return [None] * len(images)
+    try:
+        reports = json.loads(guidance)
+        counts = {len(report["rows"]) for report in reports}
+    except (ValueError, TypeError, KeyError):
+        raise GuidanceError(
+            "guidance is not a guidance record; expected JSON as Guidance Report's output `record` has it"
+        ) from None
+    if counts != {len(images)}:
+        raise GuidanceError(
+            f"the guidance record is of {', '.join(map(str, sorted(counts))) or 'no'} pictures, and {len(images)} are"
+            " to be saved: connect the Guidance Report of the sampler that drew them"
+        )
+    name, key = model_name.strip() or _UNNAMED, seal_key()
+    found = [record_of_picture(reports, image, key) for image in range(len(images))]
+    return [json.dumps({"model": name, "guard": one[0] if len(one) == 1 else one}) for one in found]
+
+
+def save(images, filename_prefix: str, records: list, guards: list, credentials, cls):
+    """Save pictures as ComfyUI does, then write records and manifest into them; (what was saved, text)."""
     saved = ui.ImageSaveHelper.save_images(images, filename_prefix, io.FolderType.output, cls)
     lines = []
-    for one, record in zip(saved, records, strict=True):
+    for one, record, guard in zip(saved, records, guards, strict=True):
         path = Path(folder_paths.get_output_directory(), one["subfolder"], one["filename"])
-        data = embed(path.read_bytes(), record)
+        data = path.read_bytes()
+        if guard is not None:
+            data = parse(data).with_text(CHUNK, guard).to_bytes()
+        data = embed(data, record)
         if credentials is not None:
             from ...methods.provenance.c2pa import sign
 
@@ -80,6 +121,8 @@ def save(images, filename_prefix: str, records: list, credentials, cls):
         write_file(path, data)
         mark = "no mark named" if record.key_id is None else f"mark of key {record.key_id}"
         mark += f", unique id {record.unique_id}" if record.unique_id else ""
+        if guard is not None:
+            mark += f", guidance record {'sealed' if SEAL in guard else 'not sealed'}"
         name = os.path.join(one["subfolder"], one["filename"])
         lines.append(f"{name}: {mark}, {'no C2PA manifest' if credentials is None else 'C2PA manifest signed'}")
     return saved, "\n".join(lines)
@@ -120,6 +163,13 @@ class SemipermSaveWithProvenance(io.ComfyNode):
                     tooltip="From Detect Watermark, for the same pictures. The record then names the mark that was"
                     " found; without it, no mark is named.",
                 ),
+                io.String.Input(
+                    "guidance",
+                    optional=True,
+                    force_input=True,
+                    tooltip="`record` of Guidance Report, of the sampler that drew these pictures: what safe guidance"
+                    " did is then written into each file, sealed with user/__semiperm/guidance.key where there is one.",
+                ),
             ],
             outputs=[
                 io.Image.Output("saved_images", display_name="IMAGE", tooltip="The pictures that came in, unchanged."),
@@ -137,9 +187,10 @@ class SemipermSaveWithProvenance(io.ComfyNode):
         return known or f"there is no certificate {certificate!r}; expected one of {certificate_names()}"
 
     @classmethod
-    def execute(cls, images, filename_prefix, model_name, certificate, detection=None):
+    def execute(cls, images, filename_prefix, model_name, certificate, detection=None, guidance=None):
         credentials, records = credentials_of(certificate), records_of(images, detection, model_name)
-        saved, text = save(images, filename_prefix, records, credentials, cls)
+        guards = guidance_of(images, guidance, model_name)
+        saved, text = save(images, filename_prefix, records, guards, credentials, cls)
         shown = ui.SavedImages(saved).as_dict() | ui.PreviewText(text).as_dict()
         return io.NodeOutput(images, text, ui=shown)
 

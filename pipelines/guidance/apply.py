@@ -123,7 +123,8 @@ class SafeGuidanceHandle(Handle):
         if len(wide) > 1:
             run.negative = (wide[1], flat[1] if len(flat) > 1 else None)
         words = _words(arguments)
-        run.prompts = read_prompts(pipe, self.config, words, wide[0], flat[0] if flat else None, length)
+        pooled = flat[0] if flat else None
+        run.prompts = read_prompts(pipe, self.config, words, wide[0], pooled, length, self.texts.read)
         if self.config.detectors:
             run.fired = torch.zeros(len(wide[0]), len(self.config.chosen), dtype=torch.bool)
             self._judge(run)
@@ -225,9 +226,12 @@ class SafeGuidanceHandle(Handle):
         if not call.positive or not call.active:
             return
         if call.shares:
-            total = torch.zeros(len(call.positive), device=call.shares[0][1].device)
+            by_rows: dict[tuple, list[Tensor]] = {}
             for rows, share in call.shares:
-                total[[call.positive.index(row) for row in rows]] += share.float()
+                by_rows.setdefault(tuple(rows), []).append(share.float())
+            total = torch.zeros(len(call.positive), device=call.shares[0][1].device)
+            for rows, shares in by_rows.items():
+                total[[call.positive.index(row) for row in rows]] += torch.stack(shares).sum(dim=0)
             run.record.add("scale", total / len(call.shares))
         edits = {image for _, image in self.root._edits(run, call)}
         if self.config.having("text"):

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ...methods.errors import GuidanceError
 from ..family import Family
-from ..hooks import untouched
+from ..hooks import others_at, untouched
 
 __all__ = ["attention_hooks", "joint_of", "needs_rows"]
 
@@ -111,11 +111,19 @@ class Values:
         call = self.handle.call
         if call is None or not call.active or not call.positive:
             return values
-        harm, config = self._harm(module, call, values), self.handle.config
-        stretch = slice(0, call.text if self.single else values.shape[1])
         rows = [row for row in call.positive if self.handle.guides(row, call)]
         if not rows:
             return values
+        call.edited += 1
+        kept = self._kept(module, x, values, rows)
+        if kept is None:
+            kept = self._edited(call, values, rows, self._harm(module, call, values))
+            self._keep(module, x, values, rows, kept)
+        self.handle.acted(self.path, rows, kept[1])
+        return kept[0]
+
+    def _edited(self, call, values: Tensor, rows: list[int], harm: Tensor) -> tuple[Tensor, Tensor]:
+        config, stretch = self.handle.config, slice(0, call.text if self.single else values.shape[1])
         part = values[rows][:, stretch]
         share = torch.zeros(len(rows), device=values.device)
         for algorithm in config.having("values"):
@@ -125,9 +133,37 @@ class Values:
             part, share = edited, share + taken
         values = values.clone()
         values[rows, stretch] = part
-        call.edited += 1
-        self.handle.acted(self.path, rows, share)
-        return values
+        return values, share
+
+    def _plain(self, module: nn.Module, x: Tensor, values: Tensor) -> bool:
+        """Whether these values depend on the text and the layer's own weight alone, so that they serve all steps."""
+        return (
+            not needs_rows(self.handle.family)
+            and not torch.compiler.is_compiling()
+            and not values.requires_grad
+            and not x.is_inference()
+            and isinstance(module, nn.Linear)
+            and getattr(type(module), "_semiperm_base", type(module)) is nn.Linear
+            and not others_at(module, self.handle.NAME)
+            and not module._forward_hooks
+            and not module._forward_pre_hooks
+        )
+
+    def _kept(self, module: nn.Module, x: Tensor, values: Tensor, rows: list[int]) -> tuple[Tensor, Tensor] | None:
+        """What was made of the same text before: text is given to cross-attention as the same tensor in every step."""
+        known = self.handle.now.edited.get(self.path)
+        if known is None or known[0] is not x or known[1] != self._state(module, x, values, rows):
+            return None
+        return known[2] if self._plain(module, x, values) else None
+
+    def _keep(self, module: nn.Module, x: Tensor, values: Tensor, rows: list[int], made: tuple[Tensor, Tensor]) -> None:
+        if self._plain(module, x, values):
+            self.handle.now.edited[self.path] = x, self._state(module, x, values, rows), made
+
+    @staticmethod
+    def _state(module: nn.Module, x: Tensor, values: Tensor, rows: list[int]) -> tuple:
+        weight = module.weight
+        return x._version, id(weight), weight._version, values.dtype, values.device, tuple(rows)
 
     def _harm(self, module: nn.Module, call, values: Tensor) -> Tensor:
         """(R, C): the values of the categories' phrases at their last tokens."""

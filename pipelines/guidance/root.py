@@ -17,6 +17,7 @@ from torch import Tensor
 from ...methods.errors import GuidanceError
 from ...methods.modules import same_bits, stamp
 from ..family import Family
+from ..hooks import others_at
 from ..rows import ExtraRows, with_rows
 from ..scheduler import alphas_of, image_tokens, noise_levels, share_of, sigma_of
 from .layers import joint_of, needs_rows
@@ -139,12 +140,12 @@ class Root:
             return
         texts = self.handle.texts
         if self.branching:
-            call.branches = self._branches(run)
+            self._choose_branches(run, call)
             if not self.family.one_call:
                 call.extras.append(Extra("uncond", call.positive, *run.negative))
-            if call.branches:
-                picks = [k for k in call.branches for _ in call.positive]
-                sources = call.positive * len(call.branches)
+            if call.pairs:
+                sources = [call.positive[image] for _, image in call.pairs]
+                picks = [k for k, _ in call.pairs]
                 call.extras.append(self._extra("branch", sources, texts.branches, texts.pooled_branches, picks))
         if joint_of(self.family, self.config) and any(self.handle.guides(row, call) for row in call.positive):
             together = texts.together, texts.pooled_together
@@ -159,19 +160,16 @@ class Root:
     def _extra(kind: str, sources, hidden: Tensor, pooled: Tensor | None, picks: list[int]) -> Extra:
         return Extra(kind, tuple(sources), hidden[picks], None if pooled is None else pooled[picks])
 
-    def _branches(self, run: GuidanceRun) -> tuple[int, ...]:
-        """The categories that are worth a branch in this step."""
-        found = []
-        for k in range(len(self.config.categories)):
-            if run.fired is not None and not bool(run.fired[:, k].any()):
-                continue
-            patience = next((one.patience for one in self.guiding if one.patience is not None), None)
-            probe = next(one.probe for one in self.guiding)
-            if patience is not None and run.silent[k] >= patience and (run.silent[k] - patience) % probe != probe - 1:
-                run.silent[k] += 1
-                continue
-            found.append(k)
-        return tuple(found)
+    def _choose_branches(self, run: GuidanceRun, call: GuidanceCall) -> None:
+        """The categories that are worth a branch in this step, and on which images."""
+        wanted = run.branches.wanted(len(call.positive))
+        if run.fired is not None:
+            wanted = wanted & run.fired.mT
+        call.wanted = wanted
+        call.branches = tuple(wanted.any(dim=1).nonzero()[:, 0].tolist())
+        if others_at(self.handle.denoiser, self.handle.NAME):  # they count rows by images
+            wanted = wanted.any(dim=1, keepdim=True).expand_as(wanted)
+        call.pairs = tuple((k, image) for k, image in wanted.nonzero().tolist())
 
     def change_inputs(self, run: GuidanceRun, call: GuidanceCall, inputs: dict) -> dict | None:
         """The call's inputs with edited text and added rows; None where they stay."""
@@ -180,7 +178,7 @@ class Root:
             return None
         hidden = inputs["encoder_hidden_states"]
         sources = [source for extra in call.extras for source in extra.sources]
-        key = (id(hidden), tuple(edits), call.branches, tuple(extra.kind for extra in call.extras), tuple(sources))
+        key = (id(hidden), tuple(edits), call.pairs, tuple(extra.kind for extra in call.extras), tuple(sources))
 
         def text(name: str, value: Tensor, edited: Tensor | None, added: Sequence[Tensor | None]) -> Tensor:
             key_of = (name, *key)
@@ -268,10 +266,7 @@ class Root:
         if call.active and self.guiding:
             uncond = prediction[call.rows_of("uncond")] if not self.family.one_call else own[negative]
             text = own[rows]
-            safety = (
-                prediction[call.rows_of("branch")].unflatten(0, (len(call.branches), -1)) if call.branches else None
-            )
-            guided = self._guided(run, call, uncond, text, text[None][:0] if safety is None else safety)
+            guided = self._guided(run, call, uncond, text, self._safety(call, prediction, uncond))
             own = own.clone()
             own[rows] = guided
             if not self.family.one_call:
@@ -281,34 +276,46 @@ class Root:
         run.broken = broken if run.broken is None else run.broken | broken
         return self._refuse(run, call, own)
 
+    @staticmethod
+    def _safety(call: GuidanceCall, prediction: Tensor, uncond: Tensor) -> Tensor:
+        """(K, B, ...), as `Algorithm.guide` takes it."""
+        if not call.pairs:
+            return uncond[None][:0]
+        rows = prediction[call.rows_of("branch")]
+        if len(call.pairs) == len(call.branches) * len(call.positive):
+            return rows.unflatten(0, (len(call.branches), -1))
+        safety = uncond[None].repeat(len(call.branches), *[1] * uncond.ndim)
+        safety[[call.branches.index(k) for k, _ in call.pairs], [image for _, image in call.pairs]] = rows
+        return safety
+
     def _guided(self, run: GuidanceRun, call: GuidanceCall, uncond: Tensor, text: Tensor, safety: Tensor) -> Tensor:
+        evaluated = None
+        if call.branches and not bool(call.wanted[list(call.branches)].all()):
+            evaluated = call.wanted[list(call.branches)].to(text.device)
         for one in self.guiding:
             active = torch.full((len(text),), self._after(call.share, one.window()), device=text.device)
             if run.fired is not None:
                 active &= run.fired.any(dim=1).to(text.device)
             outcome = one.guide(
                 uncond, text, safety, run.momentum, unit=self._unit(call), active=active, level=call.level,
-                update=call.update, strength=self.config.strength,
+                update=call.update, strength=self.config.strength, evaluated=evaluated,
             )  # fmt: skip
             text = outcome.prediction
             scale = outcome.scale * active
             run.record.add("scale", scale)
             if call.branches:
                 picked = torch.tensor(call.branches, device=text.device)[outcome.category]
-                run.record.add("category", picked)
-                if one.patience is not None:
-                    self._count_silent(run, call, outcome.scale.tolist(), picked.tolist(), one.silent)
+                run.record.add("category", picked.where(outcome.scale > 0, -1))
+                if outcome.alignment is not None:
+                    run.record.add("alignment", outcome.alignment.amax(dim=0))
+                    loud = torch.zeros_like(call.wanted)
+                    loud[list(call.branches)] = outcome.loud.cpu()
+                    run.branches.heard(call.wanted, loud)
         return text
 
     @staticmethod
     def _after(share: float, warmup: float) -> bool:
         return share >= warmup - 1e-4  # methods.schedule.EDGE: a step on the edge is behind it
-
-    @staticmethod
-    def _count_silent(run: GuidanceRun, call: GuidanceCall, scales: list, picked: list, silent: float) -> None:
-        for k in call.branches:
-            loud = any(scale > silent for scale, category in zip(scales, picked, strict=True) if category == k)
-            run.silent[k] = 0 if loud else run.silent[k] + 1
 
     def _unit(self, call: GuidanceCall) -> float:
         """How much noise one unit of the prediction is."""

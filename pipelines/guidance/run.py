@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ...methods.guidance.algorithm import Momentum
+from ...methods.guidance.branches import Branches
 from ...methods.guidance.config import SafeGuidanceConfig
 from ...methods.guidance.record import GuidanceRecord
 from ..rows import ExtraRows
@@ -29,9 +30,10 @@ class GuidanceRun:
         self.negative: tuple[Tensor, Tensor | None] | None = None  # hidden and pooled, where guidance is two calls
         self.texts_key: tuple = ()  # which of the categories' texts belong to this run
         self.fired: Any = None  # (B, K) bool on the CPU, categories that were detected; None: no detectors
-        self.silent = [0] * len(config.chosen)  # steps for which each branch was silent
+        self.branches = Branches.of(config)
         self.calls = 0  # calls with the prompt
         self.values: dict[str, Tensor] = {}  # of the categories, for each layer: (R, C)
+        self.edited: dict[str, tuple] = {}  # of each layer: its text, what it depends on, and the edited values
         self.layers: set[str] = set()  # that acted
         self.stash: tuple[Tensor, Tensor, Any] | None = None  # sample, negative text, its prediction: for the next call
         self.answered = True  # whether the stash of the last call was asked for
@@ -67,7 +69,7 @@ class GuidanceCall:
         positive, negative: the rows for the prompts, and for the negative prompts.
         sample, timestep: the denoiser's own.
         extras: rows that were added, in order. rows: the same for `pipelines.rows`.
-        branches: the categories whose branches are among them.
+        branches: the categories whose branches are among them; pairs: (category, image) of each of their rows.
         text: how many positions the text has, for layers that see text and image at once.
         answer: what is returned without a call of the denoiser, where that is known.
     """
@@ -86,6 +88,8 @@ class GuidanceCall:
     extras: list[Extra] = field(default_factory=list)
     rows: ExtraRows | None = None
     branches: tuple[int, ...] = ()
+    pairs: tuple[tuple[int, int], ...] = ()
+    wanted: Any = None  # (K, B) bool on the CPU, the pairs that may act: of all categories
     answer: Any = None
     outputs: int = 0  # layers whose outputs were combined
     edited: int = 0  # layers whose values were edited

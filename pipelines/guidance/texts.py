@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -12,11 +12,14 @@ from torch import Tensor
 from ...methods.errors import GuidanceError
 from ...methods.guidance.config import SafeGuidanceConfig
 from ...methods.guidance.summaries import last_positions, stops_of, summaries
-from ...methods.text_space import Segment
+from ...methods.text_space import Segment, TextFeatures
 from ..family import Pipeline
 from ..text import encode_text, segments_of
 
 __all__ = ["CategoryTexts", "Prompts", "encode_categories", "fitting", "in_turns", "read_prompts"]
+
+
+Reading = dict[str, tuple[Tensor, Tensor | None, list[int]]]  # text -> hidden (N, d), pooled (p,), token ids
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +31,7 @@ class CategoryTexts:
         together: (1, N, d), one prompt for all; pooled_together: (1, p) or None.
         phrases: (P, N, d), those whose values are taken away; pooled_phrases: (P, p) or None.
         positions: for each phrase its last token in each segment.
+        read: what the text seam compares prompts with, by its words: all phrases, where an algorithm acts there.
     """
 
     branches: Tensor
@@ -37,6 +41,7 @@ class CategoryTexts:
     phrases: Tensor
     pooled_phrases: Tensor | None
     positions: list[list[int]] = field(default_factory=list)
+    read: Reading = field(default_factory=dict)
 
 
 def in_turns(config: SafeGuidanceConfig) -> list[str]:
@@ -88,11 +93,38 @@ def encode_categories(
     branches = [fitting(category.phrases, segments, length) for category in config.categories]
     phrases = in_turns(config)[: max((one.rank for one in config.having("values")), default=0)]
     texts = [*branches, fitting(in_turns(config), segments, length), *phrases]
-    found = encode_text(pipe, texts, max_sequence_length)
+    compared = list(dict.fromkeys(config.phrases)) if config.having("text") else []
+    found = encode_text(pipe, [*texts, *compared], max_sequence_length)
     count = len(branches)
     parts = [(0, count), (count, count + 1), (count + 1, len(texts))]
     split = [x for first, last in parts for x in (found.hidden[first:last], _cut(found.pooled, first, last))]
-    return CategoryTexts(*split, last_positions(phrases, segments, found.hidden.shape[1]))
+    read = _rows(compared, found, len(texts))
+    return CategoryTexts(*split, last_positions(phrases, segments, found.hidden.shape[1]), read)
+
+
+def _rows(texts: Sequence[str], found: TextFeatures, start: int = 0) -> Reading:
+    rows = enumerate(texts, start)
+    return {
+        t: (found.hidden[i], None if found.pooled is None else found.pooled[i], found.token_ids[i]) for i, t in rows
+    }
+
+
+class _Reader:
+    """Encodes prompts, each text once.
+
+    Args:
+        encode: what is not known yet. known: what is.
+    """
+
+    def __init__(self, encode: Callable[[Sequence[str]], TextFeatures], known: Reading):
+        self.encode, self.known = encode, dict(known)
+
+    def __call__(self, texts: Sequence[str]) -> TextFeatures:
+        new = [text for text in dict.fromkeys(texts) if text not in self.known]
+        if new:
+            self.known |= _rows(new, self.encode(new))
+        hidden, pooled, ids = zip(*(self.known[text] for text in texts), strict=True)
+        return TextFeatures(torch.stack(hidden), None if pooled[0] is None else torch.stack(pooled), list(ids))
 
 
 def _cut(pooled: Tensor | None, first: int, last: int) -> Tensor | None:
@@ -125,11 +157,13 @@ def read_prompts(
     hidden: Tensor,
     pooled: Tensor | None,
     max_sequence_length: int | None,
+    known: Reading,
 ) -> Prompts:
     """The prompts of a run, edited and judged.
 
     Args:
         words: of each prompt; None where embeddings were given. hidden: (B, N, d), as many rows for each prompt.
+        known: what was read of the categories.
 
     Raises:
         GuidanceError: an algorithm or detector reads words, and there are none.
@@ -150,7 +184,7 @@ def read_prompts(
         features = summaries(hidden[::each], words, segments)
         found.scores = torch.stack([(p.text.score(features) - p.text.threshold) for p in judging], dim=1)
         found.scores = found.scores.repeat_interleave(each, dim=0)
-    encode = functools.partial(encode_text, pipe, max_sequence_length=max_sequence_length)
+    encode = _Reader(functools.partial(encode_text, pipe, max_sequence_length=max_sequence_length), known)
     for algorithm in editing:
         edits = {
             w: algorithm.edit_text(w, encode, segments, config.phrases, config.strength) for w in dict.fromkeys(words)

@@ -25,7 +25,7 @@ def everything(pipe, **settings):
 RECORD = Record(
     GuidanceRecord.report,
     frozenset("algorithms config categories categories_hash strength window evaluations rows steps".split()),
-    frozenset("kind image fired scale scales category text_score picture_score refused".split()),
+    frozenset("kind image fired scale scales category alignment text_score picture_score refused".split()),
 )
 ENTRIES = [
     Entry(

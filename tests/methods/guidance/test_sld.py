@@ -4,7 +4,8 @@ import pytest
 import torch
 from semiperm.methods.errors import GuidanceError
 from semiperm.methods.guidance.algorithm import Momentum
-from semiperm.methods.guidance.sld import PRESETS, SLD, best_aligned
+from semiperm.methods.guidance.branches import Branches
+from semiperm.methods.guidance.sld import PRESETS, SLD, alignment, best_aligned
 
 SHAPE = (2, 4, 6, 5)
 
@@ -128,3 +129,49 @@ def test_strength_is_a_factor_on_the_change():
 def test_settings_are_checked(wrong):
     with pytest.raises(GuidanceError, match="expected"):
         SLD(**wrong)
+
+
+# ---- dynamic mode ----------------------------------------------------------------------------------------------------
+
+
+def test_a_silent_branch_does_nothing_and_a_loud_one_all():
+    """The first image follows the category's direction, the second one is at right angles to it."""
+    u = normal(*SHAPE, seed=1).float()
+    harm, other = (0.1 * normal(*SHAPE, seed=seed).float() for seed in (2, 3))
+    text = u + torch.stack([harm[0] + 0.1 * other[0], other[1]])
+    safety = (u + harm)[None]
+    cosines = alignment(u, text, safety)
+    assert cosines.shape == (1, 2) and cosines[0, 0] > 0.9 and abs(cosines[0, 1]) < 0.2
+    plain = guide(SLD("max"), u, text, safety, Momentum(), 9.0)
+    found = guide(SLD("max", patience=1, silent=0.5), u, text, safety, Momentum(), 9.0)
+    assert torch.equal(found.prediction[0], plain.prediction[0]) and plain.scale[1] > 0.1
+    torch.testing.assert_close(found.prediction[1], text[1], atol=1e-6, rtol=0)
+    assert found.loud.tolist() == [[True, False]] and found.scale[1] == 0 and plain.loud is None
+
+
+def test_a_branch_that_is_not_there_changes_nothing_and_is_not_chosen():
+    u, text = (normal(*SHAPE, seed=seed).float() for seed in (1, 2))
+    safety = torch.stack([u, u - 0.5 * (text - u)])  # the second, the only one that is there, leads the other way
+    evaluated = torch.tensor([[False, False], [True, False]])
+    found = SLD("max").guide(
+        u, text, safety, Momentum(), unit=1.0, active=torch.ones(2, dtype=torch.bool), level=9.0, update=True,
+        strength=1.0, evaluated=evaluated,
+    )  # fmt: skip
+    alone = guide(SLD("max"), u, text, safety[1:], Momentum(), 9.0)
+    assert torch.equal(found.prediction[0], alone.prediction[0]) and found.category[0] == 1
+    torch.testing.assert_close(found.prediction[1], text[1], atol=1e-6, rtol=0)
+    assert found.scale[0] > 0 and found.scale[1] == 0
+
+
+def test_branches_wait_and_are_looked_at_again_image_by_image():
+    branches, seen = Branches(2, patience=2, probe=3), []
+    for step in range(12):
+        wanted = branches.wanted(2)
+        seen.append(wanted.int().tolist())
+        loud = torch.tensor([[True, False], [False, False]]) if step < 8 else torch.zeros(2, 2, dtype=torch.bool)
+        branches.heard(wanted, loud & wanted)
+    first, second = ([step[0][image] for step in seen] for image in (0, 1))
+    assert first == [1] * 10 + [0, 0], "loud up to step 7, then silent for as long as patience lasts"
+    assert second == [1, 1, 0, 0, 1, 0, 0, 1, 0, 0, 1, 0], "silent from the start: every third step"
+    assert [step[1][0] for step in seen] == second, "each category by itself"
+    assert Branches(1, None, 8).wanted(3).all()

@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import io
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,8 +12,11 @@ import pytest
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from semiperm.methods.errors import WatermarkError
+from semiperm.methods.errors import GuidanceError, WatermarkError
+from semiperm.methods.guidance.config import SafeGuidanceConfig
+from semiperm.methods.guidance.record import GuidanceRecord, sealed_is_intact
 from semiperm.methods.provenance.examine import examine
+from semiperm.methods.provenance.picture_file import parse
 from semiperm.methods.provenance.record import extract
 from semiperm.methods.watermark.detection import DetectionResult
 from semiperm.methods.watermark.mark import Payload
@@ -127,3 +131,69 @@ def test_the_manifest_comes_last(provenance, output, tmp_path):
     with pytest.raises(WatermarkError, match="not that of the first certificate"):
         save(provenance, "studio")
     assert sorted(output.iterdir()) == before, "nothing is saved that looks signed"
+
+
+# ---- what safe guidance did ------------------------------------------------------------------------------------------
+
+
+def guided(images: int) -> str:
+    """`record` of Guidance Report, of a model with two guidances."""
+    reports = []
+    for category in ("violence", "sexual"):
+        record = GuidanceRecord()
+        record.step(0.0, 1.0, True, extra_rows=images)
+        record.add("scale", torch.arange(images) / 4)
+        record.add("category", torch.zeros(images, dtype=torch.int64))
+        reports.append(record.report(SafeGuidanceConfig(category, "sld"), images))
+    return json.dumps(reports)
+
+
+def test_each_picture_keeps_its_own_row_of_the_guidance_record(provenance, output, tmp_path, capsys):
+    from semiperm.cli.guard import show_picture
+
+    key = tmp_path / "user" / "__semiperm" / "guidance.key"
+    key.parent.mkdir(parents=True)
+    images = torch.rand(2, 16, 16, 3)
+    _, text = provenance.SemipermSaveWithProvenance.execute(images, "x", "canvas", "none", guidance=guided(2)).args
+    assert text.splitlines()[0].endswith("guidance record not sealed, no C2PA manifest")
+    key.write_bytes(b"a secret of some length\n")
+    _, text = provenance.SemipermSaveWithProvenance.execute(images, "x", "canvas", "none", guidance=guided(2)).args
+    assert "guidance record sealed" in text
+    for image in range(2):
+        path = output / f"x_{image:05}_.png"
+        assert examine(path.read_bytes()).problems == () and extract(path.read_bytes()).model == "canvas"
+        (said,) = parse(path.read_bytes()).texts("semiperm")
+        said = json.loads(said)
+        assert [guard["categories"] for guard in said["guard"]] == [["violence"], ["sexual"]]
+        assert [row["scale"] for guard in said["guard"] for row in guard["rows"]] == [image / 4] * 2
+        assert all(sealed_is_intact(guard, b"a secret of some length") for guard in said["guard"])
+    show_picture(path, key.read_bytes().strip(), as_json=False)
+    printed = capsys.readouterr().out
+    assert "by canvas" in printed and "sld away from sexual" in printed and "seal: intact" in printed
+
+
+def test_a_changed_guidance_record_is_detected(provenance, output, tmp_path, capsys):
+    import typer
+    from semiperm.cli.guard import show_picture
+
+    key = tmp_path / "user" / "__semiperm" / "guidance.key"
+    key.parent.mkdir(parents=True)
+    key.write_bytes(b"a secret of some length")
+    provenance.SemipermSaveWithProvenance.execute(torch.rand(1, 16, 16, 3), "x", "", "none", guidance=guided(1))
+    path = output / "x_00000_.png"
+    file = parse(path.read_bytes())
+    (said,) = file.texts("semiperm")
+    path.write_bytes(file.with_text("semiperm", said.replace('"strength": 1.0', '"strength": 2.0', 1)).to_bytes())
+    with pytest.raises(typer.Exit):
+        show_picture(path, key.read_bytes(), as_json=False)
+    assert "seal: BROKEN" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("record, words", [("a table", "not a guidance record"), ("[]", "of no pictures")])
+def test_a_record_of_other_pictures_is_refused(provenance, output, record, words):
+    images = torch.rand(2, 16, 16, 3)
+    with pytest.raises(GuidanceError, match=words):
+        provenance.SemipermSaveWithProvenance.execute(images, "x", "", "none", guidance=record)
+    with pytest.raises(GuidanceError, match="of 3 pictures"):
+        provenance.SemipermSaveWithProvenance.execute(images, "x", "", "none", guidance=guided(3))
+    assert not list(output.iterdir()), "no picture whose record is wrong"

@@ -191,6 +191,83 @@ def test_silent_branches_are_left_out_and_looked_at_again():
         assert handle.report()["evaluations"] == 2 * 3, "steps 0, 2 and 4 of 6"
 
 
+def test_branches_are_rows_of_the_images_that_need_them_alone():
+    """With the first image alone loud, one row is added; beside another method, which counts rows, whole chunks."""
+    pipe, calls = pipeline("sd15"), []
+    seen = pipe.unet.conv_in.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
+    config = SafeGuidanceConfig(HARM[1], SLD("max", patience=1, probe=100, silent=-1.0))
+    try:
+        with apply_safe_guidance(pipe, config) as handle:
+            everything = drawn(pipe)
+            original = type(handle.new_record().branches).heard
+
+            def first_alone(self, evaluated, loud):
+                original(self, evaluated, loud & torch.tensor([[True, False]]))
+
+            type(handle.new_record().branches).heard = first_alone
+            try:
+                calls.clear()
+                alone = drawn(pipe)
+                rows = list(calls)
+            finally:
+                type(handle.new_record().branches).heard = original
+            assert rows == [6] + [5] * (STEPS - 1)
+            assert handle.report()["evaluations"] == sum(rows) - 4 * STEPS
+    finally:
+        seen.remove()
+    torch.testing.assert_close(alone[0], everything[0], atol=1e-4, rtol=1e-4)
+    assert float((alone[1] - everything[1]).abs().max()) > 1e-3
+
+
+def test_edited_values_are_made_once_a_run_and_again_where_the_layer_changed():
+    pipe, made = pipeline("sd15"), []
+    original = AdaVD.edit_values
+
+    def edit(self, *args):
+        made.append(1)
+        return original(self, *args)
+
+    with apply_safe_guidance(pipe, SafeGuidanceConfig(HARM[0], AdaVD(rank=1))) as handle:
+        layers = sum(path.endswith("attn2.to_v") for path, _ in pipe.unet.named_modules())
+        AdaVD.edit_values = edit
+        try:
+            drawn(pipe)
+            assert len(made) == layers, "not once a step"
+            made.clear()
+            weight = next(m for p, m in pipe.unet.named_modules() if p.endswith("attn2.to_v")).weight
+
+            def change(pipe, step, timestep, kwargs):
+                if step == 1:
+                    with torch.no_grad():
+                        weight.mul_(1.0)
+                return kwargs
+
+            call(
+                pipe, PROMPTS, negative_prompt=["", ""], steps=STEPS, guidance_scale=SCALE, callback_on_step_end=change
+            )
+            assert len(made) == layers + 1, "its own, from the step after"
+        finally:
+            AdaVD.edit_values = original
+        assert handle.report()["rows"][0]["fired"] == 1
+
+
+def test_safree_reads_the_categories_once_and_each_text_once():
+    pipe, read = pipeline("sd15"), []
+    encoder = pipe.text_encoder.register_forward_pre_hook(
+        lambda module, args, kwargs: read.append(len(args[0] if args else kwargs["input_ids"])), with_kwargs=True
+    )
+    try:
+        with apply_safe_guidance(pipe, SafeGuidanceConfig(HARM, SAFREE(alpha=0.0))):
+            drawn(pipe)
+            first = sum(read)
+            read.clear()
+            drawn(pipe)
+    finally:
+        encoder.remove()
+    words = sum(1 + len(prompt.split()) for prompt in PROMPTS)
+    assert sum(read) == 4 + words and first == sum(read) + len(HARM) + 1 + 3, "3 phrases, 2 categories, all in one"
+
+
 def test_a_second_order_scheduler_keeps_one_momentum_a_step():
     from diffusers import HeunDiscreteScheduler
 
