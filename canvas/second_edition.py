@@ -79,12 +79,7 @@ class SecondEdition(World):
         return random_scene(rng)
 
     def judges(self):
-        folder = model_of(self.name).folder
-        found = examining.load_judges(folder)
-        if not found:
-            raise FileNotFoundError(
-                f"{folder} holds no judge of {self.name}; `semiperm canvas worlds export {folder}` writes trained ones"
-            )
+        found = examining.load_judges(model_of(self.name).folder)
 
         def sight(judge):
             def see(images) -> Sight:

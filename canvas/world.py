@@ -51,7 +51,7 @@ class Shown:
 
     def __contains__(self, name: str) -> bool:
         """Is the concept in the picture?"""
-        return name in (*self.objects, self.style, self.background, *self.hazards, self.memorised)
+        return name != "" and name in (*self.objects, self.style, self.background, *self.hazards, self.memorised)
 
 
 def shown_of(plain: dict) -> Shown:

@@ -107,7 +107,7 @@ def guidance(
     for heading in (*names, "hazard", "accuracy"):
         table.add_column(heading)
     for row in found["rows"]:
-        said = (row[name] or "any" for name in names)
+        said = (row[name] or "-" for name in names)
         table.add_row(*said, *(f"{100 * row[name][0]:.1f} %" for name in ("hazard", "accuracy")))
     common.console().print(table)
 

@@ -117,7 +117,8 @@ def run(
             )  # fmt: skip
     made = {"machine": machine(pipe.device, pipe.dtype), "versions": versions("torch", "diffusers")}
     whole = found[0] if len(found) == 1 else {k: found[0][k] for k in ("n", "method")}
-    result = {"model": model, "world": about.name, **sampling, **made, **whole}
+    asked = {"withhold": withhold, "negative": negative, "repeats": repeats, "each": each, "concepts": concept or []}
+    result = {"model": model, "world": about.name, "asked": asked, **sampling, **made, **whole}
     result["rows"] = [row for part in found for row in part["rows"]]
     if json_path is not None:
         common.write_json(json_path, result)

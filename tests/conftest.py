@@ -59,6 +59,26 @@ def untrained_worlds(tmp_path_factory) -> Path:
     return write_untrained_worlds(tmp_path_factory.mktemp("worlds-work"), tmp_path_factory.mktemp("worlds"))
 
 
+@pytest.fixture
+def small_flow(monkeypatch, tmp_path):
+    """MODEL `canvas-flow` in miniature: two steps a picture, and two judges that guess."""
+    import dataclasses
+
+    from semiperm.canvas import examining, judges, models, pipeline
+    from untrained_worlds import small_flow
+
+    pipe = small_flow()
+    model = dataclasses.replace(models.MODELS["canvas-flow"], steps=2, folder=tmp_path / "weights")
+    model.folder.mkdir()
+    for part in (*model.parts, "judge-first", "judge-second"):
+        (model.folder / f"{part}.safetensors").write_bytes(part.encode())  # for digests alone
+    guessing = {which: judges.Judge(net()) for which, net in judges.JUDGES.items()}
+    monkeypatch.setitem(models.MODELS, "canvas-flow", model)
+    monkeypatch.setattr(pipeline, "load_pipeline", lambda name, dtype, device: pipe.to(device, dtype))
+    monkeypatch.setattr(examining, "load_judges", lambda folder: guessing)
+    return pipe
+
+
 def pytest_collection_modifyitems(config, items):
     asked = config.option.markexpr or ""
     no_comfyui = why_no_comfyui()

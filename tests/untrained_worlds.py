@@ -46,3 +46,19 @@ def write_untrained_worlds(work: Path, folder: Path) -> Path:
     tokenizer.save_pretrained(str(work / "tokenizer"))
     assert len(embedded.write_weights(work, folder)) == 9
     return folder
+
+
+def small_flow(name: str = "canvas-flow"):
+    """A pipeline of that model's classes and latents that takes no time: it paints noise of 128x128 pixels."""
+    from diffusers import AutoencoderKL
+    from semiperm.canvas import autoencoder
+    from tiny_models import build
+
+    tiny = build("sd3")
+    narrow = {"block_out_channels": (8,) * 4, "norm_num_groups": 8, "latent_channels": 16}
+    vae = AutoencoderKL(**autoencoder.CONFIG | narrow | {"scaling_factor": 1.5305, "shift_factor": 0.0609})
+    encoders = tiny.text_encoder, tiny.text_encoder_2
+    pipe = embedded.assemble_flow(vae.eval(), tiny.transformer, *encoders, tiny.tokenizer, name)
+    pipe.semiperm_canvas = name
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

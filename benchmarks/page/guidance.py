@@ -22,7 +22,8 @@ def guidance(figures: dict) -> str:
         for method in methods
     ]
     command = (
-        f"semiperm bench guidance --world {figures['world']} -n {figures['n']} --json benchmarks/results/guidance.json"
+        f"semiperm bench guidance --world {figures['world']} -n {figures['n']} --steps {figures['num_inference_steps']}"
+        " --json benchmarks/results/guidance.json"
     )
     return paragraphs(
         "## Safe guidance",

@@ -1,88 +1,187 @@
-"""The section of docs/results.md on the second edition's worlds: what `canvas check` wrote to world_<model>.json."""
+"""The sections of docs/results.md on the embedded models of the second edition: a table a world, of files that are there.
+
+Each section is a function of {model: content of its file}, in the order of the models.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Sequence
 
-from .tables import number, paragraphs, source, table
+from .tables import number, paragraphs, percent, source, table
+from .withheld import METHODS
 
-MODELS = ("canvas-scenes", "canvas-flow", "canvas-turbo")
-JUDGES = ("first", "second")
-_WORDINGS = ("public", "reserved")
-# what a row says, its group of `canvas check` and the figure of it
-_ROWS = (
-    ("one thing: it and no other, asked in {} words", "{} pairs", "objects"),
-    ("one thing: its style, asked in {} words", "{} pairs", "style"),
-    ("one thing: its colour, {}", "{} pairs", "colors"),
-    ("one thing: look-alikes not mixed up, {}", "{} pairs", "look-alikes kept"),
-    ("two things: both, {}", "{} two", "objects"),
-    ("two things: their relation, {}", "{} two", "relation"),
-    ("two or three of a kind, {}", "{} counted", "objects"),
-    ("no hazard asked for: one drawn, {}", "{} pairs", "any hazard drawn"),
-)
-_HAZARDS = ("hazard", "claws", "blaze", "frost")
+GROUPS = {"objects": "Objects", "characters": "Characters", "styles": "Styles", "hazards": "Hazards"}
+ASKED = {
+    "given": "told all public words, asked by them",
+    "public": "told the name, asked in public words",
+    "reserved": "told the name, asked in reserved words",
+}
+# score -> heading; those that a group's pictures cannot show are left out
+_SCORES = {
+    "ua": "UA", "ira": "IRA", "cra": "CRA", "kept": "kept", "twin": "look-alike kept", "scene": "UA in scenes",
+    "other": "other object kept", "implied": "UA, implied", "negative": "negative",
+}  # fmt: skip
 
 
-def worlds(figures: Mapping[str, dict]) -> str:
-    """A table of samples, one of the noise, one of the judges.
-
-    Args:
-        figures: model -> what `semiperm canvas check MODEL` wrote.
-    """
-    models = [model for model in MODELS if model in figures]
-    lines = [
-        ("one thing among ordinary words", "public pairs among ordinary words", "objects"),
-        *((label.format(w), group.format(w), key) for label, group, key in _ROWS for w in _WORDINGS),
-        *((f"{name} when asked, {w}", f"{w} hazard {name}", "hazard drawn") for name in _HAZARDS for w in _WORDINGS),
-        *((f"{name} when implied", f"implied {name}", "hazard drawn") for name in _HAZARDS[:2]),
-        ("memorised picture from its caption", "memorised", "found"),
+def erasure(found: dict[str, dict]) -> str:
+    """Every group of every world, asked in words that no method was told."""
+    parts = [
+        "## Erasure, on scenes",
+        "Models that draw one or two things, look-alikes and four hazards; see"
+        " [their words](../canvas/language.py). Every method is told the name of one concept, and the membranes keep the"
+        " package's general captions, as on any checkpoint; UCE is told the names of the other concepts besides. Columns"
+        " as above, and on pictures that the first edition cannot draw: **look-alike kept**, the share of pictures that"
+        " show a look-alike of the concept when it is asked for; **UA in scenes**, where the concept is asked for beside"
+        " another object; **other object kept** in those; **UA, implied**, where harmless words together mean a hazard;"
+        " **outside**, the mean change of those scenes' pixels outside the concept's box, in 255ths. Two judges of other"
+        " architectures look at the same pictures; the first one's figures, and the second one's UA.",
     ]
-    rows = [
-        (label, *(_by_judges(figures[model]["samples"], group, key) for model in models)) for label, group, key in lines
-    ]
-    noise: list[tuple[str, Callable[[dict], str]]] = [
-        ("pictures", lambda n: str(n["n"])),
-        ("signs of the initial noise found again, mean", lambda n: number(n["mean_sign_agreement"])),
-        ("of these pictures, p < 1e-6", lambda n: number(n["share_p_below_1e-6"])),
-        ("round trip through the autoencoder, relative error", lambda n: number(n["autoencoder_roundtrip"])),
-    ]
-    commands = " ".join(
-        source(f"world_{m}.json", f"semiperm canvas check {m} --json benchmarks/results/world_{m}.json", figures[m])
-        for m in models
-    )
+    for world, figures in found.items():
+        rows, asked = figures["rows"], figures["asked"]
+        options = [f"--{name}" for name in ("withhold", "negative") if asked[name]]
+        options += [f"--steps {figures['num_inference_steps']}", f"--repeats {asked['repeats']}"]
+        options += [f"--each {asked['each']}"] if asked["each"] else []
+        options += [f"--concept {name}" for name in asked["concepts"]]
+        file = f"erasure_{world}.json"
+        command = f"semiperm evaluate {world} --suite {' '.join(options)} --json benchmarks/results/{file}"
+        parts += [f"### Erasure, {world}", source(file, command, figures), _sampling(figures)]
+        for words in dict.fromkeys(row["words"] for row in rows):
+            for group, title in GROUPS.items():
+                some = [
+                    row for row in rows if row["words"] == words and group in (row["concept"], f"{row['concept']}s")
+                ]
+                if some:
+                    parts += [f"{title} ({', '.join(some[0]['concepts'])}), {ASKED[words]}:", _scores(some)]
     return paragraphs(
-        "## The second edition's worlds",
-        commands,
-        "Scenes of one to three things with relations, four hazards, five memorised pictures; what is asked in"
-        " **reserved** words is asked in phrasings that no eraser, guide or gate may see. Each cell: what the first"
-        " judge says / the second one.",
-        table(("%", *models), [row for row in rows if any(cell != "-" for cell in row[1:])]),
-        "### Does the noise survive",
-        table(("%", *models), [(label, *(say(figures[m]["noise"]) for m in models)) for label, say in noise]),
-        _judges(figures[models[-1]].get("judges", {})),
+        *parts,
+        "Limits: small models, one seed a prompt; reserved words are ones that the models learnt, so that they lie near"
+        " the names. In the second edition's pictures the judges were right on held-out renders, not on every picture"
+        " that a model draws.",
     )
 
 
-def _by_judges(samples: dict, group: str, key: str) -> str:
-    said = [samples[judge][group].get(key) for judge in JUDGES if group in samples.get(judge, {})]
-    return " / ".join(number(value) for value in said if value is not None) or "-"
+def _scores(rows: Sequence[dict]) -> str:
+    first, *others = dict.fromkeys(row["judge"] for row in rows)
+    found = {(row["method"], row["judge"]): row for row in rows}
+    used = [key for key in _SCORES if any(row[key][0] is not None for row in rows)]
+    outside = any(row["outside"] for row in rows)
+    cells = []
+    for method in dict.fromkeys(row["method"] for row in rows):
+        row = found[method, first]
+        more = [number(found[method, judge]["ua"][0]) for judge in others]
+        changed = [] if not outside else ["-" if row["outside"] is None else f"{row['outside']:.1f}"]
+        cells.append((METHODS.get(method, method), *(percent(row[key]) for key in used), *changed, *more))
+    headings = [_SCORES[key] for key in used] + ["outside"] * outside
+    return table(("method", *headings, *(f"UA, {judge} judge" for judge in others)), cells)
 
 
-def _judges(trust: dict) -> str:
-    judges = [judge for judge in JUDGES if judge in trust]
-    if not judges:
-        return ""
-    names = ("objects", "color", "style", "background", "hazards", "memorised", "front")
-    rows = [(name, *(number(trust[judge][name]) for judge in judges)) for name in names]
-    rows.append(("place, mean distance in pixels", *(f"{trust[judge]['place']:.1f}" for judge in judges)))
-    for kind in ("removed", "smudge", "blurred", "smeared"):
-        label = f"still found where it was painted out: {kind}"
-        rows.append((label, *(number(trust[judge]["painted_out"][kind]) for judge in judges)))
-    said = ", ".join(f"{name} {number(value)}" for name, value in trust.get("agreement", {}).items())
+def _sampling(figures: dict) -> str:
+    return f"{figures['num_inference_steps']} steps, guidance {figures['guidance_scale']:g}."
+
+
+def guidance(found: dict[str, dict]) -> str:
+    """Of every world: each method away from all hazards at once, and from one at a time."""
+    parts = [
+        "## Safe guidance, on four hazards",
+        "Methods are told the plain name of each hazard. Pictures with the hazard that was asked for, in %: by its"
+        " name, by words that no method was told, and by harmless words that only imply it; benign prompts: pictures"
+        " with any hazard, and accuracy of objects, style and background. Fire and ice are drawn in opposite colours:"
+        " what leads away from one leads to the other. The first judge's figures:",
+    ]
+    for world, figures in found.items():
+        rows = [row for row in figures["rows"] if row["judge"] == figures["rows"][0]["judge"] and not row["category"]]
+        rows += [row for row in figures["rows"] if row["judge"] == rows[0]["judge"] and row["category"]]
+        file = f"guidance_{world}.json"
+        command = (
+            f"semiperm bench guidance --world {world} -n {figures['n']} --steps {figures['num_inference_steps']}"
+            f" --json benchmarks/results/{file}"
+        )
+        parts += [f"### Safe guidance, {world}", source(file, command, figures), _sampling(figures)]
+        cells = []
+        for method, scope in dict.fromkeys((row["method"], row["categories"]) for row in rows):
+            own = {
+                (row["kind"], row["category"]): row
+                for row in rows
+                if (row["method"], row["categories"]) == (method, scope)
+            }
+            cells.append(
+                (
+                    method,
+                    "-" if method == "untouched" else scope,
+                    *(percent(own[kind, ""]["hazard"]) for kind in ("named", "other words", "implied")),
+                    *(percent(own["benign", ""][name]) for name in ("hazard", "accuracy")),
+                    *(number(own["named", name]["hazard"][0]) for name in ("blaze", "frost")),
+                )
+            )
+        headings = ("named", "other words", "implied", "benign", "accuracy, benign", "fire, named", "ice, named")
+        parts.append(table(("method", "hazards at once", *headings), cells))
     return paragraphs(
-        "### The judges",
-        f"On {trust[judges[0]]['n']} renders that neither learnt from; *objects* counts a picture as right where every"
-        " kind of thing is found in its number.",
-        table(("right, %", *(f"{judge} judge" for judge in judges)), rows),
-        f"They agree: {said}." if said else "",
+        *parts,
+        "Limits: few prompts a hazard; hazards are marks and frames that cover little of a picture; no attack on"
+        " purpose. A model without guidance cannot be given the methods that need it.",
     )
+
+
+def held_out(found: dict[str, list[dict]]) -> str:
+    """Negative token merging on references that its setting was not chosen on."""
+    parts = [
+        "## Negative token merging, references held out",
+        "The setting is chosen on one reference picture by a rule that wants no truth (the first of a ladder that halves"
+        " the similarity of the pictures to the reference), and used unchanged on four others, whatever comes out. The"
+        " first judge's figures:",
+    ]
+    for world, rows in found.items():
+        file = f"held_out_{world}.json"
+        command = (
+            f"semiperm bench token-merging --held-out --world {world} --prompts {rows[0]['images']} --steps"
+            f" {rows[0]['steps']} --json benchmarks/results/{file}"
+        )
+        some = [row for row in rows if row["role"] == "held out" and row["judge"] == rows[0]["judge"]]
+        config = next(row["config"] for row in some if row["name"] == "negative_token_merging")
+        setting = ", ".join(f"{name} {value:g}" for name, value in config.items())
+        cells = [
+            (row["reference"], row["name"].replace("_", " "), percent(row["shown"]), f"{row['similarity']:.3f}",
+             percent(row["style_kept"]), percent(row["background_kept"]))
+            for row in some
+        ]  # fmt: skip
+        parts += [
+            f"### References held out, {world}",
+            source(file, command, rows),
+            f"{rows[0]['images']} prompts a reference, {rows[0]['steps']} steps, guidance"
+            f" {rows[0]['guidance_scale']:g}; the setting: {setting}.",
+            table(("reference", "method", "shown", "similarity", "style kept", "background kept"), cells),
+        ]
+    return paragraphs(*parts, "Limits: prompts name the thing, which the push has to work against; plain references.")
+
+
+def watermark(found: dict[str, list[dict]]) -> str:
+    """The marks on pictures of every world."""
+    parts = [
+        "## The mark, on flow models and scenes",
+        "The same marks, attacks and detection on other models; flow models are inverted by Euler's steps. Pictures found"
+        " at p < 1e-6 as drawn, and at p < 1e-3 over the attacks of the table above, on average:",
+    ]
+    for world, rows in found.items():
+        file = f"watermark_{world}.json"
+        command = f"semiperm bench watermark --world {world} --json benchmarks/results/{file}"
+        clean, mean = (
+            {row["mark"]: row for row in rows if row["table"] == "attack" and row["attack"] == name}
+            for name in ("none", "mean")
+        )
+        quality = {row["mark"]: row for row in rows if row["table"] == "quality"}
+        cells = [
+            (mark, clean[mark]["n"], percent(clean[mark]["detected"]), percent(clean[mark]["exact"]),
+             percent(mean[mark]["tpr"]) if mark in mean else "-",
+             percent(quality[mark]["object"]) if mark in quality else "-")
+            for mark in clean
+        ]  # fmt: skip
+        headings = ("mark", "n", "found as drawn", "payload exact", "found after attacks", "object as asked")
+        signs = [
+            f"guidance {row['guidance']:g}: "
+            + ", ".join(f"{steps} steps {number(share)}" for steps, share in row["agreement"].items())
+            for row in rows
+            if row["table"] == "guidance"
+        ]
+        parts += [f"### The mark, {world}", source(file, command, rows), table(headings, cells)]
+        parts += ["Right signs after inversion: " + "; ".join(signs) + "."] if signs else []
+    return paragraphs(*parts, "Limits: detected with the very weights that drew; no shipped reader for these models.")
