@@ -190,7 +190,8 @@ def _check_first(pipe, folder: Path, marks: int, repeats: int, guidance: float |
 
 
 def _check_second(pipe, folder: Path, marks: int, pictures: int, **_) -> dict:
-    from ..canvas import examining, recovering
+    from ..benchmarks.timing import machine
+    from ..canvas import examining, judging, recovering
 
     judges, prompts, seed = examining.load_judges(folder), [], 0
     while len(prompts) < marks:
@@ -199,4 +200,6 @@ def _check_second(pipe, folder: Path, marks: int, pictures: int, **_) -> dict:
         "model": pipe.semiperm_canvas,
         "samples": examining.check(pipe, judges, n=pictures),
         "noise": recovering.recover(pipe, prompts[:marks]),
+        "judges": judging.trust(judges, n=10 * pictures, smudges=5 * pictures),
+        "machine": machine(pipe.device, pipe.dtype),
     }

@@ -11,13 +11,12 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from ...canvas.models import MODELS
-from . import checks
+from . import checks, withheld
 from . import guidance as results_guidance
 from . import kernels as results_kernels
 from . import samplers as results_samplers
 from . import watermark as results_watermark
 from . import worlds as results_worlds
-from . import withheld
 from .tables import number, paragraphs, percent, source, table
 
 HEAD = """# Measured
