@@ -15,8 +15,8 @@ from . import guidance as results_guidance
 from . import kernels as results_kernels
 from . import samplers as results_samplers
 from . import watermark as results_watermark
-from . import worlds as results_worlds
 from . import withheld
+from . import worlds as results_worlds
 from .tables import number, paragraphs, percent, source, table
 
 HEAD = """# Measured
