@@ -26,7 +26,7 @@ def load_pipeline(
     """Load a model of the second edition: 128x128 pictures, captions of the second world, prompts of 77 tokens.
 
     Args:
-        name: one of MODELS. folder: of the weights; None takes the shipped one.
+        name: of the second edition, see canvas.models. folder: of the weights; None takes the shipped one.
 
     Raises: ValueError for another name, FileNotFoundError naming a missing file and what makes it.
     """
@@ -56,6 +56,8 @@ def read_states(name: str, folder: Path | None = None) -> dict[str, dict[str, Te
 
     Raises: as `load_pipeline`.
     """
+    if model_of(name).edition != 2:
+        raise ValueError(f"{name} is of the first edition; semiperm.canvas.load_pipeline loads it")
     where = weights_of(name, folder)
     state = {
         "vae" if part.startswith("vae") else part: {
@@ -92,16 +94,22 @@ def assemble_canvas(vae: nn.Module, model: nn.Module, encoder: nn.Module, tokeni
 
 @functools.cache
 def _flow_pipelines() -> dict[str, type]:
-    from diffusers import StableDiffusion3Pipeline
+    from diffusers import StableDiffusion3Img2ImgPipeline, StableDiffusion3Pipeline
 
-    class CanvasFlowPipeline(StableDiffusion3Pipeline):
-        """StableDiffusion3Pipeline that reads 77 tokens: where diffusers fills in 256 zeros for an absent T5, ComfyUI
-        has nothing, and neither had the training."""
+    class ReadsClipAlone:
+        """Where diffusers fills in zeros for an absent T5, ComfyUI has nothing, and neither had the training."""
 
         def _get_t5_prompt_embeds(self, *args, **kwargs):
-            if self.text_encoder_3 is None:
-                kwargs["max_sequence_length"] = 0
-            return super()._get_t5_prompt_embeds(*args, **kwargs)
+            found = super()._get_t5_prompt_embeds(*args, **kwargs)
+            return found[:, :0] if self.text_encoder_3 is None else found
+
+    class CanvasFlowImg2ImgPipeline(ReadsClipAlone, StableDiffusion3Img2ImgPipeline):
+        """StableDiffusion3Img2ImgPipeline that reads 77 tokens."""
+
+    class CanvasFlowPipeline(ReadsClipAlone, StableDiffusion3Pipeline):
+        """StableDiffusion3Pipeline that reads 77 tokens."""
+
+        semiperm_img2img = CanvasFlowImg2ImgPipeline  # redraws pictures in attacks
 
     class CanvasTurboPipeline(CanvasFlowPipeline):
         """Four steps without guidance, at the noise levels of ComfyUI's `simple` scheduler, where its windows lie."""

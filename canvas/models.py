@@ -112,10 +112,11 @@ def weights_of(name: str, folder: Path | None = None) -> Path:
     """
     model = model_of(name)
     folder = Path(folder) if folder else model.folder
-    command = "canvas train --out" if model.edition == 1 else "canvas worlds export"
+    made = {
+        1: f"`semiperm canvas train --out {folder}` makes it",
+        2: f"`semiperm canvas worlds export {folder}` makes it of what `semiperm canvas worlds train` has learnt",
+    }
     for file in (*(f"{part}.safetensors" for part in model.parts), "tokenizer/tokenizer.json"):
         if not (folder / file).exists():
-            raise FileNotFoundError(
-                f"{folder / file} is missing, so {name} cannot be loaded; `semiperm {command} {folder}` makes it"
-            )
+            raise FileNotFoundError(f"{folder / file} is missing, so {name} cannot be loaded; {made[model.edition]}")
     return folder

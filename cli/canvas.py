@@ -171,10 +171,10 @@ def check(
         for option in [name for name, value in unfit.items() if value is not None]:
             raise common.CliError(f"{option} is not of the check of {model}; leave it out")
         pipe = load_pipeline(model, weights=folder)
-        measure = _check_first if edition == 1 else _check_second
-        figures = measure(pipe, folder, marks, repeats=repeats or 2, pictures=pictures or 100, guidance=guidance)
-    except (ValueError, FileNotFoundError) as error:
+    except ValueError as error:  # an unknown name, or weights of another model
         raise common.CliError(common.one_line(error)) from error
+    measure = _check_first if edition == 1 else _check_second
+    figures = measure(pipe, folder, marks, repeats=repeats or 2, pictures=pictures or 100, guidance=guidance)
     if json_path is not None:
         common.write_json(json_path, figures)
     common.console().print_json(data=figures)

@@ -13,7 +13,9 @@ Workdir = Annotated[Path, typer.Option(help="Folder of checkpoints and logs; run
 
 @app.command(epilog="Example: semiperm canvas worlds train canvas-flow --workdir canvas-training")
 def train(
-    part: Annotated[str, typer.Argument(help="reading-first, vae-canvas, judge-first, canvas, canvas-flow, ...")],
+    part: Annotated[
+        str, typer.Argument(help="reading-first, judge-first, canvas (of canvas-scenes), canvas-flow, ...")
+    ],
     workdir: Workdir = Path("canvas-training"),
     steps: Annotated[int | None, typer.Option(min=1, help="Length of the schedule. Default: the part's own.")] = None,
     stop_after: Annotated[int | None, typer.Option(min=1, help="Stop here; the same command resumes.")] = None,

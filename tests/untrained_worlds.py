@@ -6,9 +6,17 @@ from pathlib import Path
 import torch
 from semiperm.canvas import autoencoders, embedded, flow, judges, turbo, unet, vocabulary
 from semiperm.canvas.loop import save_tensors
-from semiperm.canvas.models import MODELS, WEIGHTS
+from semiperm.canvas.models import MODELS, WEIGHTS, weights_of
 
 SECOND = tuple(name for name, model in MODELS.items() if model.edition == 2)
+
+
+def has_weights(name: str) -> bool:
+    """Whether the shipped folder has a model's weights."""
+    try:
+        return bool(weights_of(name))
+    except FileNotFoundError:
+        return False
 
 
 def write_untrained_worlds(work: Path, folder: Path) -> Path:

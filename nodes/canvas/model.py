@@ -1,54 +1,62 @@
-"""The embedded model in ComfyUI's own classes, from the weights that the diffusers door reads too.
+"""The embedded models in ComfyUI's own classes, from the weights that the diffusers door reads too.
 
-ComfyUI detects models by Stable Diffusion's exact sizes, so the parts are put together here: its UNetModel under an
-SD1.5 configuration (schedule, prediction and latent scale are then SD1.5's, as in `canvas.denoiser.SCHEDULER`), its
-SDClipModel and its VAE. Everything is float32.
+ComfyUI detects UNets by Stable Diffusion's exact sizes, so ours are put together here: its UNetModel under an SD1.5
+configuration (schedule, prediction and latent scale are then SD1.5's, as in `canvas.denoiser.SCHEDULER`) and its VAE.
+The transformer of Stable Diffusion 3 it detects and converts itself. Everything is float32.
 """
 
 from fractions import Fraction
-from functools import partial
 from pathlib import Path
 
-import comfy.clip_model
 import comfy.model_management
 import comfy.model_patcher
 import comfy.sd
-import comfy.sd1_clip
 import comfy.supported_models
-import comfy.supported_models_base
 import comfy.utils
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
-from ...canvas import autoencoder, denoiser, text
-
-WEIGHTS = Path(autoencoder.__file__).parent / "weights"
-FILES = ("unet.safetensors", "text_encoder.safetensors", "vae.safetensors", "tokenizer/tokenizer.json")
-HEADS = 4  # of the text encoder; its other sizes are read from the weights
+from ...canvas import autoencoder, denoiser
+from ...canvas.models import model_of, weights_of
+from .clip import sd1_clip, sd3_clip
 
 
-def load_canvas(weights: Path | None = None):
+def load_canvas(name: str = "canvas", weights: Path | None = None):
     """Return (ModelPatcher, CLIP, VAE); the first two carry the attachment `semiperm_canvas`, the model its size, too.
 
     Args:
-        weights: folder with unet, text_encoder, vae .safetensors and tokenizer/; None takes the shipped one.
+        name: of an embedded model, see `canvas.models`.
+        weights: folder of its weights; None takes the shipped one.
 
-    Raises: FileNotFoundError naming the missing file and what to do.
+    Raises: ValueError for another name, FileNotFoundError naming the missing file and the command that makes it.
     """
-    folder = Path(weights) if weights else WEIGHTS
-    for name in FILES:
-        if not (folder / name).exists():
-            raise FileNotFoundError(f"{folder / name} is missing: install semiperm again, its weights are part of it")
-    model = _model(_read(folder / "unet.safetensors"))
-    clip = _clip(_read(folder / "text_encoder.safetensors"), folder / "tokenizer")
-    model.set_attachments("semiperm_canvas", True)
+    folder = weights_of(name, weights)
+    tokenizer = folder / "tokenizer"
+    state = _first(folder) if model_of(name).edition == 1 else _second(name, folder)
+    if "unet" in state:
+        model, clip = _unet(state["unet"]), sd1_clip(state["text-first"], tokenizer)
+    else:
+        model, clip = _transformer(state["transformer"]), sd3_clip(state["text-first"], state["text-second"], tokenizer)
+    model.set_attachments("semiperm_canvas", name)
     model.set_attachments("semiperm_native", autoencoder.CONFIG["sample_size"])  # for Detect Watermark
-    clip.patcher.set_attachments("semiperm_canvas", True)
-    return model, clip, _vae(_read(folder / "vae.safetensors"))
+    clip.patcher.set_attachments("semiperm_canvas", name)
+    return model, clip, _vae(state["vae"])
 
 
-def _read(path: Path) -> dict[str, Tensor]:
-    return {name: tensor.float() for name, tensor in comfy.utils.load_torch_file(str(path)).items()}
+def _first(folder: Path) -> dict[str, dict[str, Tensor]]:
+    """The first edition's weights, by the second's names of parts."""
+    files = {"unet": "unet", "text-first": "text_encoder", "vae": "vae"}
+    return {
+        part: {k: v.float() for k, v in load_file(str(folder / f"{file}.safetensors")).items()}
+        for part, file in files.items()
+    }
+
+
+def _second(name: str, folder: Path) -> dict[str, dict[str, Tensor]]:
+    from ...canvas.embedded import read_states
+
+    return read_states(name, folder)
 
 
 class _Ratio(Fraction):
@@ -91,7 +99,7 @@ def _unet_config() -> dict:
     }
 
 
-def _model(weights: dict[str, Tensor]) -> comfy.model_patcher.ModelPatcher:
+def _unet(weights: dict[str, Tensor]) -> comfy.model_patcher.ModelPatcher:
     config = _Config(_unet_config())
     config.set_inference_dtype(torch.float32, None)
     offload = comfy.model_management.unet_offload_device()
@@ -104,65 +112,20 @@ def _model(weights: dict[str, Tensor]) -> comfy.model_patcher.ModelPatcher:
     )
 
 
-class _TextModel(comfy.clip_model.CLIPTextModel):
-    """ComfyUI's CLIP text model with our vocabulary, where it always takes CLIP's 49408 words."""
-
-    def __init__(self, config: dict, dtype, device, operations):
-        super().__init__(config, dtype, device, operations)
-        size = config["vocab_size"], config["hidden_size"]
-        self.set_input_embeddings(operations.Embedding(*size, dtype=dtype, device=device))
-
-
-def _clip(weights: dict[str, Tensor], tokenizer: Path) -> comfy.sd.CLIP:
-    from transformers import CLIPTokenizerFast  # the class that reads tokenizer.json in transformers 4 as well
-
-    vocabulary, width = weights["embeddings.token_embedding.weight"].shape
-    start, end = vocabulary - 2, vocabulary - 1  # the special tokens come last, see canvas.text
-    config = {
-        "vocab_size": vocabulary,
-        "hidden_size": width,
-        "num_hidden_layers": sum(name.endswith("mlp.fc1.weight") for name in weights),
-        "num_attention_heads": HEADS,
-        "intermediate_size": weights["encoder.layers.0.mlp.fc1.weight"].shape[0],
-        "hidden_act": "quick_gelu",
-        "max_position_embeddings": text.MAX_LENGTH,
-        "eos_token_id": end,
-    }
-    encoder = partial(
-        comfy.sd1_clip.SDClipModel,
-        textmodel_json_config=config,
-        max_length=text.MAX_LENGTH,
-        special_tokens={"start": start, "end": end, "pad": end},
-        return_projected_pooled=False,
-        model_class=_TextModel,
-    )
-    words = partial(
-        comfy.sd1_clip.SDTokenizer,
-        tokenizer_path=str(tokenizer),
-        tokenizer_class=CLIPTokenizerFast,
-        max_length=text.MAX_LENGTH,
-        embedding_size=width,
-    )
-    clip = comfy.sd.CLIP(
-        comfy.supported_models_base.ClipTarget(
-            partial(comfy.sd1_clip.SD1Tokenizer, tokenizer=words),
-            partial(comfy.sd1_clip.SD1ClipModel, clip_model=encoder),
-        ),
-        parameters=sum(tensor.numel() for tensor in weights.values()),
-        model_options={"dtype": torch.float32},
-    )
-    weights = {f"text_model.{name}": tensor for name, tensor in weights.items()}
-    weights["text_projection.weight"] = torch.eye(width)  # SD1.5 has none; ComfyUI leaves it uninitialised
-    clip.cond_stage_model.clip_l.transformer.load_state_dict(weights)
-    return clip
+def _transformer(weights: dict[str, Tensor]) -> comfy.model_patcher.ModelPatcher:
+    """ComfyUI's own detection and conversion of diffusers' names: a `model_base.SD3`, schedule shifted by 3."""
+    model = comfy.sd.load_diffusion_model_state_dict(dict(weights), {"dtype": torch.float32})
+    if model is None:
+        raise ValueError("this ComfyUI does not recognise the weights of a Stable Diffusion 3; update it")
+    return model
 
 
 def _vae(weights: dict[str, Tensor]) -> comfy.sd.VAE:
     config = autoencoder.CONFIG
-    widths = config["block_out_channels"]
+    widths, channels = config["block_out_channels"], weights["decoder.conv_in.weight"].shape[1]
     sizes = {
         "double_z": True,
-        "z_channels": config["latent_channels"],
+        "z_channels": channels,
         "resolution": config["sample_size"],
         "in_channels": config["in_channels"],
         "out_ch": config["out_channels"],
@@ -172,5 +135,9 @@ def _vae(weights: dict[str, Tensor]) -> comfy.sd.VAE:
         "attn_resolutions": [],
         "dropout": 0.0,
     }
-    params = {"ddconfig": sizes, "embed_dim": config["latent_channels"]}
-    return comfy.sd.VAE(sd=weights, config={"params": params}, dtype=torch.float32)
+    # SD3's autoencoder has no such convolutions, ComfyUI's class of other widths than SD's has: they change nothing
+    for name, count in (("quant_conv", 2 * channels), ("post_quant_conv", channels)):
+        weights = {f"{name}.weight": torch.eye(count)[..., None, None], f"{name}.bias": torch.zeros(count)} | weights
+    vae = comfy.sd.VAE(sd=weights, config={"params": {"ddconfig": sizes, "embed_dim": channels}}, dtype=torch.float32)
+    vae.latent_channels = channels
+    return vae

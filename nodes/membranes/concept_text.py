@@ -89,21 +89,22 @@ def text_space(model, clip) -> TextSpace:
 
 def encoder_of(model, clip) -> tuple[Callable, list[Segment]]:
     """(prompts -> features, segments) of a CLIP, as this model is given them."""
-    names = list(clip.tokenize(""))  # "l", "g", "h", "t5xxl", ...
+    names = _encoders(clip)
     t5 = [name for name in names if name.startswith("t5")]
     first = next(name for name in names if name not in t5) if len(names) > len(t5) else names[0]
     segments = [] if isinstance(model.model, comfy.model_base.Flux) else [_segment(clip, first, 0, causal=True)]
     if t5:
         segments.append(_segment(clip, t5[0], 77 if segments else 0, causal=False))
     limit = segments[-1].start + T5_POSITIONS if t5 else None
+    alone = t5 or any(map(_POOLED.match, comfy.lora.model_lora_keys_unet(model.model, {})))
 
     def encode(prompts: Sequence[str]) -> TextFeatures:
         texts = [_escaped(prompt) for prompt in prompts]
         bar = comfy.utils.ProgressBar(len(texts)) if len(texts) > _CHUNK else None
         hidden, pooled, ids = [], [], []
         # Several captions go as the chunks of one prompt. With T5 they could not be told apart in what comes back: its
-        # stretch follows CLIP's, and it is as long as its text.
-        size = 1 if t5 else _CHUNK
+        # stretch follows CLIP's, and it is as long as its text. Of several captions there is one pooled state.
+        size = 1 if alone else _CHUNK
         for start in range(0, len(texts), size):
             part = [clip.tokenize(text) for text in texts[start : start + size]]
             for states, vector in _encoded(clip, part):
@@ -112,11 +113,18 @@ def encoder_of(model, clip) -> tuple[Callable, list[Segment]]:
             ids += [prompt_ids(clip, first, tokens[first]) for tokens in part]
             if bar is not None:
                 bar.update(len(part))
-        vectors = torch.cat(pooled) if t5 and pooled[0] is not None else None
+        vectors = torch.cat(pooled) if alone and pooled[0] is not None else None
         length = min(h.shape[1] for h in hidden)  # T5 pads to a minimum and lets longer texts grow
         return TextFeatures(torch.cat([h[:, :length] for h in hidden]), vectors, ids)
 
     return encode, segments
+
+
+def _encoders(clip) -> list[str]:
+    """What tokenised prompts are named by ("l", "g", "h", "t5xxl"); SD3's tokenizer also names encoders not loaded."""
+    encoder = clip.cond_stage_model
+    present = {name: getattr(encoder, f"clip_{name}", getattr(encoder, name, True)) for name in clip.tokenize("")}
+    return [name for name, there in present.items() if there is not None]
 
 
 def _encoded(clip, tokens: list[dict]) -> list[tuple[Tensor, Tensor | None]]:

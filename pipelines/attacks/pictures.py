@@ -285,7 +285,7 @@ def _img2img(
     if len(prompts) != len(pixels):
         raise WatermarkError(f"{len(prompts)} prompts were given for {len(pixels)} pictures; expected one, or as many")
     family = family_of(pipe)
-    kind = getattr(diffusers, family.img2img)
+    kind = getattr(pipe, "semiperm_img2img", None) or getattr(diffusers, family.img2img)
     accepted = inspect.signature(kind.__init__).parameters
     parts = {name: part for name, part in pipe.components.items() if name in accepted}
     parts["scheduler"] = type(pipe.scheduler).from_config(pipe.scheduler.config)  # calls leave traces in a scheduler

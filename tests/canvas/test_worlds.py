@@ -259,6 +259,11 @@ def test_missing_weights_and_unknown_models_are_errors(tmp_path):
             load_pipeline(name)
 
 
+def test_the_first_edition_has_a_door_of_its_own():
+    with pytest.raises(ValueError, match="canvas is of the first edition; semiperm.canvas.load_pipeline"):
+        embedded.load_pipeline("canvas")
+
+
 def test_the_door_reads_the_shipped_folder(weights, monkeypatch):
     for name in SECOND:
         monkeypatch.setitem(MODELS, name, dataclasses.replace(MODELS[name], folder=weights))

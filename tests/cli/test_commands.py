@@ -26,7 +26,7 @@ COMMANDS += tuple(
         "guidance-cost",
     )
 )
-COMMANDS += tuple(f"canvas {name}" for name in ("render", "gallery", "train", "check"))
+COMMANDS += tuple(f"canvas {name}" for name in ("render", "gallery", "train", "check", "worlds train", "worlds export"))
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])
