@@ -89,11 +89,11 @@ def run(
     modes = askings(about, withhold, every=suite and not own)
     cases = {words: own or asking.built_in_cases(about, repeats, words=words) for words in modes}
     names = [name for name, _ in asking.check_asked(about, cases[modes[0]], concept or ())]
-    pipe = common.load_model(model, device, dtype)
     sampling = common.sampling(model, steps, guidance)
     guided = sampling.get("guidance_scale", about.guidance_scale) > 1
     if negative and not guided:
         raise common.CliError("--negative asks with a negative prompt, which changes nothing at a guidance scale of 1")
+    pipe = common.load_model(model, device, dtype)
     if suite:
         methods, main = methods_of(guided), erasure.MAIN_METHOD
         sets = [(name,) for name in names] or list(about.suite)

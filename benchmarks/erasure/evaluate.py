@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import base64
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from ...canvas.world import Judge, Shown, World, shown_of
 from ..store import Store
 from .cases import Case, Roles, check_asked, roles
-from .methods import METHODS, Method
+from .methods import METHODS, Method, Told
 from .scores import CELLS, Share, comparisons, outside, pool, scores
 
 MAIN_METHOD = "closed_form/auto"
@@ -130,8 +130,7 @@ def evaluate(
         sets: concepts erased together, one tuple a run, `world.suite` by default; sets of one concept are also pooled
             into rows "objects", "characters", "styles" and "hazards", where a group has several; these name their
             "concepts".
-        methods: name -> context manager (pipe, {concept: phrasings}, other names) that yields extra pipeline arguments;
-            METHODS by default.
+        methods: name -> context manager (pipe, Told) that yields extra pipeline arguments; METHODS by default.
         main: the method whose figures stand at the top of the result (the first one where it is not among `methods`).
         words: of `world.askings`: what methods are told; `cases` should ask accordingly.
         each: take for each set at most so many cases that ask for it, and as many others; see `roles`. None takes all.
@@ -153,29 +152,34 @@ def evaluate(
     check_asked(world, cases, [name for names in sets for name in names])  # errors before hours of work
     sets = [tuple(world.resolve(name)[0] for name in names) for names in sets]
 
-    def looked_at(run: str, method: Method | None, names: Sequence[str], part: Sequence[int], **call) -> dict:
-        if (kept := finished.get(run)) is not None:
-            if advance is not None:
-                advance(len(part))
-            return dict(zip(part, map(Look.of, kept), strict=True))
-        told = {name: world.told(name, words) for name in names}
-        with _at_work(method, pipe, told, world) as extra:
-            looks = observe(pipe, judges, [cases[i] for i in part], advance=advance, **{**sampling, **extra, **call})
-        finished.put(run, [look.plain() for look in looks])
-        return dict(zip(part, looks, strict=True))
-
     picks = {names: roles(world, cases, names, each) for names in sets}
     needed = sorted({i for pick in picks.values() for i in pick.all})
-    bare = looked_at("untouched", None, (), needed)
-    runs: dict[str, list[Run]] = {}
-    for name, method in [("untouched", None), *methods.items()]:
-        runs[name] = []
-        for names, pick in picks.items():
-            run, against = f"{name} {'+'.join(names)}", None
-            looks = {i: bare[i] for i in pick.all} if method is None else looked_at(run, method, names, pick.all)
-            if negative:
-                told = ", ".join(phrase for name_ in names for phrase in world.told(name_, words))
-                against = looked_at(f"{run} negative", method, names, pick.asks, negative_prompt=told)
+
+    def looked_at(run: str, part: Sequence[int], extra: Mapping, **call) -> dict[int, Look]:
+        if (kept := finished.get(run)) is None:
+            some = [cases[i] for i in part]
+            looks = observe(pipe, judges, some, advance=advance, **{**sampling, **extra, **call})
+            finished.put(run, [look.plain() for look in looks])
+        else:
+            looks = [Look.of(plain) for plain in kept]
+            if advance is not None:
+                advance(len(part))
+        return dict(zip(part, looks, strict=True))
+
+    bare = looked_at("untouched", needed, {})
+    runs: dict[str, list[Run]] = {name: [] for name in ("untouched", *methods)}
+    for names, pick in picks.items():
+        others = [name for kind in ("object", "style", "hazard") for name in world.names(kind) if name not in names]
+        told = Told({name: world.told(name, words) for name in names}, [world.phrases(name)[0] for name in others])
+        for name, method in [("untouched", None), *methods.items()]:
+            run = f"{name} {'+'.join(names)}"
+            keys = [run] * (method is not None) + [f"{run} negative"] * negative
+            fit = method is not None and any(finished.get(key) is None for key in keys)
+            with method(pipe, told) if method is not None and fit else contextlib.nullcontext({}) as extra:
+                looks = {i: bare[i] for i in pick.all} if method is None else looked_at(run, pick.all, extra)
+                against = None
+                if negative:
+                    against = looked_at(keys[-1], pick.asks, extra, negative_prompt=", ".join(told.phrases))
             runs[name].append(Run(names, pick, looks, against))
     rows = [line for judge in judges for line in _rows(world, cases, runs, judge, words)]
     result = {"n": len(needed), "method": main, "rows": rows}
@@ -188,16 +192,6 @@ def evaluate(
         parts = [_scored(world, cases, run, bare, first) for run in runs[name] if run.names in whole]
         figures[name] = {key: share.interval() for key, share in pool(parts, len(cases)).items()}
     return {**figures[main], "untouched": figures["untouched"], **result}
-
-
-@contextlib.contextmanager
-def _at_work(method: Method | None, pipe, told: dict, world: World) -> Iterator[dict]:
-    if method is None:
-        yield {}
-        return
-    others = [name for kind in ("object", "style", "hazard") for name in world.names(kind) if name not in told]
-    with method(pipe, told, [world.phrases(name)[0] for name in others]) as extra:
-        yield extra
 
 
 def _scored(world: World, cases: Sequence[Case], run: Run, bare: dict[int, Look], judge: str) -> dict[str, Share]:

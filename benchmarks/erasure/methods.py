@@ -1,32 +1,50 @@
 """The ways to erase that the erasure benchmark compares, each a context manager around a pipeline.
 
-A method is given concepts and the phrasings that it may know, the same for all: {name: (name, synonym, ...)}; and the
-names of other concepts, which only UCE asks for: it is published with a list of names to preserve. The membranes keep
-the package's general captions instead, as on any checkpoint.
+All are told the same phrasings of the concepts. The names of other concepts are for UCE alone, which is published with
+a list of names to preserve; the membranes keep the package's general captions instead, as on any checkpoint.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 
-Words = Mapping[str, Sequence[str]]
+
+@dataclass(frozen=True)
+class Told:
+    """What methods are told of the concepts to erase together.
+
+    Args:
+        words: {name: (name, synonym, ...)}. others: names of other concepts. kept: a fit that several methods share.
+    """
+
+    words: Mapping[str, Sequence[str]]
+    others: Sequence[str] = ()
+    kept: dict = field(default_factory=dict, compare=False)
+
+    @property
+    def phrases(self) -> list[str]:
+        """All phrasings."""
+        return [phrase for own in self.words.values() for phrase in own]
 
 
-def _closed_form(pipe, words: Words, others: Sequence[str], gate: str) -> AbstractContextManager[dict]:
+def _closed_form(pipe, told: Told, gate: str) -> AbstractContextManager[dict]:
     from ...pipelines.membranes.erase import erase_concepts
 
-    return applied(pipe, erase_concepts(pipe, ["|".join(own) for own in words.values()]), gate)
+    if "membranes" not in told.kept:  # the same for every gate
+        told.kept["membranes"] = erase_concepts(pipe, ["|".join(own) for own in told.words.values()])
+    return applied(pipe, told.kept["membranes"], gate)
 
 
 @contextmanager
-def _textbook(pipe, words: Words, others: Sequence[str]) -> Iterator[dict]:
+def _textbook(pipe, told: Told) -> Iterator[dict]:
     """UCE as released: the last token of each bare phrase, towards the empty prompt's, preserving the other names."""
     import torch
 
     from ...methods.membranes.uce import uce_membranes
     from ...pipelines.text import encode_text, text_projections
 
-    phrases = [phrase for own in words.values() for phrase in own]
+    phrases = told.phrases
 
     def last_tokens(texts):
         features = encode_text(pipe, texts)
@@ -34,14 +52,14 @@ def _textbook(pipe, words: Words, others: Sequence[str]) -> Iterator[dict]:
         return torch.stack([features.hidden[i, len(ids)] for i, ids in enumerate(features.token_ids)])
 
     weights = {key: module.weight.detach() for key, module in text_projections(pipe)[0].items()}
-    concept, target, preserve = (last_tokens(texts) for texts in (phrases, [""] * len(phrases), others))
+    concept, target, preserve = (last_tokens(texts) for texts in (phrases, [""] * len(phrases), told.others))
     with applied(pipe, uce_membranes(weights, concept, target, preserve, phrases), "always") as extra:
         yield extra
 
 
 @contextmanager
-def _negative_prompt(pipe, words: Words, others: Sequence[str]) -> Iterator[dict]:
-    yield {"negative_prompt": ", ".join(phrase for own in words.values() for phrase in own)}
+def _negative_prompt(pipe, told: Told) -> Iterator[dict]:
+    yield {"negative_prompt": ", ".join(told.phrases)}
 
 
 @contextmanager
@@ -57,7 +75,7 @@ def applied(pipe, membranes, gate: str, negative_rows: bool = False) -> Iterator
         remove_membranes(pipe)
 
 
-Method = Callable[[object, Words, Sequence[str]], AbstractContextManager[dict]]
+Method = Callable[[object, Told], AbstractContextManager[dict]]
 METHODS: dict[str, Method] = {
     "closed_form/auto": partial(_closed_form, gate="auto"),
     "closed_form/always": partial(_closed_form, gate="always"),

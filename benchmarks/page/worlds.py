@@ -1,4 +1,4 @@
-"""The sections of docs/results.md on the embedded models of the second edition: a table a world, of files that are there.
+"""The sections of docs/results.md on the embedded models of the second edition: a table a world that has a file.
 
 Each section is a function of {model: content of its file}, in the order of the models.
 """
@@ -27,14 +27,14 @@ def erasure(found: dict[str, dict]) -> str:
     """Every group of every world, asked in words that no method was told."""
     parts = [
         "## Erasure, on scenes",
-        "Models that draw one or two things, look-alikes and four hazards; see"
-        " [their words](../canvas/language.py). Every method is told the name of one concept, and the membranes keep the"
-        " package's general captions, as on any checkpoint; UCE is told the names of the other concepts besides. Columns"
-        " as above, and on pictures that the first edition cannot draw: **look-alike kept**, the share of pictures that"
-        " show a look-alike of the concept when it is asked for; **UA in scenes**, where the concept is asked for beside"
-        " another object; **other object kept** in those; **UA, implied**, where harmless words together mean a hazard;"
-        " **outside**, the mean change of those scenes' pixels outside the concept's box, in 255ths. Two judges of other"
-        " architectures look at the same pictures; the first one's figures, and the second one's UA.",
+        "Models that draw one or two things, look-alikes and four hazards ([their words](../canvas/language.py)). Every"
+        " method is told the name of one concept, and the membranes keep the package's general captions, as on any"
+        " checkpoint; UCE is told the names of the other concepts besides. Columns as above, and on pictures that the"
+        " first edition cannot draw: **look-alike kept**, the share of pictures that show a look-alike of the concept"
+        " when it is asked for; **UA in scenes**, where the concept is asked for beside another object; **other object"
+        " kept** in those; **UA, implied**, where harmless words together mean a hazard; **outside**, the mean change"
+        " of those scenes' pixels outside the concept's box, in 255ths. Two judges of different architectures look at"
+        " the same pictures: the first one's figures, and the second one's UA.",
     ]
     for world, figures in found.items():
         rows, asked = figures["rows"], figures["asked"]
@@ -126,9 +126,9 @@ def held_out(found: dict[str, list[dict]]) -> str:
     """Negative token merging on references that its setting was not chosen on."""
     parts = [
         "## Negative token merging, references held out",
-        "The setting is chosen on one reference picture by a rule that wants no truth (the first of a ladder that halves"
-        " the similarity of the pictures to the reference), and used unchanged on four others, whatever comes out. The"
-        " first judge's figures:",
+        "The setting is chosen on one reference picture by a rule that wants no truth (the first of a ladder that"
+        " halves the similarity of the pictures to the reference), and used unchanged on four others, whatever comes"
+        " out. The first judge's figures:",
     ]
     for world, rows in found.items():
         file = f"held_out_{world}.json"
@@ -158,8 +158,8 @@ def watermark(found: dict[str, list[dict]]) -> str:
     """The marks on pictures of every world."""
     parts = [
         "## The mark, on flow models and scenes",
-        "The same marks, attacks and detection on other models; flow models are inverted by Euler's steps. Pictures found"
-        " at p < 1e-6 as drawn, and at p < 1e-3 over the attacks of the table above, on average:",
+        "The same marks, attacks and detection on other models; flow models are inverted by Euler's steps. Pictures"
+        " found at p < 1e-6 as drawn, and at p < 1e-3 over the attacks of the table above, on average:",
     ]
     for world, rows in found.items():
         file = f"watermark_{world}.json"

@@ -41,6 +41,81 @@ def test_writes_and_checks(clone, root):
     assert run("--out", "page.md").exit_code == 0 and "| 12.3 (" in (clone / "page.md").read_text(encoding="utf-8")
 
 
+SHARE, NONE = [0.5, 0.25, 0.75], [None, None, None]
+MADE = {"machine": "a CPU", "versions": {"torch": "2"}, "num_inference_steps": 7, "guidance_scale": 4.0}
+
+
+def erasure_of(world):
+    keys = ("ua", "ira", "cra", "kept", "attributes", "negative", "twin", "scene", "other", "implied")
+    rows = [
+        {"method": method, "concept": group, "concepts": names, "words": words, "judge": judge, "n": 4}
+        | dict.fromkeys(keys, NONE)
+        | {"ua": [0.9 if judge == "first" else 0.8, 0.1, 1.0], shown: SHARE}
+        | {"outside": 1.5 if group == "characters" and method != "untouched" else None}
+        for words in ("public", "reserved")
+        for group, names, shown in (("characters", ["robot"], "other"), ("hazards", ["claws", "frost"], "implied"))
+        for method in ("untouched", "closed_form/always")
+        for judge in ("first", "second")
+    ]
+    asked = {"withhold": True, "negative": False, "repeats": 3, "each": 8, "concepts": []}
+    return {"world": world, "asked": asked, "rows": rows, **MADE}
+
+
+def guidance_of(world):
+    rows = [
+        {"method": method, "categories": scope, "kind": kind, "category": category, "judge": judge, "n": 2}
+        | {"hazard": [0.125 if category else 0.625, 0.0, 1.0], "others": SHARE, "accuracy": SHARE}
+        for method, scope in (("untouched", "all"), ("SAFREE", "all"), ("SAFREE", "one"))
+        for judge in ("first", "second")
+        for kind in ("benign", "named", "other words", "implied")
+        for category in ("", *(("blaze", "frost") if kind != "benign" else ()))
+    ]
+    return {"world": world, "n": 2, "rows": rows, **MADE}
+
+
+def held_out_of(world):
+    about = {"world": world, "steps": 7, "guidance_scale": 4.0, "machine": "a CPU", "versions": {}, "judge": "first"}
+    about |= {"images": 8, "similarity": 0.5, "style_kept": SHARE, "background_kept": SHARE, "shown": SHARE}
+    bare = {"name": "untouched", "reference": "quibble", "role": "calibration", "config": {}}
+    held = {"name": "negative_token_merging", "reference": "ghost", "role": "held out", "config": {"strength": 1.5}}
+    return [bare | about, held | about]
+
+
+def watermark_of(world):
+    about = {"machine": "a CPU", "versions": {}, "world": world}
+    attack = {"table": "attack", "mark": "semiperm", "n": 8, "tpr": SHARE, "detected": SHARE, "exact": SHARE}
+    guidance = {"table": "guidance", "guidance": 4.0, "agreement": {"5": 0.875}}
+    quality = {"table": "quality", "mark": "semiperm", "object": SHARE}
+    return [row | about for row in (attack | {"attack": "none"}, attack | {"attack": "mean"}, guidance, quality)]
+
+
+def test_a_world_stands_on_the_page_as_soon_as_it_has_a_file(clone):
+    assert run().exit_code == 0
+    page, results = clone / "docs" / "results.md", clone / "benchmarks" / "results"
+    bare = page.read_text(encoding="utf-8")
+    assert "canvas-flow" not in bare and "## Erasure, on scenes" not in bare
+    made = {"erasure": erasure_of, "guidance": guidance_of, "held_out": held_out_of, "watermark": watermark_of}
+    for stem, of in made.items():
+        for world in ("canvas-flow", "canvas-turbo"):
+            (results / f"{stem}_{world}.json").write_text(json.dumps(of(world)), encoding="utf-8")
+    assert run("--check").exit_code == 1 and run().exit_code == 0
+    text = page.read_text(encoding="utf-8")
+    for stem in made:
+        assert f"[{stem}_canvas-flow.json](../benchmarks/results/{stem}_canvas-flow.json)" in text
+        assert text.index(f"{stem}_canvas-flow.json") < text.index(f"{stem}_canvas-turbo.json")
+    assert "canvas-scenes" not in text
+    command = "evaluate canvas-flow --suite --withhold --steps 7 --repeats 3 --each 8 --json"
+    assert command in text and "Hazards (claws, frost), told the name, asked in reserved words:" in text
+    assert "| method | UA | other object kept | outside | UA, second judge |" in text
+    assert "| membranes, gate always | 90.0 (10.0 to 100.0) | 50.0 (25.0 to 75.0) | 1.5 | 80.0 |" in text
+    assert "| method | UA | UA, implied | UA, second judge |" in text
+    assert "| SAFREE | one | 62.5 (0.0 to 100.0) |" in text and "| 12.5 | 12.5 |" in text
+    assert "| ghost | negative token merging | 50.0 (25.0 to 75.0) | 0.500 |" in text and "strength 1.5" in text
+    assert "guidance 4: 5 steps 87.5" in text
+    for line in bare.splitlines():
+        assert line in text  # and nothing of the first edition is gone
+
+
 def test_outside_a_clone(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = run()

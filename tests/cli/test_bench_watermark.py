@@ -125,7 +125,8 @@ ROWS = [
 def asked(monkeypatch):
     calls = []
 
-    def run(quick, parts, workers, resume, starting):
+    def run(quick, parts, workers, resume, starting, world):
+        assert world == "canvas"
         calls.append((quick, parts, workers, resume))
         starting("latents", 2)(1)
         return ROWS

@@ -176,8 +176,8 @@ JUDGES = {"first": judge}
 
 
 @contextmanager
-def perfect(pipe, concepts, others):
-    pipe.erased = tuple(concepts)
+def perfect(pipe, told):
+    pipe.erased = tuple(told.words)
     yield {"negative_prompt": "x"}
     pipe.erased = ()
 
@@ -249,8 +249,8 @@ def test_methods_know_the_names_alone_where_words_are_withheld():
     told = []
 
     @contextmanager
-    def spy(pipe, words, others):
-        told.append(words)
+    def spy(pipe, given):
+        told.append(given.words)
         yield {}
 
     for words in WORLD.askings:
