@@ -105,6 +105,7 @@ class VisualConfig:
 
 
 def fit_side(
+    concept: str,
     with_: Mapping[str, Tensor],
     without: Mapping[str, Tensor],
     background: Mapping[str, Tensor],
@@ -114,6 +115,7 @@ def fit_side(
     """Directions of one concept, with gates that count responses in those of others: `calibrated` sets the thresholds.
 
     Args:
+        concept: its name, for errors.
         with_, without: module key -> tokens (P, J, S, C) of pictures with the concept, and of the same ones with other
             things in its place, at J knots.
         background: (Q, J, S, C) of pictures of anything else, in random order: half is held against the other half.
@@ -134,7 +136,7 @@ def fit_side(
     kept = {key: site for key, site in sites.items() if powers[key] > 1}
     if not kept:
         raise MembraneError(
-            f"none of {len(with_)} layers tells pictures with the concept from those without (the best by"
+            f"{concept!r}: none of {len(with_)} layers tells pictures with the concept from those without (the best by"
             f" {max(powers.values(), default=0.0):.2f}, where 1 is no better than the most alike of the others): give"
             " captions or pictures that show it more plainly or more of them (VisualConfig.samples), and captions to"
             " preserve whose pictures do not show it anyway"

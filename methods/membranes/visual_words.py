@@ -77,7 +77,7 @@ def wanted(
     """What `erase_concepts` was asked for, with the general lists where it was given none.
 
     Raises:
-        MembraneError: no concept, a template without "{}", a surrogate that is a concept, or no other words.
+        MembraneError: no concept, a template without "{}", a surrogate that is a concept, no other words or captions.
     """
     phrases = phrases_of(concepts, synonyms or {})
     templates = checked(phrases, surrogate, templates)
@@ -87,6 +87,11 @@ def wanted(
     others = [word for word in others if not names(word, [fold(phrase) for phrase in every])]
     if not others:
         raise MembraneError("every one of `others` names an erased concept; give words for other things")
+    kept = [caption for caption in kept if caption]  # of no words a model may draw anything, the concept as well
+    if not kept:
+        raise MembraneError(
+            "no captions to preserve that name no erased concept; give some whose pictures do not show it"
+        )
     kept = random.Random(config.seed).sample(kept, len(kept))  # lists go from subject to subject
     return Wanted(phrases, surrogate, templates, others, kept)
 
@@ -133,7 +138,7 @@ def _fitted(drawing: Drawing, phrases: Sequence[str], asked: Wanted, config: Vis
     shares, without = drawing.tokens(off, True)
     _, background = drawing.tokens(_cycled(asked.kept, config.background), True)
     _, shown = drawing.tokens(on, False)
-    return fit_side(shown, without, background, shares, config)
+    return fit_side(phrases[0], shown, without, background, shares, config)
 
 
 def _validated(drawing: Drawing, membrane: Membrane, asked: Wanted, config: VisualConfig) -> VisualSide:
