@@ -127,9 +127,9 @@ def fit_side(
     sites, powers = {}, {}
     for key, shown in with_.items():
         given = shown.float(), without[key].float(), background[key].float()
-        read, write, offset = _directions(*given, config)
-        if read is None:
+        if (found := _directions(*given, config)) is None:
             continue
+        read, write, offset = found
         low, high, scale, power = _scales(*given, config)
         gates = torch.stack([offset, low, high, torch.zeros_like(offset), scale], dim=-1)
         sites[key], powers[key] = VisualSite(read, write, gates), power
@@ -184,7 +184,9 @@ def way_gone(on: Tensor, off: Tensor, edited: Tensor) -> float:
     return float(gone.mean())
 
 
-def _directions(shown: Tensor, without: Tensor, background: Tensor, config: VisualConfig):
+def _directions(
+    shown: Tensor, without: Tensor, background: Tensor, config: VisualConfig
+) -> tuple[Tensor, Tensor, Tensor] | None:
     """read, write (J, R, C) and offset (J, R) from tokens (P, J, S, C) each; None where a layer shows nothing."""
     others = torch.cat([without, background])
     middle = others.mean(dim=(0, 2))
@@ -192,7 +194,7 @@ def _directions(shown: Tensor, without: Tensor, background: Tensor, config: Visu
     covariance = spread.T @ spread / len(spread)
     size = covariance.diagonal().mean()
     if not size > 0:
-        return None, None, None
+        return None
     solver = torch.linalg.cholesky(covariance + config.shrinkage * size * torch.eye(len(covariance)))
     write = (shown.mean(dim=(0, 2)) - without.mean(dim=(0, 2)))[:, None]
     read = _biorthogonal(write, solver)
@@ -227,10 +229,10 @@ def _scales(
         [part[1::2] for part in (shown, without, background)],
     ]
     for own, other in (halves, halves[::-1]):
-        read, _, offset = _directions(*own, config)
-        if read is None:
+        if (found := _directions(*own, config)) is None:
             flat = torch.ones(shown.shape[1], config.rank)
             return flat, flat * 2, flat, 0.0
+        read, _, offset = found
         for tokens, into in ((torch.cat(other[1:]), tops), (other[0], reached)):
             answers = einsum(tokens, read, "p j s c, j r c -> p j s r") - offset[:, None]
             into.append(answers.amax(dim=2))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -45,7 +45,9 @@ class Drawing(Protocol):
     def scores(self, sides: Sequence[VisualSide], prompts: Sequence[str]) -> Tensor:
         """(P, K): the highest count of each run along each side's directions; of one step more than `tokens`."""
 
-    def validate(self, membrane: Membrane, prompts: Sequence[str], without: Sequence[str], betas: Sequence[float]):
+    def validate(
+        self, membrane: Membrane, prompts: Sequence[str], without: Sequence[str], betas: Sequence[float]
+    ) -> tuple[Tensor, Iterator[float]]:
         """Draws new pictures of `prompts`. Returns (P,) their highest counts, and for each beta the share of
         the way from the prediction under a prompt to that under its other one that the edited prediction has gone."""
 
