@@ -47,6 +47,11 @@ def gated_projection_reference(
     g = ((a - low) * slope).clamp(0.0, 1.0) * picture
     h = g * a * gamma.to(wide).unsqueeze(1)
     live = h.ne(0).any(dim=-1, keepdim=True)
+    asked = (
+        y.device.type == "cpu" and not torch.compiler.is_compiling() and not needs_grad(y, read, write, gates, gamma)
+    )
+    if asked and not live.any():  # elsewhere asking would wait for the device
+        return y.clone(memory_format=torch.contiguous_format), g.to(y.dtype)
     return torch.where(live, (values - h @ write.to(wide)).to(y.dtype), y), g.to(y.dtype)
 
 

@@ -105,6 +105,7 @@ class VisualConfig:
 
 
 def fit_side(
+    concept: str,
     with_: Mapping[str, Tensor],
     without: Mapping[str, Tensor],
     background: Mapping[str, Tensor],
@@ -114,6 +115,7 @@ def fit_side(
     """Directions of one concept, with gates that count responses in those of others: `calibrated` sets the thresholds.
 
     Args:
+        concept: its name, for errors.
         with_, without: module key -> tokens (P, J, S, C) of pictures with the concept, and of the same ones with other
             things in its place, at J knots.
         background: (Q, J, S, C) of pictures of anything else, in random order: half is held against the other half.
@@ -125,16 +127,16 @@ def fit_side(
     sites, powers = {}, {}
     for key, shown in with_.items():
         given = shown.float(), without[key].float(), background[key].float()
-        read, write, offset = _directions(*given, config)
-        if read is None:
+        if (found := _directions(*given, config)) is None:
             continue
+        read, write, offset = found
         low, high, scale, power = _scales(*given, config)
         gates = torch.stack([offset, low, high, torch.zeros_like(offset), scale], dim=-1)
         sites[key], powers[key] = VisualSite(read, write, gates), power
     kept = {key: site for key, site in sites.items() if powers[key] > 1}
     if not kept:
         raise MembraneError(
-            f"none of {len(with_)} layers tells pictures with the concept from those without (the best by"
+            f"{concept!r}: none of {len(with_)} layers tells pictures with the concept from those without (the best by"
             f" {max(powers.values(), default=0.0):.2f}, where 1 is no better than the most alike of the others): give"
             " captions or pictures that show it more plainly or more of them (VisualConfig.samples), and captions to"
             " preserve whose pictures do not show it anyway"
@@ -182,7 +184,9 @@ def way_gone(on: Tensor, off: Tensor, edited: Tensor) -> float:
     return float(gone.mean())
 
 
-def _directions(shown: Tensor, without: Tensor, background: Tensor, config: VisualConfig):
+def _directions(
+    shown: Tensor, without: Tensor, background: Tensor, config: VisualConfig
+) -> tuple[Tensor, Tensor, Tensor] | None:
     """read, write (J, R, C) and offset (J, R) from tokens (P, J, S, C) each; None where a layer shows nothing."""
     others = torch.cat([without, background])
     middle = others.mean(dim=(0, 2))
@@ -190,7 +194,7 @@ def _directions(shown: Tensor, without: Tensor, background: Tensor, config: Visu
     covariance = spread.T @ spread / len(spread)
     size = covariance.diagonal().mean()
     if not size > 0:
-        return None, None, None
+        return None
     solver = torch.linalg.cholesky(covariance + config.shrinkage * size * torch.eye(len(covariance)))
     write = (shown.mean(dim=(0, 2)) - without.mean(dim=(0, 2)))[:, None]
     read = _biorthogonal(write, solver)
@@ -225,10 +229,10 @@ def _scales(
         [part[1::2] for part in (shown, without, background)],
     ]
     for own, other in (halves, halves[::-1]):
-        read, _, offset = _directions(*own, config)
-        if read is None:
+        if (found := _directions(*own, config)) is None:
             flat = torch.ones(shown.shape[1], config.rank)
             return flat, flat * 2, flat, 0.0
+        read, _, offset = found
         for tokens, into in ((torch.cat(other[1:]), tops), (other[0], reached)):
             answers = einsum(tokens, read, "p j s c, j r c -> p j s r") - offset[:, None]
             into.append(answers.amax(dim=2))

@@ -56,7 +56,7 @@ class Scores:
     def take(self, key: str, tokens: Tensor, share: float, text: int) -> None:
         site, image = self.sites[key], tokens[:, text:]
         site.place(image.device)
-        found = site.scores(image, site.packed_at(share, torch.float32), 0)
+        found = site.scores(image, site.packed_at(share, image.dtype), 0)  # rounded as it is at work
         self._now = found if self._now is None else torch.maximum(self._now, found)
 
     def next(self) -> None:

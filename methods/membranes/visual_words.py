@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -45,7 +45,9 @@ class Drawing(Protocol):
     def scores(self, sides: Sequence[VisualSide], prompts: Sequence[str]) -> Tensor:
         """(P, K): the highest count of each run along each side's directions; of one step more than `tokens`."""
 
-    def validate(self, membrane: Membrane, prompts: Sequence[str], without: Sequence[str], betas: Sequence[float]):
+    def validate(
+        self, membrane: Membrane, prompts: Sequence[str], without: Sequence[str], betas: Sequence[float]
+    ) -> tuple[Tensor, Iterator[float]]:
         """Draws new pictures of `prompts`. Returns (P,) their highest counts, and for each beta the share of
         the way from the prediction under a prompt to that under its other one that the edited prediction has gone."""
 
@@ -77,7 +79,7 @@ def wanted(
     """What `erase_concepts` was asked for, with the general lists where it was given none.
 
     Raises:
-        MembraneError: no concept, a template without "{}", a surrogate that is a concept, or no other words.
+        MembraneError: no concept, a template without "{}", a surrogate that is a concept, no other words or captions.
     """
     phrases = phrases_of(concepts, synonyms or {})
     templates = checked(phrases, surrogate, templates)
@@ -87,6 +89,11 @@ def wanted(
     others = [word for word in others if not names(word, [fold(phrase) for phrase in every])]
     if not others:
         raise MembraneError("every one of `others` names an erased concept; give words for other things")
+    kept = [caption for caption in kept if caption]  # of no words a model may draw anything, the concept as well
+    if not kept:
+        raise MembraneError(
+            "no captions to preserve that name no erased concept; give some whose pictures do not show it"
+        )
     kept = random.Random(config.seed).sample(kept, len(kept))  # lists go from subject to subject
     return Wanted(phrases, surrogate, templates, others, kept)
 
@@ -133,7 +140,7 @@ def _fitted(drawing: Drawing, phrases: Sequence[str], asked: Wanted, config: Vis
     shares, without = drawing.tokens(off, True)
     _, background = drawing.tokens(_cycled(asked.kept, config.background), True)
     _, shown = drawing.tokens(on, False)
-    return fit_side(shown, without, background, shares, config)
+    return fit_side(phrases[0], shown, without, background, shares, config)
 
 
 def _validated(drawing: Drawing, membrane: Membrane, asked: Wanted, config: VisualConfig) -> VisualSide:

@@ -56,7 +56,7 @@ def fit_visual(
     asked = wanted(concepts, surrogate, preserve, synonyms, templates, config)
     _check(pipe, asked.phrases, pictures)
     drawing = _Drawing(pipe, config, progress or (lambda count: None))
-    fitted = {name: drawing.of_pictures(own, asked.kept) for name, own in pictures.items()}
+    fitted = {name: drawing.of_pictures(name, own, asked.kept) for name, own in pictures.items()}
     made = fit_looks(drawing, asked, config, fitted)
     layers = image_layers(*denoiser_of(pipe), family_of(pipe))
     weights = weights_of(pipe, {key: layers[key][0] for key in made.image_keys})
@@ -149,7 +149,7 @@ class _Drawing:
             found.append(torch.cat([noised(share) for share in LOOKED_AT]))
         return torch.stack(found)
 
-    def of_pictures(self, pictures: Sequence[Any], kept: Sequence[str]) -> VisualSide:
+    def of_pictures(self, name: str, pictures: Sequence[Any], kept: Sequence[str]) -> VisualSide:
         """The side, without thresholds, of pictures of a concept, beside drawn ones."""
         config, pipe = self.config, self.pipe
         count = len(pictures) // 2 * 2
@@ -169,4 +169,4 @@ class _Drawing:
                 shown(pipe, latents, kept, shares, config.batch_size, config.seed, self.told)
             found.append(taker.of())
         (shares, on), (_, off), (_, background) = found
-        return fit_side(on, off, background, shares, config)
+        return fit_side(name, on, off, background, shares, config)

@@ -46,6 +46,8 @@ from semiperm import (
     TokenMergingError,
     TokenMergingMixin,
     TrainingConfig,
+    VisualConfig,
+    VisualSide,
     WatermarkError,
     WatermarkKey,
     WatermarkMixin,
@@ -97,6 +99,8 @@ def membranes(weight: Tensor) -> None:
     assert_type(erased[:1] + erased[0], Membranes)
     assert_type(erased[0].modules["lora_unet_a"], LowRank)
     assert_type(erased[0].probe, GateProbe | None)
+    looks = erase_concepts(pipe, ["robot"], side="image", visual=VisualConfig(rank=2), pictures={"robot": ["a.png"]})
+    assert_type(looks[0].visual, VisualSide | None)
     assert_type(erased.concepts, tuple[str, ...])
     assert_type(save_membranes(erased, "a.safetensors"), Path)
     assert_type(load_membranes(["a.safetensors", Path("b.safetensors")]), Membranes)

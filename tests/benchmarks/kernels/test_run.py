@@ -65,7 +65,7 @@ def test_rows(tiny, monkeypatch):
         assert row["path"] == "reference" and "CPU" in row["machine"]
         assert row["environment"]["MALLOC_MMAP_MAX_"] == "0" and "torch" in row["versions"]
     assert rows[3]["shape"] == "B2 N40 in16 out24 R3"
-    assert len(told) == 12 and "checking negative_token_merging" in told[0] and "B3 N64 C32" in told[6]
+    assert len(told) == 13 and "checking negative_token_merging" in told[0] and "B3 N64 C32" in told[7]
 
 
 def test_quick_compiles_nothing_and_no_compiler_leaves_the_rows_out(tiny, monkeypatch):

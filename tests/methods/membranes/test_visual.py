@@ -26,6 +26,7 @@ def tokens(seed: int, pictures: int, shown: float = 0.0, where: int = 12, channe
 
 def fitted(config=CONFIG, where=12):
     return fit_side(
+        "robot",
         {"a": tokens(0, 8, 4.0, where), "deaf": tokens(1, 8)},
         {"a": tokens(2, 8), "deaf": tokens(3, 8)},
         {"a": tokens(4, 8), "deaf": tokens(5, 8)},
@@ -136,16 +137,17 @@ def test_what_is_refused():
         VisualSite(layer.read, layer.write[:, :, :-1], layer.gates)
     with pytest.raises(MembraneError, match="NaN"):
         VisualSite(layer.read * float("nan"), layer.write, layer.gates)
-    with pytest.raises(MembraneError, match="other order"):
-        VisualSite(layer.read, layer.write, layer.gates.flip(-1))
+    for order in ([0, 2, 1, 3, 4], [0, 1, 2, 4, 3]):
+        with pytest.raises(MembraneError, match="other order"):
+            VisualSite(layer.read, layer.write, layer.gates[..., order])
     for shares in ((0.5,), (0.75, 0.25), (0.5, 1.5)):
         with pytest.raises(MembraneError, match="knots"):
             VisualSide(shares, {"a": layer})
     with pytest.raises(MembraneError, match="beta"):
         VisualSide(SHARES, {"a": layer}, beta=float("inf"))
     same = {"a": tokens(0, 8)}
-    with pytest.raises(MembraneError, match="none of 1 layers tells"):
-        fit_side(same, {"a": tokens(1, 8)}, {"a": tokens(2, 8)}, SHARES, CONFIG)
+    with pytest.raises(MembraneError, match="'robot': none of 1 layers tells"):
+        fit_side("robot", same, {"a": tokens(1, 8)}, {"a": tokens(2, 8)}, SHARES, CONFIG)
     for wrong in ({"samples": 5}, {"rank": 3}, {"false_open": 0.0}, {"steps": 1}, {"shrinkage": 0.0}, {"beta": 1e400}):
         with pytest.raises(MembraneError, match="expected"):
             dataclasses.replace(CONFIG, **wrong)
