@@ -109,6 +109,7 @@ def train_membranes(
         [start if config.warm_start == "closed_form" else None for start in starts],
         config.seed,
         device,
+        [key for key, module in layers.items() if hasattr(module, "kernel_size")],
     )
     words = Words(pipe, phrases, surrogate, kept, templates, config)
     said = [phrases, surrogate, kept, None if templates is None else list(templates), asdict(config), base]

@@ -69,7 +69,7 @@ def run(pipe, concepts=("robot|android",), surrogate="tree", progress=None, work
 def same(first, second, **tolerance):
     assert first.keys() == second.keys()
     for key, pair in first.items():
-        one, two = (p.up @ p.down * p.scale for p in (pair, second[key]))
+        one, two = (p.up.flatten(1) @ p.down.flatten(1) * p.scale for p in (pair, second[key]))
         if tolerance:
             torch.testing.assert_close(one, two, **tolerance)
         else:
@@ -181,6 +181,7 @@ def test_a_concept_stops_when_it_no_longer_gets_better_and_its_best_is_given_bac
     for key, pair in start.modules.items():
         got = stopped[0].modules[key]
         torch.testing.assert_close(got.up @ got.down * got.scale, pair.up @ pair.down * pair.scale)
+    assert stopped[0].modules["lora_unet_mid_block_attentions_0_proj_in"].is_conv  # as SPM's files have it
 
 
 def test_gradient_checkpointing_changes_memory_alone():
