@@ -12,7 +12,7 @@ from semiperm.pipelines.attacks.encoding import OpenEncoder
 from semiperm.pipelines.attacks.prompts import find_prompts, learn_embedding, prompt_loss, ring_a_bell
 from semiperm.pipelines.attacks.targets import targets_from_model, targets_from_pictures
 from semiperm.pipelines.membranes.apply import apply_membranes
-from semiperm.pipelines.text import encode_text, text_projections
+from semiperm.pipelines.text import encode_text, reader_of, text_projections
 from semiperm.pipelines.weights import weights_of
 
 SIZE = {"height": tiny_models.SIZE, "width": tiny_models.SIZE}
@@ -50,7 +50,7 @@ def test_the_open_encoder_says_what_the_words_say(pipes, family):
         torch.testing.assert_close(pooled, expected.pooled, atol=1e-5, rtol=1e-4)
     (grad,) = torch.autograd.grad(hidden.square().sum(), embeddings)
     assert grad.shape == embeddings.shape and all(part.abs().sum() > 0 for part in grad.split(encoder._widths, dim=2))
-    assert not any(module._forward_hooks for module in pipe.text_encoder.modules())
+    assert not reader_of(pipe)[0].get_input_embeddings()._forward_hooks
 
 
 def test_words_that_are_left_out_are_not_found_in_any_form(pipes):
