@@ -80,6 +80,7 @@ def train_membranes(
     Membranes(robot [latent_anchoring, 14 modules])
     """
     from accelerate import Accelerator
+    from accelerate.utils import broadcast
 
     config = config or TrainingConfig()
     family_of(pipe, video=False)
@@ -111,6 +112,9 @@ def train_membranes(
         device,
         [key for key, module in layers.items() if hasattr(module, "kernel_size")],
     )
+    if accelerator.num_processes > 1:  # devices may round the closed form differently: all begin from the first one's
+        for parameter in packed.named().values():
+            parameter.data.copy_(broadcast(parameter.data))
     words = Words(pipe, phrases, surrogate, kept, templates, config)
     said = [phrases, surrogate, kept, None if templates is None else list(templates), asdict(config), base]
     stamp = hashlib.sha256(json.dumps(said).encode()).hexdigest()
