@@ -6,7 +6,9 @@ import pytest
 import torch
 from PIL import Image
 from semiperm.cli import app
-from semiperm.methods.membranes.file import load_membranes
+from semiperm.methods.membranes.file import load_membranes, save_membranes
+from semiperm.methods.membranes.types import LowRank, Membrane
+from semiperm.pipelines.text import text_projections
 from typer.testing import CliRunner
 
 QUICK = ["--set", "batch_size=1", "--set", "anchors=1", "--set", "layers=text", "--set", "sampling_steps=2"]
@@ -70,6 +72,36 @@ def test_an_attack_says_what_it_found(untrained_canvas, tmp_path, method):
         assert entry["loss"] > 0 and not {"robot", "android"} & set(entry.get("prompt", "").split())
     if extra:
         assert (tmp_path / "drawn" / "00.png").exists() and found["found"][0]["picture"] == "00.png"
+
+
+def test_an_attack_goes_through_membrane_and_gate(untrained_canvas, tmp_path):
+    modules = {}
+    for key, module in text_projections(untrained_canvas)[0].items():
+        out, width = module.weight.shape
+        modules[key] = LowRank(torch.randn(1, width) * 0.1, torch.randn(out, 1) * 0.1, 1.0)
+    path, out = save_membranes(Membrane("robot", modules), tmp_path / "robot.safetensors"), tmp_path / "found.json"
+    command = ["attack-prompts", "canvas", "--concept", "robot", "--method", "p4d", "--membrane", path]
+    more = [
+        "--gate",
+        "always",
+        "--search-steps",
+        2,
+        "--tokens",
+        2,
+        "--count",
+        1,
+        "-o",
+        out,
+        "--draw",
+        tmp_path / "drawn",
+    ]
+    result = run(*command, *more)
+    assert result.exit_code == 0, result.output
+    found = json.loads(out.read_text())
+    assert found["membranes"] == ["robot"] and found["gate"] == "always"
+    assert found["loss"]["untouched"]["named"] < 1e-9 < found["loss"]["protected"]["named"]
+    assert found["found"][0]["gates"] == {"robot": 1.0} and found["found"][0]["recovered"] is not None
+    assert not hasattr(untrained_canvas.unet, "_semiperm_membranes")
 
 
 def test_an_attack_that_is_none_is_one_line(untrained_canvas):
