@@ -1,5 +1,6 @@
 """`semiperm attack-prompts`: words and embeddings that bring an erased concept back, found by gradient."""
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
@@ -81,46 +82,49 @@ def run(
         targets = targets_from_pictures(pipe, shown, seed=seed)
     untouched = attacks.prompt_loss(pipe, targets, [named, prompt])
     stack = common.load_stack(pipe, membrane or [], [phrases[0]])
-    handle = apply_membranes(pipe, stack, MembraneConfig(gate=gate)) if stack else None
-    protected = attacks.prompt_loss(pipe, targets, [named, prompt])
-    search = PromptSearch(
-        search={"p4d": "projected", "ring-a-bell": "genetic"}.get(method, "relaxed"),
-        tokens=tokens,
-        steps=search_steps,
-        kept=count,
-        seed=seed,
-    )
-    with common.progress(method, search_steps) as advance:
+    with ExitStack() as held:
+        handle = held.enter_context(apply_membranes(pipe, stack, MembraneConfig(gate=gate))) if stack else None
+        protected = attacks.prompt_loss(pipe, targets, [named, prompt])
+        search = PromptSearch(
+            search={"p4d": "projected", "ring-a-bell": "genetic"}.get(method, "relaxed"),
+            tokens=tokens,
+            steps=search_steps,
+            kept=count,
+            seed=seed,
+        )
+        with common.progress(method, search_steps) as advance:
 
-        def told(step: int, loss: float) -> None:
-            advance()
+            def told(step: int, loss: float) -> None:
+                advance()
 
-        if method in ("embedding", "hidden"):
-            scope = "tokens" if method == "embedding" else "hidden"
-            learned = attacks.learn_embedding(
-                pipe, targets, prompt, scope=scope, tokens=tokens, steps=search_steps, progress=told
-            )
-            found, inputs = [{"losses": list(learned.losses)}], [learned.inputs()]
-            with_loss = [_embedding_loss(pipe, targets, learned)]
-        else:
-            if method == "ring-a-bell":
-                pairs = [(f"{text} {phrase}", text) for phrase in phrases for text in ("a photo of", "a painting of a")]
-                made = attacks.ring_a_bell(pipe, prompt, pairs, search, without=phrases, progress=told)
+            if method in ("embedding", "hidden"):
+                scope = "tokens" if method == "embedding" else "hidden"
+                learned = attacks.learn_embedding(
+                    pipe, targets, prompt, scope=scope, tokens=tokens, steps=search_steps, progress=told
+                )
+                found, inputs = [{"losses": list(learned.losses)}], [learned.inputs()]
+                with_loss = [_embedding_loss(pipe, targets, learned)]
             else:
-                made = attacks.find_prompts(pipe, targets, prompt, search, without=phrases, progress=told)
-            found = [{"prompt": one.prompt} for one in made]
-            inputs = [{"prompt": one.prompt} for one in made]
-            with_loss = attacks.prompt_loss(pipe, targets, [one.prompt for one in made])
-    span = protected[1] - untouched[0]
-    for entry, loss in zip(found, with_loss, strict=True):
-        entry |= {"loss": loss, "recovered": None if span <= 0 else round((protected[1] - loss) / span, 4)}
-    if draw is not None:
-        for number, (entry, given) in enumerate(zip(found, inputs, strict=True)):
-            image = pipe(**given, generator=common.generators([seed]), **call).images[0]
-            entry["picture"] = f"{number:02d}.png"
-            if handle is not None:
-                entry["gates"] = handle.report()["rows"][-1]["gamma"]
-            common.write_png(draw / entry["picture"], image, {"attack": method, "concept": phrases[0]})
+                if method == "ring-a-bell":
+                    pairs = [
+                        (f"{text} {phrase}", text) for phrase in phrases for text in ("a photo of", "a painting of a")
+                    ]
+                    made = attacks.ring_a_bell(pipe, prompt, pairs, search, without=phrases, progress=told)
+                else:
+                    made = attacks.find_prompts(pipe, targets, prompt, search, without=phrases, progress=told)
+                found = [{"prompt": one.prompt} for one in made]
+                inputs = [{"prompt": one.prompt} for one in made]
+                with_loss = attacks.prompt_loss(pipe, targets, [one.prompt for one in made])
+        span = protected[1] - untouched[0]
+        for entry, loss in zip(found, with_loss, strict=True):
+            entry |= {"loss": loss, "recovered": None if span <= 0 else round((protected[1] - loss) / span, 4)}
+        if draw is not None:
+            for number, (entry, given) in enumerate(zip(found, inputs, strict=True)):
+                image = pipe(**given, generator=common.generators([seed]), **call).images[0]
+                entry["picture"] = f"{number:02d}.png"
+                if handle is not None:
+                    entry["gates"] = handle.report()["rows"][-1]["gamma"]
+                common.write_png(draw / entry["picture"], image, {"attack": method, "concept": phrases[0]})
     result = {
         "model": model,
         "concept": phrases[0],

@@ -45,7 +45,7 @@ def run(
 ):
     """Train a membrane for each concept by latent anchoring, from the closed form on, and write them to one file.
 
-    A run that was stopped goes on when the same command is given again, and ends with the same file. Under
+    A run that was stopped goes on when the same command is given again, and ends with the same membranes. Under
     `accelerate launch -m semiperm train ...`, the processes share the pictures of each step (batch_size must be a
     multiple of their number).
     """

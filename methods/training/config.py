@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -10,9 +11,9 @@ from typing import Any
 
 from ..errors import MembraneError
 
-try:
+if sys.version_info >= (3, 11):
     import tomllib
-except ModuleNotFoundError:  # Python 3.10
+else:  # the same module, before it was part of Python
     import tomli as tomllib  # type: ignore[import-not-found,unused-ignore]
 
 __all__ = ["ANCHORS", "LAYERS", "PRECISIONS", "WARM_STARTS", "TrainingConfig", "TrainingFile", "read_training"]

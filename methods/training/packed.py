@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,7 @@ class PackedMembranes:
         starts: K membranes to begin from, or None for those that begin at zero: `down` uniform within
             1 / sqrt(in), as SPM's (Kaiming with a = sqrt 5), `up` zero.
         seed: of those.
+        convolutions: which of the modules are 1x1 convolutions, whose pairs are stored with a trailing (1, 1).
 
     Raises:
         MembraneError: no modules, a name twice, or a start that wraps another module.
@@ -46,13 +47,14 @@ class PackedMembranes:
         starts: Sequence[Membrane | None],
         seed: int,
         device: torch.device | str = "cpu",
+        convolutions: Collection[str] = (),
     ):
         if not shapes or not names or len(set(names)) < len(names):
             raise MembraneError(
                 f"{len(shapes)} modules and the concepts {list(names)} to train; expected at least one of each, and no"
                 " name twice"
             )
-        self.names, self.shapes = tuple(names), dict(shapes)
+        self.names, self.shapes, self._convolutions = tuple(names), dict(shapes), frozenset(convolutions)
         self.acting: tuple[int, ...] = ()  # which membranes act in the call at hand
         self.gamma: Tensor | None = None  # (rows, len(acting)) of that call; None: none acts
         self.parameters: list[dict[str, nn.Parameter]] = []
@@ -108,7 +110,10 @@ class PackedMembranes:
         modules = {}
         for key in self.shapes:
             down, up = (own[f"{key}.{part}"].detach().cpu().float().clone() for part in ("down", "up"))
-            modules[key] = LowRank(down, up.T.contiguous(), float(len(down)))
+            tail = (1, 1) if key in self._convolutions else ()
+            modules[key] = LowRank(
+                down.reshape(*down.shape, *tail), up.T.contiguous().reshape(*up.T.shape, *tail), float(len(down))
+            )
         return Membrane(
             like.concept, modules, like.phrases, like.surrogate, like.method, like.base_model, like.probe, like.metadata
         )

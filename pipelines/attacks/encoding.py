@@ -65,7 +65,8 @@ class OpenEncoder:
         """id -> the word, of tokens that stand for a word of plain letters: what is found can be typed."""
         special, words = set(self.tokenizer.all_special_ids), {}
         ids = [i for i in range(min(rows, len(self.tokenizer))) if i not in special]
-        texts = [text.strip() for text in self.tokenizer.batch_decode([[i] for i in ids])]
+        tokens = self.tokenizer.convert_ids_to_tokens(ids)  # CLIP marks a word's end, T5 its beginning
+        texts = [token.removesuffix("</w>").removeprefix("▁") for token in tokens]
         plain = [(i, text) for i, text in zip(ids, texts, strict=True) if text.isascii() and text.isalnum()]
         again = self.tokenizer([text for _, text in plain], add_special_tokens=False).input_ids
         words = {i: text for (i, text), read in zip(plain, again, strict=True) if list(read) == [i]}

@@ -12,7 +12,7 @@ from diffusers import (
 )
 
 from ...methods.membranes.types import Membranes
-from ..training.train import train_membranes
+from ..training import train
 from . import adapters, apply, erase
 from .state import MembraneHandle
 
@@ -43,7 +43,7 @@ class MembraneMixin:
     apply_membranes = apply.apply_membranes
     remove_membranes = apply.remove_membranes
     erase_concepts = erase.erase_concepts
-    train_membranes = train_membranes
+    train_membranes = train.train_membranes
     import_membranes = adapters.import_membranes
     export_lora = adapters.export_lora
 

@@ -80,6 +80,7 @@ def train_membranes(
     Membranes(robot [latent_anchoring, 14 modules])
     """
     from accelerate import Accelerator
+    from accelerate.utils import broadcast
 
     config = config or TrainingConfig()
     family_of(pipe, video=False)
@@ -91,7 +92,7 @@ def train_membranes(
     phrases, kept = phrases_of(concepts), None if preserve is None else list(preserve)
     device = device_of(pipe)
     accelerator = Accelerator(cpu=device.type == "cpu")
-    starts = erase_concepts(
+    solved = erase_concepts(
         pipe,
         ["|".join(own) for own in phrases.values()],
         surrogate,
@@ -101,7 +102,8 @@ def train_membranes(
     )
     layers = trained_layers(pipe, config.layers)
     base = base_model_hash(weights_of(pipe, layers))
-    starts = [replace(start, method=METHOD, base_model=base, metadata={"training": _text(config)}) for start in starts]
+    about = {"training": json.dumps(asdict(config))}
+    starts = [replace(membrane, method=METHOD, base_model=base, metadata=about) for membrane in solved]
     packed = PackedMembranes(
         {key: shape_of(module) for key, module in layers.items()},
         list(phrases),
@@ -109,7 +111,11 @@ def train_membranes(
         [start if config.warm_start == "closed_form" else None for start in starts],
         config.seed,
         device,
+        [key for key, module in layers.items() if hasattr(module, "kernel_size")],
     )
+    if accelerator.num_processes > 1:  # devices may round the closed form differently: all begin from the first one's
+        for parameter in packed.named().values():
+            parameter.data.copy_(broadcast(parameter.data))
     words = Words(pipe, phrases, surrogate, kept, templates, config)
     said = [phrases, surrogate, kept, None if templates is None else list(templates), asdict(config), base]
     stamp = hashlib.sha256(json.dumps(said).encode()).hexdigest()
@@ -139,7 +145,7 @@ def _run(trainer: Trainer, workdir: Path | None, progress: Callable[[dict], None
             )
         log.count(**losses)
         step, last = trainer.step, trainer.step == config.steps
-        figures = {}
+        figures: dict[str, Any] = {}
         if validation is not None and (step % config.validate_every == 0 or last):
             figures = {"validation": trainer.validate(validation)}
             log.write(step, **figures)
@@ -166,10 +172,6 @@ def _finished(trainer: Trainer, k: int, start: Membrane) -> Membrane:
     best = trainer.best[k]
     about = {**start.metadata, "step": str(best.step), "validation_loss": f"{best.loss:.6g}"}
     return trainer.packed.membrane(k, replace(start, metadata=about), trainer.kept[k])
-
-
-def _text(config: TrainingConfig) -> str:
-    return json.dumps(asdict(config))
 
 
 @contextlib.contextmanager

@@ -3,9 +3,12 @@
 import json
 
 import pytest
+import torch
 from PIL import Image
 from semiperm.cli import app
-from semiperm.methods.membranes.file import load_membranes
+from semiperm.methods.membranes.file import load_membranes, save_membranes
+from semiperm.methods.membranes.types import LowRank, Membrane
+from semiperm.pipelines.text import text_projections
 from typer.testing import CliRunner
 
 QUICK = ["--set", "batch_size=1", "--set", "anchors=1", "--set", "layers=text", "--set", "sampling_steps=2"]
@@ -29,7 +32,8 @@ def test_a_run_is_written_goes_on_and_shows_what_it_did(untrained_canvas, tmp_pa
     command = ["train", "canvas", "--config", config, "--steps", 2, "-o", out, "--samples", 1, *QUICK, *CAPTIONS]
     result = run(*command)
     assert result.exit_code == 0, result.output
-    assert "robot: erased to " in result.stdout and "robot.safetensors: robot; " in result.stdout
+    said = " ".join(result.stdout.split())  # the terminal's width breaks lines
+    assert "robot: erased to " in said and "robot.safetensors: robot; 14 modules" in said
     (membrane,) = load_membranes(out)
     settings = json.loads(membrane.metadata["training"])
     assert membrane.phrases == ("robot", "android") and settings["steps"] == 2 and settings["learning_rate"] == 0.01
@@ -37,8 +41,11 @@ def test_a_run_is_written_goes_on_and_shows_what_it_did(untrained_canvas, tmp_pa
     assert {p.name for p in folder.iterdir()} == {"checkpoint.safetensors", "log.jsonl", "training.png", "samples.png"}
     for name in ("training.png", "samples.png"):
         assert Image.open(folder / name).width > 200
-    before = out.read_bytes()
-    assert run(*command).exit_code == 0 and out.read_bytes() == before  # finished: nothing is done again
+    assert run(*command).exit_code == 0  # finished: nothing is done again
+    (again,) = load_membranes(out)
+    assert again.metadata == membrane.metadata
+    for key, pair in membrane.modules.items():
+        assert torch.equal(pair.down, again.modules[key].down) and torch.equal(pair.up, again.modules[key].up)
 
 
 def test_what_cannot_be_trained_is_one_line(untrained_canvas, tmp_path):
@@ -65,6 +72,36 @@ def test_an_attack_says_what_it_found(untrained_canvas, tmp_path, method):
         assert entry["loss"] > 0 and not {"robot", "android"} & set(entry.get("prompt", "").split())
     if extra:
         assert (tmp_path / "drawn" / "00.png").exists() and found["found"][0]["picture"] == "00.png"
+
+
+def test_an_attack_goes_through_membrane_and_gate(untrained_canvas, tmp_path):
+    modules = {}
+    for key, module in text_projections(untrained_canvas)[0].items():
+        out, width = module.weight.shape
+        modules[key] = LowRank(torch.randn(1, width) * 0.1, torch.randn(out, 1) * 0.1, 1.0)
+    path, out = save_membranes(Membrane("robot", modules), tmp_path / "robot.safetensors"), tmp_path / "found.json"
+    command = ["attack-prompts", "canvas", "--concept", "robot", "--method", "p4d", "--membrane", path]
+    more = [
+        "--gate",
+        "always",
+        "--search-steps",
+        2,
+        "--tokens",
+        2,
+        "--count",
+        1,
+        "-o",
+        out,
+        "--draw",
+        tmp_path / "drawn",
+    ]
+    result = run(*command, *more)
+    assert result.exit_code == 0, result.output
+    found = json.loads(out.read_text())
+    assert found["membranes"] == ["robot"] and found["gate"] == "always"
+    assert found["loss"]["untouched"]["named"] < 1e-9 < found["loss"]["protected"]["named"]
+    assert found["found"][0]["gates"] == {"robot": 1.0} and found["found"][0]["recovered"] is not None
+    assert not hasattr(untrained_canvas.unet, "_semiperm_membranes")
 
 
 def test_an_attack_that_is_none_is_one_line(untrained_canvas):
