@@ -35,6 +35,7 @@ IDS = {
     "SemipermPromptFilter",
     "SemipermValueDecomposer",
     "SemipermNAG",
+    "SemipermGuidanceDetector",
     "SemipermGuidanceReport",
     "SemipermKeyring",
     "SemipermWatermarkNoise",
