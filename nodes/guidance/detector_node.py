@@ -78,11 +78,7 @@ class SemipermGuidanceDetector(io.ComfyNode):
         lines = [line.strip() for line in benign.splitlines() if line.strip()] or None
         path = None if source == FIT else membrane_path(source)
         found = detectors_for(model, clip, one, path, lines, prompt)
-        said = [
-            f"{pair.category}: " + ("not judged by words" if score is None else f"{score:+.2f} (above 0 fires)")
-            for pair, score in zip(found.pairs, found.scores, strict=True)
-        ]
-        return io.NodeOutput(found, "\n".join(said))
+        return io.NodeOutput(found, found.said)
 
 
 NODES = [SemipermGuidanceDetector]

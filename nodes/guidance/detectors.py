@@ -37,6 +37,14 @@ class Detectors:
     scores: tuple[float | None, ...]
     prompt: Tensor | None
 
+    @property
+    def said(self) -> str:
+        """What the text detectors said of the prompt, in words."""
+        return "\n".join(
+            f"{pair.category}: " + ("not judged by words" if score is None else f"{score:+.2f} (above 0 fires)")
+            for pair, score in zip(self.pairs, self.scores, strict=True)
+        )
+
     def check(self, conditionings: Sequence[Tensor]) -> None:
         """Refuse to sample another prompt than the one that was judged.
 
