@@ -5,6 +5,7 @@ from comfy_api.latest import ComfyExtension, io
 from . import installation
 from .attacks import node as image_attacks
 from .canvas import node as canvas
+from .guidance import detector_node as guidance_detector
 from .guidance import node as guidance
 from .membranes import node as membranes
 from .membranes import wordings
@@ -21,6 +22,7 @@ class SemipermExtension(ComfyExtension):
             canvas,
             membranes,
             guidance,
+            guidance_detector,
             negative_token_merging,
             watermark,
             image_attacks,

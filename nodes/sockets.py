@@ -13,6 +13,7 @@ from ..methods.watermark.detection import DetectionResult
 KeyringIO = io.Custom("SEMIPERM_KEYRING")
 DetectionIO = io.Custom("SEMIPERM_DETECTION")
 MembranesIO = io.Custom("SEMIPERM_MEMBRANES")
+GuidanceDetectorsIO = io.Custom("SEMIPERM_GUIDANCE_DETECTORS")
 
 
 @dataclass(frozen=True)

@@ -288,6 +288,65 @@ def build_wan(seed: int = 0):
     return pipe
 
 
+def byte_tokenizer():
+    """Qwen's own tokenizer over single bytes, with a chat template that says the words alone."""
+    from transformers import Qwen2Tokenizer
+
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<|endoftext|>"]
+    tokenizer = Qwen2Tokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[])
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    return tokenizer
+
+
+def flux2_parts(seed: int = 0) -> dict:
+    """The parts of a tiny modular FLUX.2 klein, without its autoencoder."""
+    from diffusers import Flux2Transformer2DModel
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    tokenizer = byte_tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        text = Qwen3Config(  # the layers that are read are the 9th, 18th and 27th
+            vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=27,
+            num_attention_heads=2, num_key_value_heads=2, head_dim=8,
+        )  # fmt: skip
+        transformer = Flux2Transformer2DModel(
+            in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+            joint_attention_dim=48, timestep_guidance_channels=32, axes_dims_rope=(4, 4, 4, 4), guidance_embeds=False,
+        )  # fmt: skip
+        parts = {"text_encoder": Qwen3ForCausalLM(text), "transformer": transformer}
+    return _still(parts) | {"tokenizer": tokenizer, "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0)}
+
+
+def qwenimage_parts(seed: int = 0) -> dict:
+    """The parts of a tiny modular Qwen-Image, without its autoencoder."""
+    from diffusers import QwenImageTransformer2DModel
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    tokenizer = byte_tokenizer()
+    text = {
+        "vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "num_key_value_heads": 2,
+        "rope_scaling": {"mrope_section": [1, 1, 2], "type": "mrope"},
+    }  # fmt: skip
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        parts = {
+            "text_encoder": Qwen2_5_VLForConditionalGeneration(config),
+            "transformer": QwenImageTransformer2DModel(
+                in_channels=16, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=2,
+                joint_attention_dim=16, axes_dims_rope=(4, 6, 6),
+            ),
+        }  # fmt: skip
+    return _still(parts) | {"tokenizer": tokenizer, "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0)}
+
+
+def _still(parts: dict) -> dict:
+    return {name: part.eval().requires_grad_(False) for name, part in parts.items()}
+
+
 def call(
     pipe,
     prompt,

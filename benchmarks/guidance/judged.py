@@ -39,6 +39,7 @@ ALGORITHMS = {
     "SLD weak": (SLD("weak"),),
     "SLD medium": (SLD("medium"),),
     "SLD strong": (SLD("strong"),),
+    "SLD strong, dynamic": (SLD("strong", patience=2),),
     "SLD max": (SLD("max"),),
     "SAFREE": (SAFREE(),),
     "SAFREE, every step": (SAFREE(adaptive=False),),

@@ -14,7 +14,7 @@ from ...methods.guidance.nag import NAG
 from ...methods.guidance.nag import PRESETS as NAG_PRESETS
 from ...methods.guidance.safree import SAFREE
 from ...methods.guidance.sld import PRESETS, SLD
-from ..sockets import aliases
+from ..sockets import GuidanceDetectorsIO, aliases
 
 CATEGORY = "semiperm/safe guidance"
 _ALL, _OWN = "all", "own words"
@@ -27,20 +27,23 @@ def _model() -> io.Input:
     return io.Model.Input("model", tooltip="The model: any that a KSampler takes.")
 
 
-def _clip() -> io.Input:
+def clip_input() -> io.Input:
     return io.Clip.Input("clip", tooltip="The model's text encoder, which reads the categories.")
 
 
-def _category() -> io.Input:
+def category_input(whole: bool = True) -> io.Input:
+    """Which category; `whole`: whether it may be all of them."""
     return io.Combo.Input(
         "category",
-        options=[*sorted(bundled_categories()), _ALL, _OWN],
+        options=[*sorted(bundled_categories()), *[_ALL] * whole, _OWN],
         default="sexual",
-        tooltip="What to steer away from. all: the seven of I2P, one branch each. own words: what `words` says.",
+        tooltip="What to steer away from. all: the seven of I2P, one branch each. own words: what `words` says."
+        if whole
+        else "What is detected. own words: what `words` says.",
     )
 
 
-def _words() -> io.Input:
+def words_input() -> io.Input:
     return io.String.Input(
         "words",
         default="",
@@ -72,6 +75,18 @@ def _window() -> list[io.Input]:
     ]
 
 
+def _detectors() -> io.Input:
+    return GuidanceDetectorsIO.Input(
+        "detectors",
+        optional=True,
+        tooltip="From Guidance Detector, of the same category: guides only from when one fires.",
+    )
+
+
+def _found(detectors) -> tuple:
+    return () if detectors is None else detectors.pairs
+
+
 def categories_of(category: str, words: str):
     """What the two inputs of every node say.
 
@@ -95,15 +110,16 @@ class SemipermSafeGuidance(io.ComfyNode):
             description="Steers a picture away from a category of harm while it forms, where the prompt comes near it."
             " Costs one more picture a step for each category. Needs cfg above 1.",
             **aliases("SLD", "safety", "nsfw filter", "guard", "content filter"),
-            inputs=[_model(), _clip(), _category(), _strength(), _words()],
+            inputs=[_model(), clip_input(), category_input(), _strength(), words_input(), _detectors()],
             outputs=[io.Model.Output("guided_model", display_name="MODEL", tooltip=_GUIDED)],
         )
 
     @classmethod
-    def execute(cls, model, clip, category, strength, words=""):
+    def execute(cls, model, clip, category, strength, words="", detectors=None):
         from .patch import guide_model
 
-        return io.NodeOutput(guide_model(model, Default(categories_of(category, words), "sld", strength), clip))
+        config = Default(categories_of(category, words), "sld", strength, detectors=_found(detectors))
+        return io.NodeOutput(guide_model(model, config, clip, detectors))
 
 
 class SemipermSafeGuidanceAdvanced(io.ComfyNode):
@@ -118,8 +134,8 @@ class SemipermSafeGuidanceAdvanced(io.ComfyNode):
             **aliases("SLD", "safe latent diffusion", "safety", "guard"),
             inputs=[
                 _model(),
-                _clip(),
-                _category(),
+                clip_input(),
+                category_input(),
                 _strength(),
                 io.Combo.Input(
                     "preset",
@@ -137,18 +153,19 @@ class SemipermSafeGuidanceAdvanced(io.ComfyNode):
                     " after so many steps in which it does not; it is looked at again every 8. 0: every branch, every"
                     " step.",
                 ),
-                _words(),
+                words_input(),
+                _detectors(),
             ],
             outputs=[io.Model.Output("guided_model", display_name="MODEL", tooltip=_GUIDED)],
         )
 
     @classmethod
-    def execute(cls, model, clip, category, strength, preset, start, end, patience, words=""):
+    def execute(cls, model, clip, category, strength, preset, start, end, patience, words="", detectors=None):
         from .patch import guide_model
 
         algorithm = SLD(preset, patience=patience or None)
-        config = Default(categories_of(category, words), algorithm, strength, start, end)
-        return io.NodeOutput(guide_model(model, config, clip))
+        config = Default(categories_of(category, words), algorithm, strength, start, end, _found(detectors))
+        return io.NodeOutput(guide_model(model, config, clip, detectors))
 
 
 class SemipermSafeGuider(io.ComfyNode):
@@ -192,16 +209,16 @@ class SemipermPromptFilter(io.ComfyNode):
             **aliases("SAFREE", "safe prompt", "clip text encode safe"),
             inputs=[
                 io.Model.Input("model", tooltip="The model that the prompt is for; it is not changed."),
-                _clip(),
+                clip_input(),
                 io.String.Input("text", multiline=True, tooltip="The prompt that is encoded and filtered."),
-                _category(),
+                category_input(),
                 _strength(),
                 io.Boolean.Input(
                     "adaptive",
                     default=SAFREE.adaptive,
                     tooltip="Only as long as the prompt was changed, as the paper. Off: in every step.",
                 ),
-                _words(),
+                words_input(),
             ],
             outputs=[
                 io.Conditioning.Output(
@@ -235,8 +252,8 @@ class SemipermValueDecomposer(io.ComfyNode):
             **aliases("AdaVD", "concept removal", "erase value"),
             inputs=[
                 io.Model.Input("model", tooltip="The model: SD1.5, SD2 or SDXL."),
-                _clip(),
-                _category(),
+                clip_input(),
+                category_input(),
                 _strength(),
                 io.Int.Input(
                     "rank",
@@ -246,7 +263,7 @@ class SemipermValueDecomposer(io.ComfyNode):
                     tooltip="How many directions, one a phrase, are taken out of each head at most.",
                 ),
                 *_window(),
-                _words(),
+                words_input(),
             ],
             outputs=[io.Model.Output("guided_model", display_name="MODEL", tooltip=_GUIDED)],
         )
@@ -271,8 +288,8 @@ class SemipermNAG(io.ComfyNode):
             **aliases("NAG", "negative prompt turbo", "negative without cfg"),
             inputs=[
                 io.Model.Input("model", tooltip="The model: SD1.5, SD2 or SDXL."),
-                _clip(),
-                _category(),
+                clip_input(),
+                category_input(),
                 _strength(),
                 io.Combo.Input(
                     "preset",
@@ -284,7 +301,7 @@ class SemipermNAG(io.ComfyNode):
                     "tau", default=NAG.tau, min=1.0, max=100.0, step=0.1, tooltip="Largest growth of a token's norm."
                 ),
                 *_window(),
-                _words(),
+                words_input(),
             ],
             outputs=[io.Model.Output("guided_model", display_name="MODEL", tooltip=_GUIDED)],
         )

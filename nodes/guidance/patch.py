@@ -25,6 +25,7 @@ from ...methods.guidance.record import GuidanceRecord
 from ..extra_rows import rows_of
 from ..progress import Progress
 from ..root_patch import add_root
+from .detectors import Detectors
 from .layers import Layers
 
 logger = logging.getLogger(__name__)
@@ -35,11 +36,12 @@ _SAFETY = "negative_semiperm_safety_{}"  # of the guider's conditionings: "negat
 _numbers = itertools.count()
 
 
-def guide_model(model, config: SafeGuidanceConfig, clip, *, branches=None, together=None, states=None):
+def guide_model(model, config: SafeGuidanceConfig, clip, detectors=None, *, branches=None, together=None, states=None):
     """Return a clone of the model that is guided away from the config's categories; the given model stays as it is.
 
     Args:
         model: ComfyUI's ModelPatcher. config: strength 0 returns the model itself. clip: reads the categories.
+        detectors: `Detectors` of `config.detectors`, which say what the text detectors found; None: nobody asked them.
         branches, together, states: what `texts` made of them already; None makes it here.
 
     Raises:
@@ -60,7 +62,7 @@ def guide_model(model, config: SafeGuidanceConfig, clip, *, branches=None, toget
         most = max(one.rank for one in config.having("values"))
         states = phrase_states(model, clip, config, most)
     patched = model.clone()
-    patch = GuidancePatch(config, branches or [])
+    patch = GuidancePatch(config, branches or [], detectors)
     if config.having("values") or config.having("outputs"):
         patch.layers = Layers(patch, together, states)
         patch.layers.install(patched)
@@ -101,8 +103,8 @@ def report_of(model) -> dict:
 class GuidancePatch:
     """Safe guidance at work on one model."""
 
-    def __init__(self, config: SafeGuidanceConfig, branches: list):
-        self.config, self.branches = config, branches
+    def __init__(self, config: SafeGuidanceConfig, branches: list, detectors: Detectors | None = None):
+        self.config, self.branches, self.detectors = config, branches, detectors
         self.guiding = config.having("prediction")
         self.layers: Layers | None = None
         self.record, self.images, self.over = GuidanceRecord(), 0, False
@@ -114,6 +116,7 @@ class GuidancePatch:
         self.step: tuple[float, float, bool] | None = None  # share, sigma, active of the call at hand
         self.guided = False  # whether the call at hand was
         self.worth = Branches.of(self.config)
+        self.fired: Tensor | None = None  # (B, K) bool on the CPU, categories that were detected; None: no detectors
         self.positive: list[int] = []
         self.over = False
         self.calls = 0
@@ -127,6 +130,7 @@ class GuidancePatch:
         self.guider, self.images = guider, noise.shape[0]
         self.sampling = guider.model_patcher.get_model_object("model_sampling")
         self.progress = Progress(self.sampling)
+        self._judge_prompt(guider)
         if self.layers is not None:
             self.layers.begin_run()
         for index, branch in enumerate(self.branches):  # ComfyUI then prepares them as it does the others
@@ -145,6 +149,32 @@ class GuidancePatch:
             logger.warning("Safe Guidance: %s", missed)
         return result
 
+    def _judge_prompt(self, guider) -> None:
+        """What the text detectors said of the prompt that is sampled."""
+        if not self.config.detectors:
+            return
+        self.fired = torch.zeros(self.images, len(self.config.categories), dtype=torch.bool)
+        if self.detectors is None or self.detectors.prompt is None:
+            return
+        conditionings = [cond["cross_attn"] for cond in guider.conds.get("positive", ()) if "cross_attn" in cond]
+        self.detectors.check(conditionings)
+        names = [category.name for category in self.config.categories]
+        scores = [score for score in self.detectors.scores if score is not None]
+        self.record.text_scores = torch.full((self.images,), max(scores)) if scores else None
+        for pair, score in zip(self.detectors.pairs, self.detectors.scores, strict=True):
+            self.fired[:, names.index(pair.category)] |= score is not None and score > 0
+
+    def _look(self, latents: Tensor) -> None:
+        """Let the picture detectors see the picture that the model predicts for the prompt."""
+        judging = [pair for pair in self.config.detectors if pair.picture is not None]
+        if not judging or not self.step[2]:
+            return
+        above = [pair.picture.score(latents, self.step[0]) - pair.picture.threshold for pair in judging]
+        self.record.add("picture_score", torch.stack(above, dim=1).amax(dim=1))
+        names = [category.name for category in self.config.categories]
+        for pair, score in zip(judging, above, strict=True):
+            self.fired[:, names.index(pair.category)] |= (score > 0).cpu()
+
     def report(self) -> dict:
         if not self.over:
             raise GuidanceError("no report yet: this model has not sampled; connect the sampler's latent to the report")
@@ -161,16 +191,17 @@ class GuidancePatch:
         self.record.step(share, sigma, active, 0)
         self.calls += 1
         before = 0 if self.layers is None else self.layers.acted
+        wanted = self.fired is None or bool(self.fired.any())  # whether layers have anything to do
         try:
             result = executor(x, timestep, *args, **kwargs)
         finally:
             self.step = None
-        if active and self.guiding and not self.guided:
+        if active and (self.guiding or self.config.detectors) and not self.guided:
             raise GuidanceError(
                 "the sampler took a step that safe guidance never saw: another node calculates prompts by itself"
                 " (sampler_calc_cond_batch_function, or a guider of its own); use Safe Guider, or remove that node"
             )
-        if active and self.layers is not None and self.layers.acted == before:
+        if active and self.layers is not None and self.layers.acted == before and wanted:
             raise GuidanceError(
                 "none of the attention layers that safe guidance acts at ran in this step: another node replaced them;"
                 " put Safe Guidance after that node"
@@ -182,12 +213,17 @@ class GuidancePatch:
     def calculate(self, executor, model, conds, x, timestep, *args, **kwargs):
         """Around calc_cond_batch: the categories are denoised in the same batch, and the prompt's prediction is"
         " changed."""
-        if self.step is None or not self.guiding or self.guided or self.guider is None:
+        if self.step is None or self.guided or self.guider is None or not (self.guiding or self.config.detectors):
             return executor(model, conds, x, timestep, *args, **kwargs)
         positive = self.guider.conds.get("positive")
         where = next((i for i, cond in enumerate(conds) if cond is not None and cond is positive), None)
         if where is None:
             return executor(model, conds, x, timestep, *args, **kwargs)
+        if not self.guiding:
+            self.guided = True
+            found = executor(model, conds, x, timestep, *args, **kwargs)
+            self._look(found[where])
+            return found
         negative = self.guider.conds.get("negative")
         other = next((i for i, cond in enumerate(conds) if cond is not None and cond is negative), None)
         if other is None:
@@ -199,6 +235,8 @@ class GuidancePatch:
         if not self.step[2]:
             return executor(model, conds, x, timestep, *args, **kwargs)
         wanted = self.worth.wanted(self.images)
+        if self.fired is not None:
+            wanted &= self.fired.mT
         branches = wanted.any(dim=1).nonzero()[:, 0].tolist()
         safety = [self._prepared(k) for k in branches]
         found = executor(model, [*conds, *safety], x, timestep, *args, **kwargs)
@@ -210,6 +248,7 @@ class GuidancePatch:
         out = list(found[: len(conds)])
         self.record.evaluations += len(out[where]) * len(safety)
         out[where] = self._guided(out[other], out[where], found[len(conds) :], wanted, self._update(args, kwargs))
+        self._look(out[where])
         return out
 
     def _prepared(self, category: int):
@@ -243,6 +282,8 @@ class GuidancePatch:
         evaluated = None if bool(wanted[branches].all()) else wanted[branches].to(text.device)
         for one in self.guiding:
             active = torch.full((len(text),), share >= one.window() - 1e-4, device=text.device)
+            if self.fired is not None:
+                active &= self.fired.any(dim=1).to(text.device)
             outcome = one.guide(
                 uncond, text, stacked, self.momentum, unit=unit, active=active, level=sigma, update=update,
                 strength=self.config.strength, evaluated=evaluated,
@@ -273,13 +314,18 @@ class GuidancePatch:
                 self.positive = [r for r in range(rows.sampled) if rows.chunks[rows.chunk_of(r)] == 0]
             if self.step is None or not self.step[2]:
                 self.positive = []
+            if self.fired is not None:
+                fires = self.fired.any(dim=1).tolist()
+                self.positive = [row for row in self.positive if fires[row % self.images]]
             shares = self.layers.shares
             shares.clear()
             output = original(x, *args, **kwargs)
             if shares and self.positive:
                 total = torch.stack([share.float() for share in shares]).mean(dim=0)
-                if len(total) == self.images:
-                    self.record.add("scale", total)
+                if len(total) == len(self.positive):
+                    scales = torch.zeros(self.images, device=total.device)
+                    scales[[row % self.images for row in self.positive]] = total
+                    self.record.add("scale", scales)
             self.positive = []
             return output
 

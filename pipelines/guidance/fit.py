@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...methods.errors import GuidanceError
 from ...methods.guidance.category import Category, load_category
 from ...methods.guidance.config import SafeGuidanceConfig
-from ...methods.guidance.detectors import DetectorPair, PictureDetector, TextDetector
+from ...methods.guidance.detectors import DetectorPair, PictureDetector
+from ...methods.guidance.examples import fit_text_detector, halves, harmless, in_sentences
 from ...methods.guidance.summaries import summaries
 from ...methods.membranes.base_model import base_model_hash
 from ..family import Pipeline, denoiser_of
@@ -21,30 +20,7 @@ from .apply import SafeGuidanceHandle
 from .root import Root
 from .run import GuidanceCall, GuidanceRun
 
-__all__ = ["BENIGN", "benign_prompts", "fit_detectors"]
-
-_SUBJECTS = (
-    "a fox", "a bowl of fruit", "an old lighthouse", "two children reading", "a mountain lake", "a red bicycle",
-    "a kitchen table", "a market street", "a sleeping cat", "a sailing boat", "a field of wheat", "a stone bridge",
-    "a violinist", "a wooden chair", "a city at dusk", "a glass of water", "a football match", "a snowy forest",
-    "a robot", "a portrait of a woman", "a portrait of a man", "a horse", "a train station", "a bouquet of tulips",
-)  # fmt: skip
-_MANNERS = ("{}", "a photo of {}", "a painting of {}", "{} in the morning light", "a drawing of {}", "{}, close up")
-BENIGN = tuple(manner.format(subject) for manner in _MANNERS for subject in _SUBJECTS)
-
-
-def benign_prompts(count: int) -> list[str]:
-    """Harmless prompts of ours, as many as asked for.
-
-    Raises:
-        GuidanceError: more than there are.
-    """
-    if count > len(BENIGN):
-        raise GuidanceError(
-            f"{count} harmless prompts are needed, and {len(BENIGN)} come with the package: give your own (`benign`),"
-            " or a higher rate of false alarms"
-        )
-    return list(BENIGN[:count])
+__all__ = ["fit_detectors"]
 
 
 def fit_detectors(
@@ -92,21 +68,17 @@ def fit_detectors(
     """
     category = load_category(category)
     alarms = category.false_alarms / (2 if pictures else 1)
-    wanted = 2 * (math.ceil(1 / alarms) - 1)
-    benign = list(benign) if benign is not None else benign_prompts(min(wanted, len(BENIGN)))
+    benign = harmless(benign, alarms)
     harm = list(prompts) if prompts is not None else in_sentences(category.phrases)
-    # thresholds hold where the halves are alike: lists go from subject to subject
-    order = torch.randperm(len(benign), generator=torch.Generator().manual_seed(0)).tolist()
-    benign, half = [benign[i] for i in order], len(benign) // 2
-    found, none = benign[:half], benign[half:]
     segments = segments_of(pipe)
 
     def read(texts: Sequence[str]) -> Tensor:
         return summaries(encode_text(pipe, texts).hidden, texts, segments).cpu()
 
-    text = TextDetector.fit(read(harm), read(found), read(none), alarms)
+    text = fit_text_detector(read, harm, benign, alarms)
     picture = None
     if pictures:
+        found, none = halves(benign)
         shown, seen, kept = (
             _predicted(pipe, category, texts, steps, batch_size, seed + 10_000 * i, progress, sampling)
             for i, texts in enumerate((harm, found, none))
@@ -115,13 +87,6 @@ def fit_detectors(
     denoiser, _ = denoiser_of(pipe)
     weights = {name: value for name, value in denoiser.state_dict().items() if value.ndim == 2}
     return DetectorPair(category.name, text, picture, category.false_alarms, base_model_hash(weights))
-
-
-def in_sentences(phrases: Sequence[str]) -> list[str]:
-    """Phrases by themselves, in each manner, and beside harmless subjects."""
-    plain = [manner.format(phrase) for phrase in phrases for manner in _MANNERS]
-    beside = [f"{subject} with {phrase}" for phrase in phrases for subject in _SUBJECTS[:4]]
-    return list(dict.fromkeys(plain + beside))
 
 
 class _Watching(SafeGuidanceHandle):

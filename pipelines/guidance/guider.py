@@ -7,8 +7,10 @@ picture = pipe(prompt="a fox", output="images")[0]
 guider.report()
 
 Blocks hand a guider pairs (prompt, negative prompt) and call the denoiser for each batch that comes back, so that more
-branches need no other blocks. In its folder, `guider_config.json` names this module and class: import it before
-`ModularPipeline.from_pretrained`, or let a folder with this code be loaded by `trust_remote_code=True`.
+branches need no other blocks. A saved pipeline's `modular_model_index.json` names this module and class: import it
+before `ModularPipeline.from_pretrained`. Where that is not possible, put `guider.py` with `from semiperm import
+SafeGuidance` and `config.json` with {"auto_map": {"AutoModel": "guider.SafeGuidance"}} beside `guider_config.json`, for
+`trust_remote_code=True`.
 """
 
 from __future__ import annotations
@@ -17,7 +19,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
 from diffusers.guiders import ClassifierFreeGuidance
 from torch import Tensor
@@ -165,10 +166,10 @@ class SafeGuidance(ClassifierFreeGuidance):
         if not self.safety.strength:
             return []
         found = []
-        fields = [f for f, value in data.items() if isinstance(value, tuple) and _differ(*value)]
+        pairs_of_text = {field: value for field, value in data.items() if isinstance(value, tuple) and _text(*value)}
         for index, text in enumerate(self._texts):
             values = {field: data[field][0] if isinstance(data[field], tuple) else data[field] for field in data}
-            values |= {field: _in_place_of(data[field][0], field, text) for field in fields}
+            values |= {field: _in_place_of(*pair, field, text) for field, pair in pairs_of_text.items()}
             values[self._identifier_key] = _SAFETY.format(index)
             found.append(type(pairs[0])(**values))
         return found
@@ -214,14 +215,21 @@ class SafeGuidance(ClassifierFreeGuidance):
         return self.record.report(self.safety, self._images)
 
 
-def _differ(one: Any, other: Any) -> bool:
-    if not (isinstance(one, Tensor) and isinstance(other, Tensor)):
+def _text(one: Any, other: Any) -> bool:
+    """Whether a pair is text: not the same tensor for both, and other numbers, or such that may be equal by chance."""
+    if not (isinstance(one, Tensor) and isinstance(other, Tensor)) or one is other:
         return False
-    return one is not other and (one.shape != other.shape or not torch.equal(one, other))
+    return not one.is_floating_point() or _differ(one, other)  # masks and positions of texts of the same length
 
 
-def _in_place_of(given: Tensor, field: str, text: Mapping[str, Tensor]) -> Tensor:
-    """A category's tensor for a field that differs between prompt and negative prompt, with as many rows.
+def _differ(one: Tensor, other: Tensor) -> bool:
+    return one.shape != other.shape or not torch.equal(one, other)
+
+
+def _in_place_of(given: Tensor, other: Tensor, field: str, text: Mapping[str, Tensor]) -> Tensor:
+    """A category's tensor for a field that prompt and negative prompt have one of each, with as many rows.
+
+    Texts of a category are as long as they are: each branch is a call of its own.
 
     Raises:
         GuidanceError: the text block made none of its kind.
@@ -235,13 +243,12 @@ def _in_place_of(given: Tensor, field: str, text: Mapping[str, Tensor]) -> Tenso
     if found is None:
         exact = [t for t in alike if t.shape[1:] == given.shape[1:]]
         found = next(iter(exact or alike), None)
+    if found is None and not _differ(given, other):  # positions, the same for every text
+        return given
     if found is None:
         raise GuidanceError(
             f"the guider was given {field!r} {tuple(given.shape)}, of which the text block made none for the"
             f" categories: it made {', '.join(f'{n} {tuple(t.shape)}' for n, t in text.items())}; this pipeline is not"
             " supported"
         )
-    missing = given.shape[1] - found.shape[1]
-    if missing:  # texts as long as they are, beside a mask: what is padded is masked
-        found = F.pad(found, (*(0, 0) * (found.ndim - 2), 0, missing)) if missing > 0 else found[:, : given.shape[1]]
     return found[:1].expand(len(given), *found.shape[1:]).to(given)

@@ -20,6 +20,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ...methods.errors import GuidanceError
+from ...methods.modules import is_own_forward
 from ..family import Family
 from ..hooks import others_at, untouched
 
@@ -144,6 +145,7 @@ class Values:
             and not x.is_inference()
             and isinstance(module, nn.Linear)
             and getattr(type(module), "_semiperm_base", type(module)) is nn.Linear
+            and is_own_forward(module)
             and not others_at(module, self.handle.NAME)
             and not module._forward_hooks
             and not module._forward_pre_hooks

@@ -5,6 +5,7 @@ of them by each algorithm. Prints JSON.
 """
 
 import json
+from dataclasses import replace
 
 import comfy.patcher_extension
 import comfy.sample
@@ -14,10 +15,12 @@ from safetensors.torch import load_file
 from semiperm.methods.errors import SemipermError
 from semiperm.methods.guidance.category import Category
 from semiperm.methods.guidance.config import SafeGuidanceConfig
+from semiperm.methods.guidance.detectors import DetectorPair, PictureDetector
 from semiperm.methods.guidance.nag import NAG
 from semiperm.methods.guidance.safree import SAFREE
 from semiperm.methods.guidance.sld import SLD
 from semiperm.nodes.canvas.model import load_canvas
+from semiperm.nodes.guidance.detectors import detectors_for
 from semiperm.nodes.guidance.guider import SafeGuider
 from semiperm.nodes.guidance.patch import guide_model, report_of
 from semiperm.nodes.guidance.texts import filtered
@@ -78,6 +81,37 @@ found["safree, effect"] = relative(sample(model, edited), plain)
 found["safree, said"] = said
 found["strength 0"] = difference(sample(guided("sld", strength=0.0)), plain)
 found["nag at cfg 1"] = relative(sample(guided(NAG("sd15")), cfg=1.0), sample(model, cfg=1.0))
+
+# detectors: of text by the prompt, of pictures by what the model predicts (thresholds at which each fires, or none)
+benign = [
+    f"a {thing} on {ground}" for thing in ("ghost", "star", "heart", "circle") for ground in ("sky", "fog", "sand")
+]
+rough = replace(HARM, false_alarms=0.3)
+for name, prompt in {"detected": PROMPT, "not detected": "a star on sky"}.items():
+    detectors = detectors_for(model, clip, rough, None, benign, prompt)
+    patched = guide_model(model, SafeGuidanceConfig(rough, SLD("max"), detectors=detectors.pairs), clip, detectors)
+    out, bare = sample(patched, conditioning(prompt)), sample(model, conditioning(prompt))
+    found[name] = relative(out, bare) if name == "detected" else difference(out, bare)
+    found[f"{name}, evaluations"] = report_of(patched)["evaluations"]
+    found[f"{name}, text score"] = report_of(patched)["rows"][0]["text_score"]
+    if name == "detected":
+        found["detected, as without"] = relative(out, sample(guided(SLD("max"))))
+        judged = patched
+for name, threshold in {"seen": -1.0, "never seen": 1.0}.items():
+    flat = PictureDetector(torch.linspace(0, 1, 5), torch.zeros(4, 36), torch.zeros(4), threshold)
+    pair = DetectorPair(HARM.name, None, flat, 0.1)
+    patched = guided(SLD("max"), detectors=[pair])
+    out = sample(patched)
+    found[name] = relative(out, plain) if name == "seen" else difference(out, plain)
+    found[f"{name}, evaluations"] = report_of(patched)["evaluations"]
+    out = sample(guided("adavd", detectors=[pair]))
+    found[f"{name} by adavd"] = relative(out, plain) if name == "seen" else difference(out, plain)
+
+# dynamic mode, with everything silent
+patched = guided(SLD("max", patience=1, probe=5, silent=1.0))
+found["dynamic"] = relative(sample(patched), plain) // 1e-5
+found["dynamic, evaluations"] = report_of(patched)["evaluations"]
+found["dynamic, alignment"] = report_of(patched)["rows"][0]["alignment"]
 
 # the guider gives the same, and runs others' hooks
 patched = guided(SLD("max"))
@@ -263,6 +297,11 @@ def _():
             return states * float("nan"), pooled
 
     guide_model(model, SafeGuidanceConfig(HARM, "sld"), Broken())
+
+
+@fault("another prompt than the one that was judged")
+def _():
+    sample(judged, conditioning("a star on sky"))
 
 
 @fault("an empty category")

@@ -36,6 +36,7 @@ IDS = {
     "SemipermPromptFilter",
     "SemipermValueDecomposer",
     "SemipermNAG",
+    "SemipermGuidanceDetector",
     "SemipermGuidanceReport",
     "SemipermKeyring",
     "SemipermWatermarkNoise",

@@ -11,6 +11,7 @@ from comfy_server import in_comfyui
 from safetensors.torch import save_file
 from semiperm.methods.errors import GuidanceError
 from semiperm.methods.guidance.config import SafeGuidanceConfig
+from semiperm.methods.guidance.detectors import DetectorPair, TextDetector
 from semiperm.methods.guidance.record import GuidanceRecord
 
 comfy = pytest.mark.comfy
@@ -39,21 +40,25 @@ def made_up() -> dict:
 
 
 def test_the_nodes_pass_everything_on(nodes, monkeypatch):
-    calls = []
+    calls, given = [], []
 
-    def guide_model(model, config, clip):
+    def guide_model(model, config, clip, detectors=None):
         calls.append((config, clip))
+        given.append(detectors)
         return f"guided {model}"
 
     surgery = SimpleNamespace(guide_model=guide_model, reports_of=lambda model: [made_up()])
     monkeypatch.setitem(sys.modules, "semiperm.nodes.guidance.patch", surgery)
     window = {"start": 0.1, "end": 0.5}
-    assert nodes.SemipermSafeGuidance.execute("M", "C", "violence", 0.5).args == ("guided M",)
+    pair = DetectorPair("violence", TextDetector(torch.zeros(4), torch.zeros(()), 1.0), None, 0.1)
+    found = SimpleNamespace(pairs=(pair,))
+    assert nodes.SemipermSafeGuidance.execute("M", "C", "violence", 0.5, detectors=found).args == ("guided M",)
     nodes.SemipermSafeGuidanceAdvanced.execute("M", "C", "all", 1.0, "max", **window, patience=3)
     nodes.SemipermValueDecomposer.execute("M", "C", "own words", 1.0, 4, **window, words="a, b")
     nodes.SemipermNAG.execute("M", "C", "hate", 1.0, "sd15", 3.0, **window)
     one, two, three, four = (config for config, _ in calls)
     assert one.algorithms[0].preset == "strong" and one.strength == 0.5
+    assert one.detectors == (pair,) and given == [found, None, None, None] and two.detectors == ()
     assert len(two.categories) == 7 and two.algorithms[0].patience == 3 and (two.start, two.end) == (0.1, 0.5)
     assert three.phrases == ("a", "b") and three.algorithms[0].rank == 4
     assert four.algorithms[0].tau == 3.0 and four.algorithms[0].NAME == "nag"
@@ -148,8 +153,25 @@ def test_beside_the_other_methods_in_any_order(found):
 
 
 @comfy
+def test_detectors_decide_whether_it_acts(found):
+    assert found["detected"] > 20 * NEAR and found["detected, as without"] < NEAR, (
+        "guided as if there were no detectors"
+    )
+    assert found["detected, text score"] > 0 and found["detected, evaluations"] == STEPS * 2
+    assert found["not detected"] == 0 and found["not detected, evaluations"] == 0, "the untouched model's bits"
+    assert found["seen"] > 1e-3 and found["seen, evaluations"] == (STEPS - 1) * 2, "from the step after"
+    assert found["seen by adavd"] > 1e-3 and found["never seen"] == found["never seen by adavd"] == 0
+
+
+@comfy
+def test_dynamic_mode_leaves_silent_categories_out(found):
+    assert found["dynamic, evaluations"] == 2 * 2, "steps 0 and 5 of 6"
+    assert found["dynamic"] == 0 and -1 < found["dynamic, alignment"] < 1
+
+
+@comfy
 def test_faults_raise(found):
-    assert len(found["faults"]) == 15
+    assert len(found["faults"]) == 16
     assert not [name for name, words in found["faults"].items() if not words or len(words) < 40]
 
 
