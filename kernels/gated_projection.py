@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .dispatch import (
     check_tensors,
+    forced,
     interpreted,
     jit,
     kernel_path,
@@ -58,8 +59,7 @@ def gated_projection_reference(
 # tile of ranks -> (tokens, channels read at a time, channels written, warps, stages): the more ranks, the less beside
 # them, so that nothing spills (tests/kernels/test_resources.py)
 _CONFIGS = {16: (64, 64, 128, 4, 3), 32: (64, 64, 64, 4, 3), 64: (64, 64, 64, 4, 3), 128: (64, 32, 64, 8, 3)}
-_MOST = {torch.float32: 32}  # ranks that one program holds: exact float32 has no matrix units; more take torch
-_MOST_RANKS = 128
+_MOST_RANKS = 128  # that one program holds; more take torch
 
 
 @jit
@@ -219,12 +219,19 @@ def gated_projection(y: Tensor, read: Tensor, write: Tensor, gates: Tensor, gamm
         g (B, N, R) in y's dtype. Differentiable: where a gradient is wanted, torch computes it.
 
     Raises:
-        KernelError: shapes, dtypes or devices that do not fit each other.
+        KernelError: shapes, dtypes or devices that do not fit each other, or a forced path that cannot run.
 
     Source: CASteer (arXiv 2503.09630) for R = 1, D = U and no gate but a > 0.
     """
     _check(y, read, write, gates, gamma)
-    fits = read.shape[0] <= _MOST.get(y.dtype, _MOST_RANKS) and not needs_grad(y, read, write, gates, gamma)
+    fits = read.shape[0] <= _MOST_RANKS
+    if forced() and not fits:
+        raise KernelError(
+            f"SEMIPERM_KERNELS=triton, but {read.shape[0]} directions are more than one program holds ({_MOST_RANKS});"
+            " unset it, and torch computes them"
+        )
+    # exact float32 has no matrix units, and its products spill on NVIDIA's
+    fits = fits and (y.dtype is not torch.float32 or forced()) and not needs_grad(y, read, write, gates, gamma)
     if not fits or kernel_path(y, products=True) == "reference":
         return gated_projection_reference(y, read, write, gates, gamma)  # which a compiler fuses by itself
     if torch.compiler.is_compiling():
@@ -255,16 +262,16 @@ def _check(y: Tensor, read: Tensor, write: Tensor, gates: Tensor, gamma: Tensor)
 
 
 def compile_cases() -> list[dict]:
-    """What kernel_resources.py compiles: every tile of ranks in each kind of dtype."""
+    """What kernel_resources.py compiles: every tile of ranks, of the dtypes that `auto` takes."""
     cases = []
-    for kind, rank in (("fp16", 16), ("bf16", 32), ("bf16", 64), ("bf16", 128), ("fp32", 16), ("fp32", 32)):
+    for kind, rank in (("fp16", 16), ("bf16", 32), ("bf16", 64), ("bf16", 128)):
         block_r, (block_n, block_c, block_o, warps, stages) = _config(rank)
         pointers = {name: "*fp32" for name in ("gates_ptr", "a_ptr", "top_ptr", "gamma_ptr")}
         pointers |= {name: f"*{kind}" for name in ("y_ptr", "read_ptr", "write_ptr", "out_ptr", "opened_ptr")}
         sizes = dict.fromkeys(("channels", "stride_yb", "stride_yn"), "i32:16")
         sizes |= dict.fromkeys(("n_tokens", "rank", "n_tiles", "stride_gb"), "i32")
         tiles = {"BLOCK_N": block_n, "BLOCK_R": block_r}
-        precision = {"PRECISION": "ieee" if kind == "fp32" else "tf32"}
+        precision = {"PRECISION": "tf32"}
         for stage, kernel, constexprs in (
             ("read", _read_kernel, {"BLOCK_C": block_c, "WIDEN": False}),
             ("write", _write_kernel, {"BLOCK_O": block_o, **precision}),
@@ -278,7 +285,7 @@ def compile_cases() -> list[dict]:
                 "num_stages": stages,
                 "products": True,
             }
-            if stage == "write" and kind != "fp32":
+            if stage == "write":
                 case["hip"] = {"PRECISION": "bf16x3"}
             cases.append(case)
     return cases
