@@ -144,8 +144,6 @@ def test_several_at_once_are_each_as_if_alone():
         )
         # Adam makes a step of either sign out of a gradient that is nearly 0: a few numbers differ by rounding alone
         assert (alone - beside).norm() < 0.05 * (alone - first).norm()
-    swapped = [torch.cat([pair.up.flatten() for pair in m.modules.values()]) for m in (single[0], single[1], begun[0])]
-    assert (swapped[0] - swapped[1]).norm() > 0.5 * (swapped[0] - swapped[2]).norm()  # another concept's is far off
 
 
 class Killed(Exception):
