@@ -223,13 +223,15 @@ def _scales(
 ) -> tuple[Tensor, Tensor, Tensor, float]:
     """(J, R) low and high of others' tokens, the strongest response of other pictures, and how many times that the
     concept's pictures reach: in halves of the pictures that the directions were not made from."""
-    tops, reached, answered = [], [], []
+    tops: list[Tensor] = []
+    reached: list[Tensor] = []
+    answered: list[Tensor] = []
     halves = [
         [part[0::2] for part in (shown, without, background)],
         [part[1::2] for part in (shown, without, background)],
     ]
     for own, other in (halves, halves[::-1]):
-        if (found := _directions(*own, config)) is None:
+        if (found := _directions(own[0], own[1], own[2], config)) is None:
             flat = torch.ones(shown.shape[1], config.rank)
             return flat, flat * 2, flat, 0.0
         read, _, offset = found

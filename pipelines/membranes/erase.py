@@ -89,8 +89,17 @@ def erase_concepts(
     preserve = None if preserve is None else list(preserve)
     looks = Membranes()
     if side != "text":
-        common = {"synonyms": synonyms, "templates": templates, "pictures": pictures, "config": visual}
-        looks = fit_visual(pipe, concepts, surrogate, preserve, progress=progress, **common)
+        looks = fit_visual(
+            pipe,
+            concepts,
+            surrogate,
+            preserve,
+            synonyms=synonyms,
+            templates=templates,
+            pictures=pictures,
+            config=visual,
+            progress=progress,
+        )
     if side == "image":
         return looks
     segments = segments_of(pipe)
