@@ -7,10 +7,8 @@ picture = pipe(prompt="a fox", output="images")[0]
 guider.report()
 
 Blocks hand a guider pairs (prompt, negative prompt) and call the denoiser for each batch that comes back, so that more
-branches need no other blocks. A saved pipeline's `modular_model_index.json` names this module and class: import it
-before `ModularPipeline.from_pretrained`. Where that is not possible, put `guider.py` with `from semiperm import
-SafeGuidance` and `config.json` with {"auto_map": {"AutoModel": "guider.SafeGuidance"}} beside `guider_config.json`, for
-`trust_remote_code=True`.
+branches need no other blocks. The type hint of an entry in `modular_model_index.json` may name this module and class:
+import it before `ModularPipeline.from_pretrained`; or let a folder load it by `trust_remote_code` (docs/python.md).
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from semiperm.methods.errors import SemipermError
 from semiperm.methods.guidance.category import Category
 from semiperm.methods.guidance.config import SafeGuidanceConfig
 from semiperm.methods.guidance.detectors import DetectorPair, PictureDetector
+from semiperm.methods.guidance.examples import halves
 from semiperm.methods.guidance.nag import NAG
 from semiperm.methods.guidance.safree import SAFREE
 from semiperm.methods.guidance.sld import SLD
@@ -87,7 +88,8 @@ benign = [
     f"a {thing} on {ground}" for thing in ("ghost", "star", "heart", "circle") for ground in ("sky", "fog", "sand")
 ]
 rough = replace(HARM, false_alarms=0.3)
-for name, prompt in {"detected": PROMPT, "not detected": "a star on sky"}.items():
+calm = min(halves(benign)[1], key=lambda words: detectors_for(model, clip, rough, None, benign, words).scores[0])
+for name, prompt in {"detected": PROMPT, "not detected": calm}.items():
     detectors = detectors_for(model, clip, rough, None, benign, prompt)
     patched = guide_model(model, SafeGuidanceConfig(rough, SLD("max"), detectors=detectors.pairs), clip, detectors)
     out, bare = sample(patched, conditioning(prompt)), sample(model, conditioning(prompt))
@@ -301,7 +303,7 @@ def _():
 
 @fault("another prompt than the one that was judged")
 def _():
-    sample(judged, conditioning("a star on sky"))
+    sample(judged, conditioning(calm))
 
 
 @fault("an empty category")

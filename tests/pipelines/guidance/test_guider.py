@@ -130,19 +130,30 @@ def test_a_category_keeps_its_length_and_its_own_mask():
     assert (prompt, none, harm) == (of_prompt, of_none, of_harm)
 
 
-def test_a_saved_pipeline_names_it_and_is_loaded_with_it(tmp_path):
-    """modular_model_index.json has this module and class; whoever imported it gets it, with its settings."""
+def test_the_type_hint_of_an_index_loads_it(tmp_path):
+    """modular_model_index.json may name this module and class; whoever imported it gets it, with its settings."""
     from diffusers import ModularPipeline
 
-    pipe, _ = made("sd3", SafeGuidance([OWN], preset="strong", strength=0.5, guidance_scale=4.0))
-    pipe.save_pretrained(str(tmp_path))
-    index = json.loads((tmp_path / "modular_model_index.json").read_text())
-    library, name, said = index["guider"]
-    assert said["type_hint"] == ["semiperm.pipelines.guidance.guider", "SafeGuidance"], (library, name)
-    again = ModularPipeline.from_pretrained(str(tmp_path))
-    again.load_components(names=["guider"])
-    assert type(again.guider) is SafeGuidance and again.guider.safety.strength == 0.5
-    assert again.guider.safety.chosen[0].phrases == ("a robot", "an android")
+    SafeGuidance([OWN], preset="strong", strength=0.5, guidance_scale=4.0).save_pretrained(tmp_path / "guider")
+    said = {
+        "type_hint": ["semiperm.pipelines.guidance.guider", "SafeGuidance"],
+        "pretrained_model_name_or_path": str(tmp_path),
+        "subfolder": "guider",
+    }
+    index = {
+        "_class_name": "StableDiffusion3ModularPipeline",
+        "_blocks_class_name": "StableDiffusion3AutoBlocks",
+        "_diffusers_version": "0.42.1",
+        "guider": ["semiperm.pipelines.guidance.guider", "SafeGuidance", said],
+    }
+    (tmp_path / "modular_model_index.json").write_text(json.dumps(index))
+    pipe = ModularPipeline.from_pretrained(str(tmp_path))
+    pipe.load_components(names=["guider"])
+    assert type(pipe.guider) is SafeGuidance and pipe.guider.safety.strength == 0.5
+    assert pipe.guider.safety.chosen[0].phrases == ("a robot", "an android")
+
+
+CODE = {"_class_name": "SafeGuidance", "auto_map": {"AutoModel": "guider.SafeGuidance"}}
 
 
 def test_code_in_a_folder_is_loaded_with_trust_remote_code(tmp_path):
@@ -151,9 +162,9 @@ def test_code_in_a_folder_is_loaded_with_trust_remote_code(tmp_path):
 
     SafeGuidance([OWN], preset="strong", guidance_scale=4.0).save_pretrained(tmp_path)
     (tmp_path / "guider.py").write_text("from semiperm.pipelines.guidance.guider import SafeGuidance\n")
-    (tmp_path / "config.json").write_text(json.dumps({"auto_map": {"AutoModel": "guider.SafeGuidance"}}))
+    (tmp_path / "config.json").write_text(json.dumps(CODE))
     spec = ComponentSpec(name="guider", type_hint=None, pretrained_model_name_or_path=str(tmp_path))
-    with pytest.raises(ValueError, match="trust_remote_code"):
+    with pytest.raises(ValueError, match="Unable to load guider"):
         spec.load()
     found = spec.load(trust_remote_code=True)
     assert isinstance(found, SafeGuidance) and found.guidance_scale == 4.0
