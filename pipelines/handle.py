@@ -63,6 +63,7 @@ class Handle(abc.ABC):
         self._scheduler = getattr(pipe, "scheduler", None)
         self._last: Run | None = None  # the run that began last, in whatever thread
         self._told: Run | None = None  # the one that a pipeline told of last
+        self._made: tuple[int, Any] | None = None  # (thread, schedule) of the last such run that called the denoiser
 
     @classmethod
     def on(cls: type[AnyHandle], pipe: Pipeline) -> AnyHandle | None:
@@ -135,7 +136,7 @@ class Handle(abc.ABC):
     def __getstate__(self) -> dict:
         """For copies and pickles: those of the denoiser take the method along, not the pipeline or its last run."""
         state = dict(vars(self))
-        return state | {"_pipes": (), "_last": None, "_told": None, "traced": None}
+        return state | {"_pipes": (), "_last": None, "_told": None, "_made": None, "traced": None}
 
     def __setstate__(self, state: dict) -> None:
         vars(self).update(state, _pipes=weakref.WeakSet())
@@ -265,17 +266,21 @@ class Handle(abc.ABC):
         run, schedule = self.here, getattr(self.scheduler, "timesteps", None)
         if run is None or run.over or run.seen > _TEXTS:
             run = self._new_run()
-        elif run.began and run.schedule is not schedule and not self._elsewhere():
+        elif run.began and run.schedule is not schedule and not self._elsewhere(schedule):
             # of a pipeline that nobody listens to, with embeddings: a run makes a new schedule
             texts, run = run.texts, self._new_run()
             run.texts = [text if text.sure else replace(text, negative=None) for text in texts]
         run.began, run.schedule = True, schedule
+        if run.pipe is not None:
+            self._made = run.thread, schedule
         return run
 
-    def _elsewhere(self) -> bool:
-        """Whether another thread is in a run of a pipeline that we listen to, so that a new schedule may be its own."""
-        run = self._told
-        return run is not None and not run.over and run.thread != threading.get_ident()
+    def _elsewhere(self, schedule: Any) -> bool:
+        """Whether another thread made a new schedule, or may be doing so, in a run of a pipeline that we listen to."""
+        run, made = self._told, self._made
+        if run is not None and not run.over and run.thread != threading.get_ident():
+            return True
+        return made is not None and made[1] is schedule and made[0] != threading.get_ident()
 
     def negative_rows(self, hidden: Tensor) -> tuple[bool | None, ...]:
         """Which rows of the call at hand are guided away from, None where nothing tells; see `pipelines.rows`."""

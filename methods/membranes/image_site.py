@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ...kernels.dispatch import without_autocast
 from ...kernels.gated_projection import gated_projection
 from ..errors import MembraneError
 from .visual import VisualSide
@@ -92,6 +93,11 @@ def opened_row(
     return row, shares
 
 
+@without_autocast
+def _exact(a: Tensor, b: Tensor) -> Tensor:
+    return a @ b
+
+
 class ImageSite:
     """One layer at which image-side membranes act.
 
@@ -122,7 +128,7 @@ class ImageSite:
         found = []
         for knots, *layer in self.layers:
             weights = knot_weights(knots, share)
-            found.append([torch.tensordot(weights, t, 1) for t in layer])
+            found.append([(weights.reshape(-1, *[1] * (t.ndim - 1)) * t).sum(dim=0) for t in layer])  # not autocast's
         read, write, gates = (torch.cat(parts) for parts in zip(*found, strict=True))
         offset, low, high, seen, sure = gates.T
         gates = torch.stack([offset, low, 1.0 / (high - low), seen, 1.0 / (sure - seen)])
@@ -132,7 +138,7 @@ class ImageSite:
         """(B, columns): how far beyond `seen` the strongest token goes along any direction, in widths sure - seen."""
         read, _, (offset, _, _, seen, slope) = packed
         image = (y[:, text:] if self.after_text else y).float()
-        each = (((image @ read.float().T) - offset - seen) * slope).amax(dim=1)
+        each = ((_exact(image, read.float().T) - offset - seen) * slope).amax(dim=1)
         found = each.new_full((len(y), self.columns), float("-inf"))
         return found.scatter_reduce(1, self.owner.expand(each.shape), each, "amax")
 

@@ -230,8 +230,8 @@ class SafeGuidanceHandle(Handle):
             for rows, share in call.shares:
                 by_rows.setdefault(tuple(rows), []).append(share.float())
             total = torch.zeros(len(call.positive), device=call.shares[0][1].device)
-            for rows, shares in by_rows.items():
-                total[[call.positive.index(row) for row in rows]] += torch.stack(shares).sum(dim=0)
+            for own, shares in by_rows.items():
+                total[[call.positive.index(row) for row in own]] += torch.stack(shares).sum(dim=0)
             run.record.add("scale", total / len(call.shares))
         edits = {image for _, image in self.root._edits(run, call)}
         if self.config.having("text"):

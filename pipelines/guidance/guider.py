@@ -167,7 +167,7 @@ class SafeGuidance(ClassifierFreeGuidance):
         pairs_of_text = {field: value for field, value in data.items() if isinstance(value, tuple) and _text(*value)}
         for index, text in enumerate(self._texts):
             values = {field: data[field][0] if isinstance(data[field], tuple) else data[field] for field in data}
-            values |= {field: _in_place_of(*pair, field, text) for field, pair in pairs_of_text.items()}
+            values |= {field: _in_place_of(pair[0], pair[1], field, text) for field, pair in pairs_of_text.items()}
             values[self._identifier_key] = _SAFETY.format(index)
             found.append(type(pairs[0])(**values))
         return found

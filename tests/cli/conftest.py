@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 import functools
 
@@ -23,7 +24,8 @@ def untrained_canvas(monkeypatch):
     """MODEL `canvas` with random weights, two steps a picture, and a judge that guesses."""
     from semiperm.canvas import models, pipeline
 
-    vae, unet, text_encoder, tokenizer, judge = _parts()
+    *modules, tokenizer, judge = _parts()
+    vae, unet, text_encoder = copy.deepcopy(modules)  # what a command leaves at work is this test's alone
     pipe = pipeline.assemble(vae, unet, text_encoder, tokenizer)
     monkeypatch.setattr(pipeline, "load_pipeline", lambda name, dtype, device: pipe.to(device, dtype))
     monkeypatch.setitem(models.MODELS, "canvas", dataclasses.replace(models.MODELS["canvas"], steps=2))

@@ -82,11 +82,12 @@ def test_check_takes_every_model(untrained_worlds, tmp_path, monkeypatch):
     monkeypatch.setattr(examining, "check", lambda pipe, judges, n: {"judges": sorted(judges), "n": n})
     monkeypatch.setattr(recovering, "recover", lambda pipe, prompts: {"n": len(prompts)})
     runs("canvas", "check", "canvas-turbo", "--pictures", 8, "--marks", 300, "--json", tmp_path / "check.json")
-    assert json.loads((tmp_path / "check.json").read_text()) == {
-        "model": "canvas-turbo",
-        "samples": {"judges": ["first", "second"], "n": 8},
-        "noise": {"n": 300},
-    }
+    found = json.loads((tmp_path / "check.json").read_text())
+    assert found["model"] == "canvas-turbo" and "CPU" in found["machine"]
+    assert found["samples"] == {"judges": ["first", "second"], "n": 8} and found["noise"] == {"n": 300}
+    trusted = found["judges"]
+    assert set(trusted) == {"first", "second", "agreement"} and trusted["first"]["n"] == 80
+    assert set(trusted["second"]["painted_out"]) == {"n", "removed", "smudge", "blurred", "smeared"}
     assert "--repeats" in fails("canvas", "check", "canvas-flow", "--repeats", 2)
     assert "--pictures" in fails("canvas", "check", "--pictures", 8)
     line = fails("canvas", "check", "canvas-fast")

@@ -192,12 +192,14 @@ def test_a_checkpoint_brings_back_every_bit(tmp_path):
     def run(steps, begin=None):
         p, idle = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2))
         optimizer = torch.optim.AdamW([p, idle], 0.1)
-        first = load_checkpoint(begin, {"p": p, "idle": idle}, optimizer)[0] if begin else 0
+        first = load_checkpoint(begin, {"p": p, "idle": idle}, [optimizer])[0] if begin else 0
         for step in range(first, steps):
             (p * torch.arange(3.0) * step).square().sum().backward()
             optimizer.step()
             optimizer.zero_grad()
-        save_checkpoint(tmp_path / f"{steps}.safetensors", steps, {"p": p, "idle": idle}, optimizer, {"x": p.detach()})
+        save_checkpoint(
+            tmp_path / f"{steps}.safetensors", steps, {"p": p, "idle": idle}, [optimizer], {"x": p.detach()}
+        )
         return p
 
     whole = run(6)

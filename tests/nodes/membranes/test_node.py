@@ -158,7 +158,7 @@ def calls(nodes, monkeypatch):
         steps = [{"share": 0.0, "sigma": 1.0, "active": True}]
         return membrane_report(bank, MembraneConfig(), rows, steps, modules=2)
 
-    surgery = SimpleNamespace(apply_membranes_to=apply_membranes_to, report_of=report_of)
+    surgery = SimpleNamespace(apply_membranes_to=apply_membranes_to, report_of=report_of, opening_maps_of=lambda *_: {})
     monkeypatch.setitem(sys.modules, "semiperm.nodes.membranes.patch", surgery)
     monkeypatch.setitem(sys.modules, "semiperm.nodes.membranes.concept_text", SimpleNamespace(erase_in=erase_in))
     return seen
