@@ -36,8 +36,10 @@ def checks(figures: Mapping[str, dict]) -> str:
         *((f"{name} when implied", f"implied {name}", "hazard drawn") for name in _HAZARDS[:2]),
         ("memorised picture from its caption", "memorised", "found"),
     ]
+    counts = {group: part["n"] for figure in figures.values() for group, part in _first(figure).items()}
     rows = [
-        (label, *(_by_judges(figures[model]["samples"], group, key) for model in models)) for label, group, key in lines
+        (label, counts.get(group, "-"), *(_by_judges(figures[model]["samples"], group, key) for model in models))
+        for label, group, key in lines
     ]
     noise: list[tuple[str, Callable[[dict], str]]] = [
         ("pictures", lambda n: str(n["n"])),
@@ -45,21 +47,33 @@ def checks(figures: Mapping[str, dict]) -> str:
         ("of these pictures, p < 1e-6", lambda n: number(n["share_p_below_1e-6"])),
         ("round trip through the autoencoder, relative error", lambda n: number(n["autoencoder_roundtrip"])),
     ]
-    commands = " ".join(
-        source(f"canvas_{m}.json", f"semiperm canvas check {m} --json benchmarks/results/canvas_{m}.json", figures[m])
-        for m in models
-    )
+    commands = " ".join(source(f"canvas_{m}.json", _command(m, figures[m]), figures[m]) for m in models)
     return paragraphs(
         "## The second edition's worlds",
         commands,
         "Scenes of one to three things with relations, four hazards, five memorised pictures; what is asked in"
         " **reserved** words is asked in phrasings that no eraser, guide or gate may see. Each cell: what the first"
-        " judge says / the second one.",
-        table(("%", *models), [row for row in rows if any(cell != "-" for cell in row[1:])]),
+        " judge says, and what the second one says, where it was asked. A judge that counts wrongly counts against the"
+        " model: see below how often it is right.",
+        table(("%", "n", *models), [row for row in rows if any(cell != "-" for cell in row[2:])]),
         "### Does the noise survive",
         table(("%", *models), [(label, *(say(figures[m]["noise"]) for m in models)) for label, say in noise]),
         _judges(figures[models[-1]].get("judges", {})),
     )
+
+
+def _command(model: str, figures: dict) -> str:
+    """What made the file, with its numbers of pictures."""
+    pictures = _first(figures)["public two"]["n"]
+    return (
+        f"semiperm canvas check {model} --pictures {pictures} --marks {figures['noise']['n']} --json"
+        f" benchmarks/results/canvas_{model}.json"
+    )
+
+
+def _first(figures: dict) -> dict:
+    """What the first of the judges said, by group."""
+    return next(iter(figures["samples"].values()))
 
 
 def _by_judges(samples: dict, group: str, key: str) -> str:

@@ -31,6 +31,7 @@ class Words:
     LENGTH = {"l": 77, "g": 77, "t5xxl": 96}
 
     def __init__(self):
+        self.cond_stage_model = SimpleNamespace()  # says of no encoder that it is absent
         one = SimpleNamespace(start_token=1, end_token=2)
         self.tokenizer = SimpleNamespace(clip_l=one, clip_g=one, t5xxl=SimpleNamespace(start_token=None, end_token=2))
 
