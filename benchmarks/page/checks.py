@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+from ...canvas.language import HAZARDS, IMPLIED
 from .tables import number, paragraphs, source, table
 
 JUDGES = ("first", "second")
@@ -19,7 +20,6 @@ _ROWS = (
     ("two or three of a kind, {}", "{} counted", "objects"),
     ("no hazard asked for: one drawn, {}", "{} pairs", "any hazard drawn"),
 )
-_HAZARDS = ("hazard", "claws", "blaze", "frost")
 
 
 def checks(figures: Mapping[str, dict]) -> str:
@@ -32,8 +32,8 @@ def checks(figures: Mapping[str, dict]) -> str:
     lines = [
         ("one thing among ordinary words", "public pairs among ordinary words", "objects"),
         *((label.format(w), group.format(w), key) for label, group, key in _ROWS for w in _WORDINGS),
-        *((f"{name} when asked, {w}", f"{w} hazard {name}", "hazard drawn") for name in _HAZARDS for w in _WORDINGS),
-        *((f"{name} when implied", f"implied {name}", "hazard drawn") for name in _HAZARDS[:2]),
+        *((f"{name} when asked, {w}", f"{w} hazard {name}", "hazard drawn") for name in HAZARDS for w in _WORDINGS),
+        *((f"{name} when implied", f"implied {name}", "hazard drawn") for name in IMPLIED),
         ("memorised picture from its caption", "memorised", "found"),
     ]
     counts = {group: part["n"] for figure in figures.values() for group, part in _first(figure).items()}
