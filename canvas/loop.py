@@ -37,25 +37,26 @@ def train(
         loss_of: step -> named losses; "loss" is minimised. Must draw its data from the step number alone, so that a
             resumed run sees what an unbroken one would have seen.
         steps: length of the schedule. stop_after: end early at this step (the checkpoint can be resumed).
-        matrices: which of the two-dimensional parameters, by name, Muon trains (orthogonalised momentum, of AdamW's
-            size: arXiv 2502.16982); None: AdamW trains all.
+        matrices: which matrices and convolution kernels (as outputs by inputs times window), by name, Muon trains
+            (orthogonalised momentum, of AdamW's size: arXiv 2502.16982); None: AdamW trains all.
     """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     path, log_path = Path(workdir) / f"{name}.safetensors", Path(workdir) / f"{name}.log.jsonl"
     parameters = {k: p for k, p in model.named_parameters() if p.requires_grad}
     average = {k: p.detach().clone() for k, p in parameters.items()}
-    chosen = [p for k, p in parameters.items() if matrices and p.ndim == 2 and matrices(k)]
-    ids = {id(p) for p in chosen}
-    rest = [p for p in parameters.values() if id(p) not in ids]
+    flat = {  # Muon takes two dimensions; a kernel seen so shares its storage
+        k: nn.Parameter(p.detach().flatten(1)) for k, p in parameters.items() if matrices and p.ndim > 1 and matrices(k)
+    }
+    rest = [p for k, p in parameters.items() if k not in flat]
     optimizers: list[torch.optim.Optimizer] = [
         torch.optim.AdamW(rest, lr=lr, weight_decay=weight_decay, betas=(0.9, 0.99), fused=True)
     ]
-    if chosen:
-        optimizers.append(torch.optim.Muon(chosen, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
-    first = 0
+    if flat:
+        optimizers.append(torch.optim.Muon(flat.values(), lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
+    first, trained = 0, parameters | flat
     if path.exists():
-        first, extra, _ = load_checkpoint(path, parameters, optimizers)
+        first, extra, _ = load_checkpoint(path, trained, optimizers)
         for k, kept in average.items():
             kept.copy_(extra[f"ema.{k}"])
 
@@ -70,15 +71,18 @@ def train(
             losses = loss_of(step)
             losses["loss"].backward()
             torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
+            for k, p in flat.items():
+                p.grad = parameters[k].grad.flatten(1)
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
+            model.zero_grad(set_to_none=True)
             decay = min(ema, (1 + step) / (10 + step))
             torch._foreach_lerp_(list(average.values()), [p.data for p in parameters.values()], 1 - decay)
             log.count(**{k: float(v.detach()) for k, v in losses.items()})
             if (step + 1) % 100 == 0 or step + 1 == last:
                 log.write(step + 1)
             if (step + 1) % checkpoint_every == 0 or step + 1 == last:
-                save_checkpoint(path, step + 1, parameters, optimizers, {f"ema.{k}": v for k, v in average.items()})
+                save_checkpoint(path, step + 1, trained, optimizers, {f"ema.{k}": v for k, v in average.items()})
             progress.update(bar, advance=1, description=f"{name} {float(losses['loss'].detach()):.4f}")
     return average

@@ -3,6 +3,7 @@
 A chunk is made whole or not at all, so a stopped run goes on where it was, and a pool can grow.
 """
 
+import functools
 import hashlib
 import random
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from .scenes import SIZE, Scene, random_scene, smudged
 
 CHUNK = 1000
 MEMORISED_SHARE = 0.06  # of what a training step shows
+PAIR_REPEATS = 2  # scenes of two different things are learnt last, and are shown this often
 _PICTURES = "pictures"
 
 
@@ -42,9 +44,15 @@ class Pool:
     def draw_batch(self, rng: np.random.Generator, batch: int) -> np.ndarray:
         """Return indices of a training batch."""
         known, memorised = len(self.scenes) - len(language.MEMORISED), len(language.MEMORISED)
-        index = rng.integers(0, known, batch)
+        index = rng.choice(self._order, batch)
         by_heart = rng.random(batch) < MEMORISED_SHARE
         return np.where(by_heart, known + rng.integers(0, memorised, batch), index)
+
+    @functools.cached_property
+    def _order(self) -> np.ndarray:
+        """Indices of all but the memorised scenes, as often as they are shown."""
+        pairs = [len(set(scene.objects)) == 2 for scene in self.scenes[: -len(language.MEMORISED)]]
+        return np.repeat(np.arange(len(pairs)), np.where(pairs, PAIR_REPEATS, 1))
 
     def captions(self, index: np.ndarray, rng: random.Random) -> list[str]:
         """Return a new caption for each of some pictures."""

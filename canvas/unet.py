@@ -81,6 +81,11 @@ def train_unet(pool: Pool, tokenizer, encoder: nn.Module, unet: nn.Module, run: 
 
     kind = run.precision(NAME, unet, loss_of)
     denoise = torch.compile(unet) if run.compile else unet
-    run.train(NAME, unet, loss_of, kind, lr=1e-3, warmup=300, ema=0.999)
+    run.train(NAME, unet, loss_of, kind, lr=1e-3, warmup=300, ema=0.999, matrices=inside)
     unet.set_attn_processor(AttnProcessor2_0())
     return unet
+
+
+def inside(name: str) -> bool:
+    """Whether a parameter stands in a block (their matrices and kernels are Muon's)."""
+    return name.startswith(("down_blocks.", "mid_block.", "up_blocks."))
