@@ -13,7 +13,7 @@ from .loop import save_tensors
 from .precision import Run
 
 TOKENIZER = "tokenizer"
-PICTURES = 12_000
+PICTURES = 20_000
 
 
 def _finished(workdir: Path, name: str) -> dict[str, torch.Tensor]:
