@@ -26,7 +26,7 @@ class Rival:
         name: in RIVALS. title: for people. source: where its formula stands.
         told: what it is told of `Told`, and of the package's general captions.
         kind: "closed form", "trained" or "at work".
-        models: what it is made for: "UNet" or "all".
+        models: what it is made for: "UNet", "CLIP" (a model with a CLIP text encoder) or "all".
         file: of this folder. options: of its `erase`.
     """
 
@@ -58,6 +58,11 @@ _ROWS = (
     Rival("gloce", "GLoCE", _arxiv("2503.12356"), CAPTIONS, "closed form", "UNet", "gloce"),
     Rival("casteer", "CASteer", _arxiv("2503.09630"), CAPTIONS, "closed form", "UNet", "casteer"),
     Rival("neurons", "NeMo (neuron mask)", _arxiv("2406.02366"), CAPTIONS, "closed form", "UNet", "neurons"),
+    Rival("hirm", "HiRM-like", _arxiv("2602.19631"), WORDS, "trained", "CLIP", "hirm"),
+    Rival("few_shot", "few-shot unlearning", _arxiv("2405.07288"), CAPTIONS, "trained", "CLIP", "few_shot"),
+    Rival("advunlearn", "AdvUnlearn-style", _arxiv("2405.15234"), CAPTIONS, "trained", "CLIP", "advunlearn"),
+    Rival("esd_x", "ESD-x", _arxiv("2303.07345"), WORDS, "trained", "UNet", "esd", {"part": "x"}),
+    Rival("esd_u", "ESD-u", _arxiv("2303.07345"), WORDS, "trained", "UNet", "esd", {"part": "u"}),
     Rival("adavd", "AdaVD", _arxiv("2412.06143"), WORDS, "at work", "all", "adavd"),
     Rival("safree", "SAFREE", _arxiv("2410.12761"), WORDS, "at work", "all", "safree"),
     Rival("negative_prompt", "negative prompt", "practice", WORDS, "at work", "all", "negative_prompt"),

@@ -15,6 +15,11 @@ TOLD = {"robot": ("robot", "android"), "cat": ("cat",)}
 OTHERS = ("dog", "house", "car", "river")
 QUICK = {
     "spm": {"steps": 2},
+    "esd_x": {"steps": 2},
+    "esd_u": {"steps": 2},
+    "hirm": {"steps": 2},
+    "few_shot": {"pictures": 1, "passes": 1, "steps": 2},
+    "advunlearn": {"steps": 2, "attack": 1},
     "casteer": {"pairs": 4, "steps": 3},
     "gloce": {"pictures": 2, "steps": 5},
     "neurons": {"seeds": 2, "usual": 6},
