@@ -32,7 +32,7 @@ from .shared import cross_attention, fitted, paired_captions
 
 _NAME = "_semiperm_gloce"
 _FIRST, _LAST = 0.2, 0.4  # of the schedule: the paper's steps 10 to 20 of 50
-_ALL = 1 << 20  # tokens of a layer to keep: every one
+_TOKENS = 256  # of one answer of a layer that are kept, evenly drawn: sixteen directions need no more
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,12 +98,13 @@ class _Hook:
 
 
 def replaced(o: Tensor, parts: Sequence[Replacement]) -> Tensor:
-    """o' of tokens (..., C): each by the concept whose gate is widest for it."""
-    gates = torch.stack([part.opening(o) for part in parts])
+    """o' of tokens (..., C): each by the concept whose gate is widest for it; squares want float32."""
+    wide = o.to(torch.promote_types(o.dtype, torch.float32))
+    gates = torch.stack([part.opening(wide) for part in parts])
     widest, chosen = gates.max(dim=0)
-    mapped = torch.stack([part.mapped(o) for part in parts])
+    mapped = torch.stack([part.mapped(wide) for part in parts])
     mapped = mapped.gather(0, chosen.expand(o.shape)[None])[0]
-    return torch.lerp(o, mapped, widest)
+    return torch.lerp(wide, mapped, widest).to(o.dtype)
 
 
 @contextmanager
@@ -151,7 +152,7 @@ class _Early:
 
 
 def _tokens(pipe, captions: Sequence[str], layers: list[str], steps: int, seed: int) -> dict[str, Tensor]:
-    taker = Tokens(_ALL)
+    taker = Tokens(_TOKENS)
     with watched(pipe, _Early(taker), layers):
         drawn(pipe, captions, steps, len(captions), seed, lambda count: None, {})
     try:
