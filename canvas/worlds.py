@@ -119,7 +119,7 @@ def train_canvas(
 
 
 def train_judge(
-    workdir: Path, which: str, steps: int = 4000, pictures: int = 12_000, seed: int = 0, stop_after: int | None = None
+    workdir: Path, which: str, steps: int = 4000, pictures: int = 36_000, seed: int = 0, stop_after: int | None = None
 ) -> None:
     """Train a judge and write `judge-<which>.ema.safetensors`."""
     run = Run(Path(workdir), steps, 64, seed, stop_after=stop_after)
