@@ -131,7 +131,12 @@ def train_judge(which: str, run: Run, n: int = 36_000, start: dict[str, Tensor] 
 
     name, peak = f"judge-{which}", 2e-3 if which == "first" else 1e-3
     kind = run.precision(name, net, loss_of)
-    return run.train(name, net, loss_of, kind, lr=peak, warmup=200, ema=0.998)
+    return run.train(name, net, loss_of, kind, lr=peak, warmup=200, ema=0.998, matrices=inside)
+
+
+def inside(name: str) -> bool:
+    """Whether a judge's parameter stands between its first and its last layers (matrices and kernels are Muon's)."""
+    return name.startswith(("down.", "blocks.", "encoder.", "decoder.")) and not name.startswith("down.0.")
 
 
 @torch.no_grad()
