@@ -6,7 +6,7 @@
 mu_c, mu_o are mean answers of cross-attention for pictures with the concept and for the same captions with other
 things in its place; V and U_c the first one and two principal directions of the concept's tokens about mu_o and mu_c,
 U_o the first sixteen of the others' about mu_o. The gate is 1 % at the others' 99 % quantile and 1/2 half-way from
-there to the concept's mean. Of several concepts the one with the widest gate acts on a token.
+there to the concept's 95 % quantile. Of several concepts the one with the widest gate acts on a token.
 
 Source: GLoCE (arXiv 2503.12356): gate, ranks 1, 2 and 16, three to eight pictures of each concept, tokens of its steps
 10 to 20 of 50. We differ: the paper finds centre and slope by its own rule, and composes its map of two adapters with
@@ -81,8 +81,9 @@ def replacement(concept: Tensor, other: Tensor, ranks: tuple[int, int, int] = (1
         for x, rank in zip((concept - other_mean, concept - concept_mean, other - other_mean), ranks, strict=True)
     )
     usual = float(along(other - other_mean, gate).quantile(0.99))
-    middle = float(along(concept - other_mean, gate).mean())
-    half = max(middle - usual, 1e-3) / 2  # the concept's mean below the quantile: as sharp as a gate may be
+    # pictures of a concept are mostly of other things: its strongest tokens tell where it is
+    strong = float(along(concept - other_mean, gate).quantile(0.95))
+    half = max(strong - usual, 0.01) / 2  # where it does not stand out, the gate is for the few that lie beyond
     parts = (t.float() for t in (gate, degenerate, rest, concept_mean, other_mean))
     return Replacement(*parts, centre=usual + half, slope=math.log(99) / half)
 

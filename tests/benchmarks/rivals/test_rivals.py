@@ -90,7 +90,7 @@ def test_where_a_rival_is_not_made_for_a_model_it_says_so(name):
     assert torch.equal(call(pipe, PROMPT), bare)
 
 
-@pytest.mark.parametrize("name", ["neurons", "gloce", "casteer", "speed", "uce", "dp"])
+@pytest.mark.parametrize("name", ["neurons", "casteer", "speed", "uce", "dp"])
 def test_two_text_encoders_are_one_text(name):
     pipe = build("sdxl")
     bare = call(pipe, PROMPT)
