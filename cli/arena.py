@@ -79,7 +79,7 @@ def run(
 
         arena = enter(one, load, entry, settings, resume, **sampling)
         with common.progress(f"cells, {one.name}", arena.total(entry.sets)) as advance:
-            arena.told(advance)
+            arena.on_cell(advance)
             part = measure(arena, entry)
         found["rows"] += part["rows"]
         found["missing"] += part["missing"]
@@ -121,5 +121,6 @@ def _write(found: dict, worlds: list[str], json_path: Path | None, markdown: Pat
     else:
         typer.echo(text)
     for one in found["orderings"]:
-        said = one["why"] if one["rho"] is None else f"rank correlation {one['rho']:.2f}"
-        common.say(f"{one['world']}, {one['judge']} judge, {one['what']} ({one['source']}): {said}")
+        if one["arena"]:  # the others are at the end of the tables
+            said = one["why"] if one["rho"] is None else f"rank correlation {one['rho']:.2f}"
+            common.say(f"{one['world']}, {one['judge']} judge, {one['what']} ({one['source']}): {said}")

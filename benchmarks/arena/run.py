@@ -79,7 +79,7 @@ class Arena:
         asked = [questions(self.world, names, self.settings) for names in sets]
         return sum(len(self.cells_of(one, method)) for one in asked for method in (UNTOUCHED, *self.methods))
 
-    def told(self, advance: Callable[[], object]) -> None:
+    def on_cell(self, advance: Callable[[], object]) -> None:
         """Call this once for each cell."""
         self._advance = advance
 
@@ -117,10 +117,11 @@ class Arena:
             for name in missing:
                 keep(name, dict)
             return {name: found[name] for name in names}
-        before, start = storages() if "made" in missing else set(), time.perf_counter()
+        pipe = self.bare if method == UNTOUCHED else self._fresh()
+        # both models are there by now: neither belongs to the method
+        before, start = storages() if "made" in missing and self.bare else set(), time.perf_counter()
         with ExitStack() as held:
             try:
-                pipe = self.bare if method == UNTOUCHED else self._fresh()
                 extra = {} if method == UNTOUCHED else held.enter_context(self.methods[method](pipe, self._told(asked)))
             except Exception as error:  # whatever a method raises, its row says so
                 self._pipe = None

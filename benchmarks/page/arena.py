@@ -113,7 +113,10 @@ def _costs(rows: Sequence[dict]) -> str:
             worst = max(own, key=lambda row: row["seconds"])
             size = f"{count(worst['bytes'])} ({worst['of']})"
             lines.append((method, f"{worst['seconds']:.1f}", _range(worst["step"], "{:.3f}"), size))
-    said = "What one concept costs: seconds until it works, a step in times the bare one's (middle half), size:"
+    said = (
+        "What one concept costs, of the kind that takes longest: seconds until it works, a step in times the bare"
+        " one's (middle half), size:"
+    )
     return paragraphs(said, table(("method", "seconds", "step", "size"), lines)) if lines else ""
 
 
@@ -155,13 +158,17 @@ def orderings(found: Sequence[dict], world: str) -> str:
     own = [one for one in found if one["world"] == world]
     own = [one for one in own if one["judge"] == own[0]["judge"]]
     lines = []
-    for one in own:
+    for one in (one for one in own if one["arena"]):
         falls = " (falls where the other rises)" if one["falls"] else ""
         rho = one["why"] if one["rho"] is None else f"{one['rho']:.2f}"
         mine = ", ".join(f"{name} {number(value)}" for name, value in one["arena"].items())
         theirs = ", ".join(f"{name} {value:g}" for name, value in one["published"].items())
-        lines.append((one["what"], one["source"], theirs or "-", f"{mine}{falls}" if mine else "-", rho))
+        lines.append((one["what"], one["source"], theirs, f"{mine}{falls}", rho))
     said = (
         "Published orderings of erasers, on other models and concepts, beside this one (Spearman's rank correlation):"
     )
-    return paragraphs(said, table(("what", "source", "published", "here", "rho"), lines)) if lines else ""
+    none = "; ".join(f"{one['what']} ({one['source']})" for one in own if not one["arena"])
+    return paragraphs(
+        paragraphs(said, table(("what", "source", "published", "here", "rho"), lines)) if lines else "",
+        f"Published orderings of which no eraser was measured here: {none}." if none else "",
+    )

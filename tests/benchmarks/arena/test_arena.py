@@ -191,7 +191,7 @@ def rows_of(arena, names=("robot",)):
 
 def test_every_method_has_a_row_that_says_what_it_did_or_why_not(field):
     arena, ticks = field(), []
-    arena.told(lambda: ticks.append(1))
+    arena.on_cell(lambda: ticks.append(1))
     rows = rows_of(arena)
     assert len(ticks) == arena.total([("robot",)])
     assert {key[1] for key in rows} == {"untouched", *METHODS} and {key[2] for key in rows} == {"robot", "characters"}
@@ -328,7 +328,7 @@ def test_tables_and_plot(field):
     assert "| perfect | 100.0 (51.0 to 100.0) |" in text and "**Characters** (robot), %:" in text
     assert "- not made for it: ModelError: Painter is no UNet2DConditionModel (robot)" in text
     assert "- perfect: ModelError: no such attack on a painter (robot: learned embedding, robot: inverted" in text
-    assert "- twins: nothing looks alike (robot)" in text and "0 of its erasers took part" in text
+    assert "- twins: nothing looks alike (robot)" in text and "no eraser was measured here: attack success" in text
     assert "By the second judge" in text
     image = arena_plot(rows)
     assert image.width > 300 and len(image.getcolors(1 << 20)) > 4
@@ -343,9 +343,8 @@ def pooled(method, concept="styles", **figures):
 
 
 def test_published_orderings():
-    assert [eraser_of(name) for name in ("spm", "uce/textbook", "dp", "esd-x", "rivals/casteer", "closed_form/auto")] == [
-        "SPM", "UCE", "DP", "ESD", "CASteer", None,
-    ]  # fmt: skip
+    known = {"spm": "SPM", "uce/textbook": "UCE", "dp": "DP", "esd-x": "ESD", "rivals/casteer": "CASteer"}
+    assert {name: eraser_of(name) for name in [*known, "closed_form/auto"]} == known | {"closed_form/auto": None}
     success = {"uce": 0.9, "spm": 0.8, "esd": 0.5, "advunlearn": 0.1}
     rows = [pooled(name, surfaces={"hard prompts": [value, 0, 1]}) for name, value in success.items()]
     found = {one["what"]: one for one in agreement(rows)}
