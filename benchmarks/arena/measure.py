@@ -62,7 +62,11 @@ def plan(
     taken = methods or [name for name in known if not (quick and name in LEFT_OUT)]
     found = [_concept(world, concept) for concept in concepts] or chosen(world, quick)
     sizes = (() if concepts else SETS[:1] if quick else SETS) if sets is None else sets
-    missing = []
+    missing = [
+        {"world": world.name, "concept": name, "part": "left out of a quick run", "why": why}
+        for name, why in LEFT_OUT.items()
+        if quick and name not in taken
+    ]
     for size in sizes:
         if names := many(world, size):
             found.append(names)

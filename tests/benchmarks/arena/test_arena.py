@@ -81,9 +81,12 @@ def test_quick_is_small_enough():
     searched = (QUICK.search_steps * 2 * kinds + QUICK.embedding_steps * 4) * per_step / 2 * 3
     timed = (3 * QUICK.rounds + 2) * 4 * 4 * per_step
     assert pictures + searched + timed < 25 and QUICK.minutes < 30
-    names = plan(WORLD, quick=True).methods
-    assert "closed_form/auto" in names and "membranes/image" in names and "closed_form/paper" not in names
-    assert len(plan(WORLD, quick=True).sets) == 4
+    entry = plan(WORLD, quick=True)
+    assert {"closed_form/auto", "membranes/image", "dp", "hirm"} < set(entry.methods) and len(entry.sets) == 4
+    said = {one["concept"]: one["why"] for one in entry.missing}
+    assert "minutes" in said["spm"] and not set(said) & set(entry.methods)
+    assert set(said) | set(entry.methods) == set(plan(WORLD).methods)
+    assert "spm" in plan(WORLD, quick=True, methods=["spm"]).methods
 
 
 # ---- a stub world ----------------------------------------------------------------------------------------------------
@@ -369,4 +372,4 @@ def test_plans_refuse_what_they_do_not_know():
     with pytest.raises(SemipermError, match="'red' is a color"):
         plan(WORLD, concepts=["red"])
     entry = plan(WORLD, concepts=["android"], sets=[3, 30])
-    assert entry.sets == [("robot",), many(WORLD, 3)] and entry.missing[0]["concept"] == "30 at once"
+    assert entry.sets == [("robot",), many(WORLD, 3)] and [one["concept"] for one in entry.missing] == ["30 at once"]

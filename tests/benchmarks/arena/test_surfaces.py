@@ -11,6 +11,7 @@ from semiperm.benchmarks.arena.scoring import rows_of
 from semiperm.benchmarks.arena.settings import Settings
 from semiperm.benchmarks.arena.surfaces import SURFACES, Attacker
 from semiperm.benchmarks.erasure.methods import METHODS, Told
+from semiperm.benchmarks.rivals import RIVALS
 from semiperm.benchmarks.store import Store
 from semiperm.canvas.editions import world_of
 from semiperm.canvas.world import Shown, Sight
@@ -133,7 +134,7 @@ def test_a_step_is_timed_beside_the_bare_one():
 
 def test_who_takes_part():
     known = taking_part.contestants(True, {"mine": lambda pipe: Membranes()})
-    assert {"membranes/image", "membranes/both", "mine", *METHODS, "spm", "dp", "esd"} - {"esd"} <= set(known)
+    assert {"membranes/image", "membranes/both", "mine", *METHODS, *RIVALS} == set(known)
     assert set(taking_part.LEFT_OUT) <= set(known)
     without = taking_part.contestants(False)["negative_prompt"]
     with pytest.raises(ModelError, match="without guidance"), without(None, Told({"robot": ("robot",)})):
