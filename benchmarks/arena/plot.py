@@ -37,7 +37,7 @@ def arena_plot(rows: Sequence[dict]):
         panels.setdefault((row["world"], row["concept"]), []).append(row)
     names = list(dict.fromkeys(row["method"] for row in rows))
     columns = min(_COLUMNS, max(1, len(panels)))
-    across, down = _LEFT + _SIDE + 24, _TOP + _SIDE + 56
+    across, down = _LEFT + _SIDE + 24, _TOP + _SIDE + 70
     lines = -(-len(names) // columns)
     image = Image.new("RGB", (across * columns, down * max(1, -(-len(panels) // columns)) + _LINE * lines + 24), _PAPER)
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(12)
@@ -45,15 +45,20 @@ def arena_plot(rows: Sequence[dict]):
         left, top = across * (number % columns) + _LEFT, down * (number // columns) + _TOP
         _panel(draw, font, left, top, f"{concept}, {world}", some, names)
     top = down * -(-len(panels) // columns) + 8
+    seen = {row["method"] for row in rows if _place(row)}
     for number, name in enumerate(names):
-        draw.text(
-            (24 + across * (number // lines), top + _LINE * (number % lines)), f"{number} {name}", _colour(number), font
-        )
+        text = f"{number} {name}" if name in seen else f"{number} {name}: not measured"
+        draw.text((24 + across * (number // lines), top + _LINE * (number % lines)), text, _colour(number), font)
     return image
 
 
 def _colour(number: int) -> tuple[int, int, int]:
     return _COLOURS[number % len(_COLOURS)]
+
+
+def _place(row: dict) -> bool:
+    """Whether the row has a point."""
+    return row["quality"][0] is not None and row["robust"][0] is not None
 
 
 def _panel(draw, font, left: int, top: int, title: str, rows: Sequence[dict], names: Sequence[str]) -> None:
@@ -65,10 +70,9 @@ def _panel(draw, font, left: int, top: int, title: str, rows: Sequence[dict], na
         draw.text((left - 30, y - 7), f"{100 * share:.0f}", _INK, font)
         draw.text((x - 8, top + _SIDE + 6), f"{100 * share:.0f}", _INK, font)
     draw.text((left, top + _SIDE + 24), "right: quality, % of all else right; up: robustness, % not seen", _INK, font)
-    for row in rows:
+    draw.text((left, top + _SIDE + 38), "hollow: not every attack could be tried", _INK, font)
+    for row in filter(_place, rows):
         (across, low, high), (up, lower, upper) = row["quality"], row["robust"]
-        if across is None or up is None:
-            continue
         number, x, y = names.index(row["method"]), left + across * _SIDE, top + (1 - up) * _SIDE
         colour = _colour(number)
         draw.line((left + low * _SIDE, y, left + high * _SIDE, y), colour)

@@ -47,8 +47,8 @@ FULL = Settings()
 # A picture of 25 steps takes about .6 s on two quiet cores, of 10 steps .25 s: some 45 pictures and the searches make
 # half a minute for a method and a concept, so that some 40 of these, and their fits, are done in time.
 QUICK = Settings(
-    asks=5, others=6, part=3, attacked=3, searches=("relaxed",), search_steps=30, embedding_steps=40,
-    inversion_steps=10, points=16, steps=10, rounds=3, minutes=25.0,
+    asks=5, others=6, part=3, attacked=3, searches=("relaxed",), search_steps=30, embedding_steps=30,
+    inversion_steps=10, points=16, steps=10, rounds=2, minutes=25.0,
 )  # fmt: skip
 
 
