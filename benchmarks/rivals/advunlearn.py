@@ -10,7 +10,7 @@ encoder E is trained, all of it but the tables of tokens and positions.
 Source: AdvUnlearn (arXiv 2405.15234), equations 3 to 6; Adam at 1e-5. We differ, for its cost: 200 steps with an attack
 of 5 (the paper: 1000 with 30), whose steps are projected gradients within a ball (methods/training/adversary.py) about
 random words; two captions to keep at each step, from the package's general ones (the paper takes names of ImageNet and
-COCO), at the same latents; pictures on their way under the untouched model. All CLIP text encoders are trained, T5 is not.
+COCO), at the same latents; pictures on their way under the untouched model. All CLIP text encoders are trained, T5 not.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@
 mu_c, mu_o are mean answers of cross-attention for pictures with the concept and for the same captions with other
 things in its place; V and U_c the first one and two principal directions of the concept's tokens about mu_o and mu_c,
 U_o the first sixteen of the others' about mu_o. The gate is 1 % at the others' 99 % quantile and 1/2 half-way from
-there to the concept's mean. Of several concepts the one with the widest gate acts on a token.
+there to the concept's 95 % quantile. Of several concepts the one with the widest gate acts on a token.
 
 Source: GLoCE (arXiv 2503.12356): gate, ranks 1, 2 and 16, three to eight pictures of each concept, tokens of its steps
 10 to 20 of 50. We differ: the paper finds centre and slope by its own rule, and composes its map of two adapters with
@@ -32,7 +32,7 @@ from .shared import cross_attention, fitted, paired_captions
 
 _NAME = "_semiperm_gloce"
 _FIRST, _LAST = 0.2, 0.4  # of the schedule: the paper's steps 10 to 20 of 50
-_ALL = 1 << 20  # tokens of a layer to keep: every one
+_TOKENS = 256  # of one answer of a layer that are kept, evenly drawn: sixteen directions need no more
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,8 +81,9 @@ def replacement(concept: Tensor, other: Tensor, ranks: tuple[int, int, int] = (1
         for x, rank in zip((concept - other_mean, concept - concept_mean, other - other_mean), ranks, strict=True)
     )
     usual = float(along(other - other_mean, gate).quantile(0.99))
-    middle = float(along(concept - other_mean, gate).mean())
-    half = max(middle - usual, 1e-3) / 2  # the concept's mean below the quantile: as sharp as a gate may be
+    # pictures of a concept are mostly of other things: its strongest tokens tell where it is
+    strong = float(along(concept - other_mean, gate).quantile(0.95))
+    half = max(strong - usual, 0.01) / 2  # where it does not stand out, the gate is for the few that lie beyond
     parts = (t.float() for t in (gate, degenerate, rest, concept_mean, other_mean))
     return Replacement(*parts, centre=usual + half, slope=math.log(99) / half)
 
@@ -98,12 +99,13 @@ class _Hook:
 
 
 def replaced(o: Tensor, parts: Sequence[Replacement]) -> Tensor:
-    """o' of tokens (..., C): each by the concept whose gate is widest for it."""
-    gates = torch.stack([part.opening(o) for part in parts])
+    """o' of tokens (..., C): each by the concept whose gate is widest for it; squares want float32."""
+    wide = o.to(torch.promote_types(o.dtype, torch.float32))
+    gates = torch.stack([part.opening(wide) for part in parts])
     widest, chosen = gates.max(dim=0)
-    mapped = torch.stack([part.mapped(o) for part in parts])
+    mapped = torch.stack([part.mapped(wide) for part in parts])
     mapped = mapped.gather(0, chosen.expand(o.shape)[None])[0]
-    return torch.lerp(o, mapped, widest)
+    return torch.lerp(wide, mapped, widest).to(o.dtype)
 
 
 @contextmanager
@@ -151,7 +153,7 @@ class _Early:
 
 
 def _tokens(pipe, captions: Sequence[str], layers: list[str], steps: int, seed: int) -> dict[str, Tensor]:
-    taker = Tokens(_ALL)
+    taker = Tokens(_TOKENS)
     with watched(pipe, _Early(taker), layers):
         drawn(pipe, captions, steps, len(captions), seed, lambda count: None, {})
     try:

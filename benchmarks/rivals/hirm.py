@@ -50,6 +50,8 @@ def _fit(pipe, told: Told, steps: int, rate: float, seed: int) -> dict[str, Tens
 
     with torch.no_grad():
         targets = [misdirected(old, generator) for old in read(before)]
+    if not targets:
+        raise MembraneError(f"HiRM: {phrases} have no token that a trained encoder reads; expected words")
     with trained(pipe, names, clip_rate(pipe, rate)) as trainee:
         for _ in range(steps):
             made = read(encode_open(pipe, phrases))

@@ -19,7 +19,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from einops import repeat
 from torch import Tensor
 
 from ...methods.errors import MembraneError
@@ -33,6 +32,7 @@ from ...pipelines.text import encode_text
 from ...pipelines.weights import weights_of
 from ..erasure.methods import Told
 from .shared import cross_attention, fitted, in_place
+from .training import rows_of
 
 _HIGHEST, _LOWEST, _STRIDE = 5.0, 1.0, 0.25  # of theta; below 1 usual captions are out of range, too
 
@@ -124,11 +124,10 @@ class _Memory:
 
     def __call__(self, text: str) -> Tensor:
         """Mean cosine between pairs of changes."""
-        features = encode_text(self.pipe, [text])
-        hidden = repeat(features.hidden, "1 n d -> b n d", b=len(self.noise))
+        hidden, pooled = rows_of(encode_text(self.pipe, [text]), len(self.noise))
         noise = self.noise.to(hidden.device)
         with row_layout("positive"):
-            change = self.predictor(noise, self.now.to(hidden.device), hidden, None) - noise
+            change = self.predictor(noise, self.now.to(hidden.device), hidden, pooled) - noise
         flat = torch.nn.functional.normalize(change.flatten(1), dim=1)
         count = len(flat)
         return ((flat @ flat.T).sum() - count) / (count * (count - 1))

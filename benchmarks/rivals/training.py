@@ -180,15 +180,11 @@ class Pictures:
         device = device_of(predictor.pipe)
         self.latents = torch.zeros(count, *latent_shape(predictor.pipe), device=device)
         self.times = predictor.times(steps, self.latents).to(device)
+        self._begin()
 
     def now(self) -> tuple[Tensor, Tensor]:
         """Latents (B, C, H, W) and their timesteps (B,)."""
-        at = self._positions()
-        for row, position in enumerate(at):
-            if position == 0:
-                noise = torch.randn(self.latents.shape[1:], generator=self.generator)
-                self.latents[row] = noise.to(self.latents)
-        return self.latents.clone(), self.times[at]
+        return self.latents.clone(), self.times[self._positions()]
 
     def move(self, prediction: Tensor) -> None:
         """Go a step on with this prediction."""
@@ -196,6 +192,13 @@ class Pictures:
         then = self.times[[position + 1 for position in at]]
         self.latents = self.predictor.step(self.latents, prediction.detach().float(), self.times[at], then)
         self.taken += 1
+        self._begin()
+
+    def _begin(self) -> None:
+        for row, position in enumerate(self._positions()):
+            if position == 0:
+                noise = torch.randn(self.latents.shape[1:], generator=self.generator)
+                self.latents[row] = noise.to(self.latents)
 
     def _positions(self) -> list[int]:
         late = [row * self.steps // self.count for row in range(self.count)]

@@ -90,6 +90,15 @@ def test_where_a_rival_is_not_made_for_a_model_it_says_so(name):
     assert torch.equal(call(pipe, PROMPT), bare)
 
 
+@pytest.mark.parametrize("name", ["neurons", "casteer", "speed", "uce", "dp"])
+def test_two_text_encoders_are_one_text(name):
+    pipe = build("sdxl")
+    bare = call(pipe, PROMPT)
+    with RIVALS[name](pipe, told(), **QUICK.get(name, {})):
+        assert not torch.equal(call(pipe, PROMPT), bare)
+    assert torch.equal(call(pipe, PROMPT), bare)
+
+
 def test_every_file_is_a_rival_and_says_its_source():
     folder = ROOT / "benchmarks" / "rivals"
     helpers = {"__init__", "shared", "guided", "training"}
