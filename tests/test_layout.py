@@ -142,7 +142,7 @@ def test_a_family_has_one_name_in_every_layer():
     families = {path.name for path in (ROOT / "methods").iterdir() if (path / "__init__.py").exists()}
     beside = {
         "nodes": {"canvas"},
-        "benchmarks": {"kernels", "erasure", "page", "results", "rivals"},
+        "benchmarks": {"kernels", "erasure", "arena", "page", "results", "rivals"},
         "pipelines": {"custom"},
     }
     for layer, others in beside.items():
