@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from semiperm.benchmarks.erasure.methods import Told
+from semiperm.benchmarks.erasure.methods import METHODS, Told
 from semiperm.benchmarks.rivals import RIVALS, table
 from semiperm.methods.errors import SemipermError
 from tiny_models import build, call
@@ -97,6 +97,16 @@ def test_two_text_encoders_are_one_text(name):
     with RIVALS[name](pipe, told(), **QUICK.get(name, {})):
         assert not torch.equal(call(pipe, PROMPT), bare)
     assert torch.equal(call(pipe, PROMPT), bare)
+
+
+def test_the_benchmarks_uce_is_the_rivals_but_for_negative_rows():
+    pipe = build("sd15")
+    bare = call(pipe, PROMPT, guidance_scale=1.0)  # there are none without guidance
+    with METHODS["uce/textbook"](pipe, told()):
+        found = call(pipe, PROMPT, guidance_scale=1.0)
+    with RIVALS["uce"](pipe, told()):
+        assert torch.equal(call(pipe, PROMPT, guidance_scale=1.0), found)
+    assert not torch.equal(found, bare)
 
 
 def test_every_file_is_a_rival_and_says_its_source():
