@@ -9,12 +9,13 @@ from semiperm.methods.errors import MembraneError
 from semiperm.methods.membranes.config import MembraneConfig
 from semiperm.methods.membranes.file import load_membranes, save_membranes
 from semiperm.methods.training.config import TrainingConfig
+from semiperm.methods.training.run import CHECKPOINT, LOG
 from semiperm.pipelines.family import denoiser_of
 from semiperm.pipelines.membranes.adapters import export_lora, import_membranes
 from semiperm.pipelines.membranes.apply import apply_membranes
 from semiperm.pipelines.training import train as training
 from semiperm.pipelines.training.layers import trained_layers
-from semiperm.pipelines.training.train import CHECKPOINT, LOG, train_membranes
+from semiperm.pipelines.training.train import train_membranes
 
 PRESERVE = ["a photo of a dog", "a house", "a drawing of a tree", "an old car", "two people reading", "a bowl of fruit"]
 QUICK = dict(
@@ -199,7 +200,7 @@ def test_gradient_checkpointing_changes_memory_alone():
 
 @pytest.mark.parametrize("family", ["sdxl", "flux"])
 def test_an_adversary_adds_texts_that_let_more_of_the_concept_through(family, monkeypatch):
-    from semiperm.pipelines.training import trainer
+    from semiperm.methods.training import trainer
 
     seen, search = [], trainer.adversarial_texts
 
@@ -261,6 +262,6 @@ def test_what_cannot_be_trained_is_refused(monkeypatch):
         run(pipe, ())
     with pytest.raises(MembraneError, match="exactly one '{}'"):
         train_membranes(pipe, "robot", templates=["no place"], config=TrainingConfig(**QUICK))
-    monkeypatch.setattr("semiperm.pipelines.training.trainer.erasing_loss", lambda a, b: (a - b).flatten(1).mean(1) / 0)
+    monkeypatch.setattr("semiperm.methods.training.trainer.erasing_loss", lambda a, b: (a - b).flatten(1).mean(1) / 0)
     with pytest.raises(MembraneError, match="expected a finite number"):
         run(pipe, validate_every=0)
