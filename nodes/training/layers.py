@@ -52,6 +52,8 @@ def trained_layers(model, layers: str) -> dict[str, Layer]:
         if not wanted or (place := target_of(target)) is None:
             continue
         path, part = place
+        if f"{path}.weight" not in weights:  # ComfyUI's table also names what other models of the family have
+            continue
         weight = part_of(weights, path, part)
         if weight.ndim in (2, 4) and weight[0, 0].numel() == 1:  # a projection, or a 1x1 convolution that is one
             found[key] = Layer(path, part, weight)

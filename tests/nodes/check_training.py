@@ -5,6 +5,7 @@ folder. Prints JSON.
 """
 
 import json
+import runpy
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,6 @@ import comfy.model_management
 import comfy.utils
 import folder_paths
 import torch
-from comfy_models import small_model
 from semiperm.methods.errors import SemipermError
 from semiperm.methods.membranes.config import MembraneConfig
 from semiperm.methods.membranes.file import save_membranes
@@ -27,6 +27,7 @@ from semiperm.nodes.training.train import train_in
 settings, target, user = json.loads(Path(ARGUMENTS[0]).read_text()), Path(ARGUMENTS[1]), ARGUMENTS[2]  # noqa: F821
 folder_paths.set_user_directory(user)
 config = TrainingConfig(**settings)
+small_model = runpy.run_path(str(Path(__file__).with_name("comfy_models.py")))["small_model"]
 PRESERVE = ["a flat star", "a striped heart on sand", "a sketch of a moon", "a dotted tree", "a ghost in fog"]
 model, clip, vae = load_canvas()
 latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(1))
