@@ -28,7 +28,7 @@ from .loop import learning_rate, load_checkpoint, save_checkpoint
 from .model import Embedding, Processes, TrainedModel
 from .objectives import anchoring_loss, erasing_loss, erasing_target
 from .packed import PackedMembranes, seed_of
-from .trajectory import log_ratio, noisy_step, trajectory_loss
+from .trajectory import expected_ratio, log_ratio, noisy_step, trajectory_loss
 from .validation import Validation
 from .words import Words
 
@@ -193,7 +193,7 @@ class Trainer:
         captions, surrogates = zip(*(self._captions(name) for name in names), strict=True)
         concept, surrogate = (self.words.encode([c for own in many for c in own]) for many in (captions, surrogates))
         anchors = _joined([self._anchors(k) for k in group])
-        ways, ratio = [], torch.zeros(len(owners), device=self.device)
+        ways, ratios = [], torch.zeros(2, len(owners), device=self.device)
         anchored_at = seed_of(config.seed, "anchored", self.step) % (config.sampling_steps - 1)
         for step in range(config.sampling_steps - 1):  # the last step adds no noise, and has no density
             now, then = (self.times[step + ahead].to(self.device).expand(len(latents)) for ahead in (0, 1))
@@ -208,15 +208,17 @@ class Trainer:
             drawn = reference + sigma * torch.stack(noise)
             way = (latents, now, levels, e_none, drawn, reference, sigma)
             with torch.no_grad():
-                ratio += self._ratio(way, concept, owners)
+                ratios += self._ratios(way, concept, owners)
             ways.append(way)
             latents = drawn
         flow = torch.stack([self.flows[k] for k in owners])
-        losses = trajectory_loss(flow, ratio, config.flow_target)  # of log Z; the membranes' part goes step by step
-        self.scaler.scale(losses.sum() / per).backward()
-        slope = 2 * (flow.detach() + ratio - config.flow_target) / per
+        # whole ways do not fit in memory: the loss's slopes along each of its numbers, and then step by step
+        numbers = ratios.requires_grad_()
+        with torch.enable_grad():
+            losses = trajectory_loss(flow, *numbers, config.flow_target).sum() / per
+            self.scaler.scale(losses).backward()
         for way in ways:
-            self.scaler.scale((slope * self._ratio(way, concept, owners)).sum()).backward()
+            (numbers.grad * self._ratios(way, concept, owners)).sum().backward()
         here, now, *_ = ways[anchored_at]
         wide, wide_now = (repeat(t, "b ... -> (b a) ...", a=config.anchors) for t in (here, now))
         with torch.no_grad(), self.autocast():
@@ -233,16 +235,16 @@ class Trainer:
                 (erased,) = self._predict([(here, now, concept)])
         clean = [parts_of(kind, here, self._guided(e, e_none), *levels[0])[0] for e in (plain, erased)]
         self._look(group, clean, 0)
-        return torch.stack([losses.detach().sum().cpu() / per, anchoring.detach().cpu(), torch.zeros(())]).float()
+        return torch.stack([losses.detach().cpu(), anchoring.detach().cpu(), torch.zeros(())]).float()
 
-    def _ratio(self, way: tuple, concept: Embedding, owners: list[int]) -> Tensor:
-        """One step's term of S, with a gradient where one is wanted."""
+    def _ratios(self, way: tuple, concept: Embedding, owners: list[int]) -> Tensor:
+        """(2, rows): one step's terms of S and of its expectation, with a gradient where one is wanted."""
         latents, now, levels, e_none, drawn, reference, sigma = way
         with self.packed.on(owners):
             with self.autocast():
                 (made,) = self._predict([(latents, now, concept)])
             mean, _ = noisy_step(self.model.kind, latents, self._guided(made, e_none), *levels)
-            return log_ratio(drawn, mean, reference, sigma)
+            return torch.stack([log_ratio(drawn, mean, reference, sigma), expected_ratio(mean, reference, sigma)])
 
     def _guided(self, prediction: Tensor, without: Sequence[Tensor]) -> Tensor:
         scale = self.config.sampling_guidance

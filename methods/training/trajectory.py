@@ -12,6 +12,10 @@ for each concept, from 0 on. S is 0 where the two ways are the same and -KL / D 
 log beta > 0 presses S upwards, and once log Z has come to log beta, what is left to fall is S's variance over ways.
 No reward is asked for: every way of the surrogate's has the same one, beta.
 
+With F = log Z - log beta, L = F^2 + 2 F S + S^2. In the middle term each step stands by its expectation over the step's
+noise, -|mu_t - mu*_t|^2 / (2 sigma_t^2): the mean is the same, and so is the minimum, but the one draw's noise, which F
+would multiply, is gone. With few elements or a weak concept it hides the gradient.
+
 Source: after EraseFlow (arXiv 2511.00804), which holds trajectory balance (arXiv 2201.13259) to a constant reward on an
 anchor prompt's ways. Ours is relative to the untouched model (arXiv 2405.20971), whose density takes the place of the
 backward policy's, and a mean over the latent, so that beta means the same at every size. Anchors are kept as in latent
@@ -24,7 +28,7 @@ from torch import Tensor
 
 from ..sampling import parts_of
 
-__all__ = ["log_ratio", "noisy_step", "trajectory_loss"]
+__all__ = ["expected_ratio", "log_ratio", "noisy_step", "trajectory_loss"]
 
 
 def noisy_step(
@@ -56,10 +60,16 @@ def log_ratio(drawn: Tensor, mean: Tensor, reference: Tensor, sigma: Tensor) -> 
     return (gap / (2 * sigma.square())).flatten(1).mean(1)
 
 
-def trajectory_loss(flow: Tensor, ratio: Tensor, target: float) -> Tensor:
-    """(B,): (log Z + S - log beta)^2.
+def expected_ratio(mean: Tensor, reference: Tensor, sigma: Tensor) -> Tensor:
+    """(B,): the mean of `log_ratio` over what is drawn: minus the step's Kullback-Leibler divergence over D."""
+    return -((mean - reference).square() / (2 * sigma.square())).flatten(1).mean(1)
+
+
+def trajectory_loss(flow: Tensor, ratio: Tensor, expected: Tensor, target: float) -> Tensor:
+    """(B,): F^2 + 2 F S' + S^2 with F = log Z - log beta, whose mean is that of (F + S)^2.
 
     Args:
-        flow: log Z, () or (B,). ratio: (B,) S. target: log beta.
+        flow: log Z, () or (B,). ratio: (B,) S. expected: (B,) S', of `expected_ratio`. target: log beta.
     """
-    return (flow + ratio - target).square()
+    gap = flow - target
+    return gap.square() + 2 * gap * expected + ratio.square()

@@ -13,6 +13,7 @@ from typing import Any
 import comfy.model_management
 import comfy.utils
 import torch
+from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
@@ -133,7 +134,7 @@ def _trained(model, clip, vae, concepts, surrogate, kept, config, preview_every:
         with torch.inference_mode():  # the clone's hooks leave the model that all clones share
             comfy.model_management.load_models_gpu([model])
     rows = watch.rows if folder is None else _log(folder)
-    return Trained(finished(trainer, starts), from_pil(training_plot(rows))[None])
+    return Trained(finished(trainer, starts), rearrange(from_pil(training_plot(rows)), "c h w -> 1 h w c"))
 
 
 def _read(words: Words, config: TrainingConfig) -> None:

@@ -74,7 +74,7 @@ made = trained(resume=False)
 found["previews"], found["kept"] = list(previews), files()
 found["course"] = list(made.course.shape)
 found["untouched"] = float((predicted(model) - before).abs().max())
-save_membranes(made.membranes, target)
+save_membranes(trained(replace(config, steps=2, validate_every=0), resume=False).membranes, target)
 erased = apply_membranes_to(model, made.membranes, MembraneConfig(gate="always"))
 found["effect"] = float((predicted(erased) - before).abs().max())
 

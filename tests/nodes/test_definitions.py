@@ -318,7 +318,7 @@ def test_registering_keeps_what_others_registered(files, monkeypatch):
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "semiperm", (["/elsewhere", ours], set()))
     files.register()
     files.register()
-    expected = ([ours, "/elsewhere", str(files.EXAMPLES)], {".safetensors"})
+    expected = ([ours, "/elsewhere", str(files.EXAMPLES), str(files.ZOO)], {".safetensors"})
     assert folder_paths.folder_names_and_paths["semiperm"] == expected
 
 

@@ -13,7 +13,7 @@ from semiperm.methods.training.loop import TrainingLog, load_checkpoint, save_ch
 from semiperm.methods.training.objectives import anchoring_loss, erasing_loss, erasing_target
 from semiperm.methods.training.packed import PackedMembranes, Site
 from semiperm.methods.training.plot import training_plot
-from semiperm.methods.training.trajectory import log_ratio, noisy_step, trajectory_loss
+from semiperm.methods.training.trajectory import expected_ratio, log_ratio, noisy_step, trajectory_loss
 from torch import nn
 
 
@@ -158,21 +158,29 @@ def test_the_log_ratio_is_that_of_two_gaussians():
     one, other = (torch.distributions.Normal(m, 0.7).log_prob(drawn).flatten(1).mean(1) for m in (mean, reference))
     torch.testing.assert_close(log_ratio(drawn, mean, reference, torch.tensor(0.7)), one - other)
     assert log_ratio(drawn, reference, reference, torch.tensor(0.7)).tolist() == [0.0, 0.0]
-    assert trajectory_loss(torch.tensor(1.0), torch.tensor([-0.5, 1.5]), 2.5).tolist() == [4.0, 0.0]
+    means = [m.repeat(20_000, 1, 1, 1) for m in (mean, reference)]
+    many = means[1] + 0.7 * torch.randn(means[1].shape, generator=noise(1))
+    sampled = log_ratio(many, *means, torch.tensor(0.7))
+    expected = expected_ratio(mean, reference, torch.tensor(0.7))
+    torch.testing.assert_close(sampled.view(20_000, 2).mean(0), expected, rtol=0.02, atol=0.01)
+    ratio = torch.tensor([-0.5, 1.5])
+    whole = trajectory_loss(torch.tensor(1.0), ratio, ratio, 2.5)
+    assert whole.tolist() == [4.0, 0.0], "where S is its own expectation, the square as it stands"
 
 
 def test_trajectory_balance_brings_one_policy_to_the_other():
     """One step, one number: the mean of a Gaussian goes to the reference's, and log Z to log beta."""
     mean, flow = nn.Parameter(torch.tensor([[1.5]])), nn.Parameter(torch.zeros(()))
-    optimizer = torch.optim.Adam([{"params": [mean]}, {"params": [flow], "lr": 0.1}], lr=0.02)
+    optimizer = torch.optim.Adam([{"params": [mean]}, {"params": [flow], "lr": 0.1}], lr=0.1)
     generator, reference, sigma = noise(), torch.tensor([[-1.0]]), torch.tensor(0.5)
-    for _ in range(400):
-        drawn = reference + sigma * torch.randn(16, 1, generator=generator)
-        ratio = log_ratio(drawn, mean.expand(16, 1), reference.expand(16, 1), sigma)
-        trajectory_loss(flow, ratio, 2.5).mean().backward()
+    for _ in range(600):
+        drawn = reference + sigma * torch.randn(32, 1, generator=generator)
+        ratio = log_ratio(drawn, mean.expand(32, 1), reference.expand(32, 1), sigma)
+        expected = expected_ratio(mean.expand(32, 1), reference.expand(32, 1), sigma)
+        trajectory_loss(flow, ratio, expected, 2.5).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert abs(float(mean) + 1) < 0.05 and abs(float(flow) - 2.5) < 0.1
+    assert abs(mean.item() + 1) < 0.01 and abs(flow.item() - 2.5) < 0.01
 
 
 # ---- packed parameters -----------------------------------------------------------------------------------------------

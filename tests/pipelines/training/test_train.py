@@ -278,12 +278,14 @@ def test_the_adversary_sees_the_gate(gate, monkeypatch):
 def test_whole_trajectories_are_an_objective_too(tmp_path):
     """The concept's way comes nearer to the surrogate's; resumed to the bit, log Z included."""
     pipe, rows = built("sd3"), []
-    settings = dict(objective="trajectory", warm_start="none", steps=10, learning_rate=0.005, batch_size=1, patience=0)
+    settings = dict(objective="trajectory", warm_start="none", steps=10, learning_rate=0.002, batch_size=1, patience=0)
+    settings |= dict(anchor_weight=0.0, sampling_guidance=1.0)
     (membrane,) = run(pipe, progress=rows.append, workdir=tmp_path / "whole", **settings)
-    assert rows[0]["erasing"] == pytest.approx(2.5**2, rel=0.2), "log Z is 0, and the two ways do not differ much"
+    assert rows[0]["erasing"] == pytest.approx(2.5**2, rel=1e-3), "log Z is 0, and the two ways hardly differ"
     first = json.loads((tmp_path / "whole" / LOG).read_text().splitlines()[0])["validation"]["robot"]
     assert first["erased"] == pytest.approx(1.0, rel=1e-3)
-    assert float(membrane.metadata["validation_loss"]) < first["loss"] and membrane.metadata["step"] != "0"
+    assert rows[-1]["validation"]["robot"]["erased"] < 0.95 and membrane.metadata["step"] == "10"
+    assert rows[-1]["erasing"] < rows[0]["erasing"], "log Z comes to log beta"
     assert membrane.method == "latent_anchoring/trajectory"
 
     def kill(figures):
