@@ -69,6 +69,7 @@ def make(
     config: Annotated[
         Path | None, typer.Option(metavar="FILE.toml", help="A table [training], as `train --config` takes it.")
     ] = None,
+    work: Annotated[Path, typer.Option(metavar="DIR", help="What a stopped run goes on from.")] = Path("zoo-work"),
     steps: common.Steps = None,
     device: common.Device = "auto",
     dtype: common.DType = "auto",
@@ -85,5 +86,23 @@ def make(
     training = TrainingConfig(**({} if config is None else read_training(config).settings))
     asked = ZooConfig(tuple(concept or ()), tuple(kind or KINDS), each, training)
     pipe = common.load_model(world, device, dtype)
-    made = make_zoo(pipe, about, folder or ZOO, asked, progress=common.say, **common.sampling(world, steps, None))
+    made = make_zoo(
+        pipe, about, folder or ZOO, asked, work=work, progress=common.say, **common.sampling(world, steps, None)
+    )
     common.say(f"{folder or ZOO}: {len(made)} membranes of {world}")
+
+
+@app.command(epilog="Example: semiperm zoo arena arena.json")
+def arena(
+    file: Annotated[Path, typer.Argument(metavar="FILE.json", help="What `semiperm arena --json` wrote.")],
+    folder: Folder = None,
+):
+    """Put the arena's figures into the cards of the concepts and kinds that it measured."""
+    from ..methods.membranes.zoo import add_arena, zoo_names, zoo_path
+
+    try:
+        rows = json.loads(common.existing_file(file, "arena file").read_text(encoding="utf-8"))["rows"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise common.CliError(f"{file} holds no rows of an arena ({common.one_line(error)})") from error
+    found = {name: add_arena(zoo_path(name, folder), rows) for name in zoo_names(folder)}
+    common.say(f"{sum(found.values())} rows in {sum(map(bool, found.values()))} of {len(found)} cards")

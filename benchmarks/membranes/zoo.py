@@ -67,6 +67,7 @@ def make_zoo(
     folder: str | Path,
     config: ZooConfig | None = None,
     *,
+    work: str | Path | None = None,
     command: str = "semiperm zoo make",
     progress: Callable[[str], None] | None = None,
     **sampling,
@@ -74,8 +75,8 @@ def make_zoo(
     """Make what is missing; returns the membrane files, in the order of concepts and kinds.
 
     Args:
-        pipe: the world's model, untouched. folder: of the zoo; a folder of the model's name is made in it, and in that
-            `work` holds what unfinished trainings and measurements need.
+        pipe: the world's model, untouched. folder: of the zoo; a folder of the model's name is made in it.
+        work: folder of what unfinished trainings and measurements go on from; None keeps nothing.
         progress: called with a line about each membrane.
         sampling: arguments of the pipeline, where the pictures of the figures are to be drawn otherwise.
 
@@ -85,7 +86,7 @@ def make_zoo(
     config = config or ZooConfig()
     asked = config.concepts or tuple(names[0] for names in world.suite if len(names) == 1)
     names = [world.resolve(name)[0] for name in asked]
-    home = Path(folder) / world.name
+    home, halfway = Path(folder) / world.name, None if work is None else Path(work) / world.name
     weights, found = digest(*world.files()), []
     cases = built_in_cases(world, words=_asking(world)) if config.each else []
     judges = world.judges() if config.each else {}
@@ -97,12 +98,12 @@ def make_zoo(
             if _is_made(path, how):
                 continue
             start = perf_counter()
-            (membrane,) = _made(pipe, world, name, kind, config, home / "work" / path.stem)
+            (membrane,) = _made(pipe, world, name, kind, config, halfway and halfway / path.stem)
             save_membranes(membrane, path)
             seconds, rows = perf_counter() - start, []
             if config.each:
                 (loaded,) = load_membranes(path)  # figures are of the file
-                kept = Store(home / "work" / f"{path.stem}.jsonl", "zoo", [how, digest(path)])
+                kept = Store(halfway and halfway / f"{path.stem}.jsonl", "zoo", [how, digest(path)])
                 rows = evaluate(
                     pipe, world, judges, cases, [(name,)],
                     methods={f"zoo/{kind}": partial(_at_work, Membranes(loaded), GATES[kind])},
@@ -123,7 +124,7 @@ def make_zoo(
     return found
 
 
-def _made(pipe, world: World, name: str, kind: str, config: ZooConfig, work: Path) -> Membranes:
+def _made(pipe, world: World, name: str, kind: str, config: ZooConfig, work: Path | None) -> Membranes:
     from ...pipelines.membranes.erase import erase_concepts
     from ...pipelines.training.train import train_membranes
 

@@ -25,6 +25,7 @@ from .types import Membrane
 __all__ = [
     "KINDS",
     "ZOO",
+    "add_arena",
     "card_text",
     "file_digest",
     "located",
@@ -38,6 +39,12 @@ __all__ = [
 ZOO = Path(__file__).resolve().parents[2] / "zoo"
 PREFIX = "zoo:"
 KINDS = ("text", "image", "trained")
+# kind -> what the arena (`semiperm arena`) calls the methods that make such membranes
+ARENA = {
+    "text": ("closed_form/auto", "membranes/text"),
+    "image": ("membranes/image",),
+    "trained": ("membranes/trained", "latent_anchoring"),
+}
 _SUFFIX, _CARD = ".safetensors", ".json"
 _NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -128,7 +135,32 @@ def write_card(path: Path, membrane: Membrane, about: Mapping[str, Any], figures
         "sha256": file_digest(path),
         "figures": [dict(row) for row in figures],
     }
+    return _write(path, card)
+
+
+def _write(path: Path, card: Mapping[str, Any]) -> Path:
     return write_file(path.with_suffix(_CARD), json.dumps(card, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def add_arena(path: Path, rows: Sequence[Mapping[str, Any]]) -> int:
+    """Put into a card what the arena measured of membranes made as this one; returns the number of rows.
+
+    The arena makes its own, of the plain name alone: its figures are of the method, those of the card of the file.
+
+    Args:
+        path: of the membrane file. rows: of the arena's JSON; those of other worlds, concepts and methods are left out.
+    """
+    card = read_card(path)
+    own = [
+        dict(row)
+        for row in rows
+        if row.get("world") == card["model"]
+        and row.get("concept") == card["concept"]
+        and row.get("method") in ("untouched", *ARENA[card["kind"]])
+    ]
+    if own:
+        _write(path, card | {"arena": own})
+    return len(own)
 
 
 def card_text(card: Mapping[str, Any]) -> str:
@@ -143,14 +175,11 @@ def card_text(card: Mapping[str, Any]) -> str:
         "made by": f"`{card['command']}`, in {card['seconds']:.1f} s on {card['machine']}",
     }
     lines = [f"# {card['concept']}", "", *(f"- {name}: {fact}" for name, fact in facts.items())]
-    if card["figures"]:
-        shown = [key for key in card["figures"][0] if any(_cell(row.get(key)) for row in card["figures"])]
-        table = [
-            shown,
-            ["---"] * len(shown),
-            *([_cell(row.get(key)) or "-" for key in shown] for row in card["figures"]),
-        ]
-        lines += ["", *(f"| {' | '.join(row)} |" for row in table)]
+    for title, rows in (("Measured of this file", card["figures"]), ("In the arena", card.get("arena", []))):
+        if rows:
+            shown = [key for key in rows[0] if any(_cell(row.get(key)) for row in rows)]
+            table = [shown, ["---"] * len(shown), *([_cell(row.get(key)) or "-" for key in shown] for row in rows)]
+            lines += ["", f"## {title}", "", *(f"| {' | '.join(row)} |" for row in table)]
     return "\n".join(lines) + "\n"
 
 

@@ -30,13 +30,16 @@ def made(untrained_canvas, tmp_path):
     (tmp_path / "run.toml").write_text(TRAINING)
     folder = tmp_path / "zoo"
     command = ("zoo", "make", "--concept", "robot", "--kind", "text", "--kind", "trained", "--each", 1)
-    command += ("--config", tmp_path / "run.toml", "--folder", folder)
+    command += ("--config", tmp_path / "run.toml", "--folder", folder, "--work", tmp_path / "work")
     return folder, command, run(*command)
 
 
 def test_made_listed_and_shown(made, monkeypatch):
     folder, command, said = made
     assert zoo.zoo_names(folder) == ["canvas/robot", "canvas/robot-trained"]
+    assert {path.suffix for path in folder.rglob("*") if path.is_file()} == {".safetensors", ".json"}
+    assert len(list(folder.rglob("*.safetensors"))) == 2, "what a run goes on from lies elsewhere"
+    assert (folder.parent / "work" / "canvas" / "robot-trained" / "checkpoint.safetensors").exists()
     assert "canvas/robot-trained" in said and f"{folder}: 2 membranes of canvas" in said
     for name, method in (("robot", "closed_form"), ("robot-trained", "latent_anchoring")):
         path = zoo.zoo_path(name, folder)
@@ -51,6 +54,19 @@ def test_made_listed_and_shown(made, monkeypatch):
     assert set(json.loads(run("zoo", "list", "--folder", folder, "--json"))) == set(zoo.zoo_names(folder))
     shown = run("zoo", "show", "robot-trained", "--folder", folder)
     assert shown.startswith("# robot\n") and "latent_anchoring" in shown and "| untouched |" in shown
+
+    rows = [
+        {"world": world, "concept": concept, "method": method, "ua": [0.75, 0.5, 0.9]}
+        for world in ("canvas", "canvas-flow") for concept in ("robot", "ghost")
+        for method in ("untouched", "closed_form/auto", "membranes/trained", "esd")
+    ]  # fmt: skip
+    arena = folder.parent / "arena.json"
+    arena.write_text(json.dumps({"rows": rows}))
+    assert run("zoo", "arena", arena, "--folder", folder).strip() == "4 rows in 2 of 2 cards"
+    assert [row["method"] for row in zoo.read_card(zoo.zoo_path("robot", folder))["arena"]] == [
+        "untouched", "closed_form/auto"]  # fmt: skip
+    shown = run("zoo", "show", "robot-trained", "--folder", folder)
+    assert "## In the arena" in shown and "| membranes/trained | 0.750 (0.500-0.900) |" in shown
 
     # nothing is made twice; a file that was lost is made again, alone
     before = {file.name: file.stat().st_mtime_ns for file in folder.rglob("*.safetensors")}
