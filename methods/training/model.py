@@ -24,19 +24,19 @@ class TrainedModel(Protocol):
         """(C, H, W) of one picture's latents in this run."""
         ...
 
-    def times(self, steps: int, latents: Tensor) -> Tensor:
+    def times(self, steps: int, latents: Tensor, /) -> Tensor:
         """(steps + 1,) noise levels in the model's own unit, from pure noise to the image."""
         ...
 
-    def levels(self, times: Tensor) -> tuple[Tensor, Tensor]:
+    def levels(self, times: Tensor, /) -> tuple[Tensor, Tensor]:
         """(a, s) of noise levels (B,): the shares of image and noise, (B, 1, 1, 1) each; (1, 0) for the image."""
         ...
 
-    def encode(self, caption: str) -> Embedding:
+    def encode(self, caption: str, /) -> Embedding:
         """(N, d) and (p,) or None of one caption, as the denoiser is given it; N is the same for all."""
         ...
 
-    def __call__(self, latents: Tensor, times: Tensor, hidden: Tensor, pooled: Tensor | None) -> Tensor:
+    def __call__(self, latents: Tensor, times: Tensor, hidden: Tensor, pooled: Tensor | None, /) -> Tensor:
         """(B, C, H, W) float32: what is predicted of latents with a^2 + s^2 = 1, or a + s = 1 for "flow"."""
         ...
 
@@ -49,11 +49,11 @@ class Processes(Protocol):
     is_main_process: bool
     mixed_precision: str  # "no", "fp16" or "bf16": taken where the run's settings say nothing
 
-    def reduce(self, tensor: Tensor, reduction: str) -> Tensor: ...
+    def reduce(self, tensor: Tensor, reduction: str, /) -> Tensor: ...
 
-    def gather(self, tensor: Tensor) -> Tensor: ...
+    def gather(self, tensor: Tensor, /) -> Tensor: ...
 
-    def broadcast(self, tensor: Tensor) -> Tensor: ...
+    def broadcast(self, tensor: Tensor, /) -> Tensor: ...
 
 
 class OneProcess:

@@ -43,7 +43,14 @@ class SemipermTrainMembranes(io.ComfyNode):
                     step=0.00001,
                     tooltip="How large the optimiser's steps are, at most. Less where the loss jumps.",
                 ),
-                io.Int.Input("seed", default=0, min=0, max=2**53 - 1, tooltip="Of everything that is drawn."),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=2**53 - 1,
+                    control_after_generate=True,  # the page adds its field to every "seed" anyway
+                    tooltip="Of everything that is drawn. Fixed, the same training is not done again.",
+                ),
                 io.Combo.Input(
                     "layers",
                     options=list(LAYERS),
