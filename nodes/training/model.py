@@ -7,7 +7,8 @@ that kind. Training leaves the mode, and gives the denoiser's weights new names 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import comfy.model_management
 import comfy.model_sampling
@@ -17,6 +18,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ...methods.errors import MembraneError
+from ...methods.text_space import TextFeatures
 from ...methods.training.model import Embedding
 from ..membranes.concept_text import encoder_of
 
@@ -46,7 +48,7 @@ class ComfyModel:
         if width < PIXELS or height < PIXELS or width % PIXELS or height % PIXELS:
             raise MembraneError(f"pictures of {width} x {height} pixels; expected multiples of {PIXELS}")
         self.shape = (model.model.latent_format.latent_channels, height // PIXELS, width // PIXELS)
-        self._texts: Callable = encoder_of(model, clip)[0]
+        self._encoder: Callable = encoder_of(model, clip)[0]
         self._length: int | None = None
 
     @property
@@ -59,10 +61,16 @@ class ComfyModel:
             comfy.model_management.load_models_gpu([self.model], force_full_load=True)
         _leave_inference_mode(self.model.model.diffusion_model)
 
+    def texts(self, captions: Sequence[str]) -> TextFeatures:
+        """As the denoiser is given them."""
+        with torch.inference_mode():  # as `load`
+            made = self._encoder(captions)
+        return replace(made, hidden=made.hidden.clone(), pooled=None if made.pooled is None else made.pooled.clone())
+
     def encode(self, caption: str) -> Embedding:
         if self._length is None:
-            self._length = self._texts([""]).hidden.shape[1]  # a longer text of T5's would not stack with others
-        made = self._texts([caption])
+            self._length = self.texts([""]).hidden.shape[1]  # a longer text of T5's would not stack with others
+        made = self.texts([caption])
         return made.hidden[0, : self._length], None if made.pooled is None else made.pooled[0]
 
     def times(self, steps: int, latents: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ from ...methods.errors import MembraneError
 from ...methods.membranes.base_model import base_model_hash
 from ...methods.membranes.concept_fit import phrases_of
 from ...methods.membranes.gate_bank import GateBank
-from ...methods.membranes.types import Membranes
+from ...methods.membranes.types import GateProbe, Membranes
 from ...methods.pictures import from_pil
 from ...methods.training.config import TrainingConfig
 from ...methods.training.model import OneProcess
@@ -29,8 +30,9 @@ from ...methods.training.packed import PackedMembranes, Site
 from ...methods.training.plot import training_plot
 from ...methods.training.run import LOG, begun, finished, stamp_of, train
 from ...methods.training.trainer import Trainer
+from ...methods.training.validation import ROWS
 from ...methods.training.words import Words
-from ..membranes.concept_text import encoder_of, erase_in
+from ..membranes.concept_text import erase_in
 from ..membranes.patch import ATTACHMENT, through
 from ..private import private_folder
 from ..root_patch import add_around
@@ -99,11 +101,10 @@ def train_in(
 
 def _trained(model, clip, vae, concepts, surrogate, kept, config, preview_every: int, resume: bool) -> Trained:
     phrases, layers = phrases_of(concepts), trained_layers(model, config.layers)
-    starts = begun(
-        erase_in(model, clip, concepts, surrogate, kept or ()),
-        base := base_model_hash({key: layer.weight for key, layer in layers.items()}),
-        config,
-    )
+    base = base_model_hash({key: layer.weight for key, layer in layers.items()})
+    with torch.inference_mode():  # in which ComfyUI made the encoder's weights, and may move them
+        solved = erase_in(model, clip, concepts, surrogate, kept or ())
+    starts = begun([replace(m, probe=_graded(m.probe)) for m in solved], base, config)
     patched = model.clone()
     device = patched.load_device
     packed = PackedMembranes(
@@ -121,8 +122,8 @@ def _trained(model, clip, vae, concepts, surrogate, kept, config, preview_every:
     answering = ComfyModel(patched, clip, config.width, config.height)
     words = Words(answering.encode, phrases, surrogate, kept, None, config)
     _read(words, config)
-    stamp = stamp_of(phrases, surrogate, kept, None, config, base)
-    gates = GateBank(encoder_of(model, clip)[0], starts, config.adversary_gate) if config.adversary_steps else None
+    stamp = stamp_of(phrases, surrogate, kept, None, config, f"{base} {_patches(model)}")
+    gates = GateBank(answering.texts, starts, config.adversary_gate) if config.adversary_steps else None
     try:
         answering.load()
         trainer = Trainer(answering, words, packed, OneProcess(), stamp, gates)
@@ -137,17 +138,40 @@ def _trained(model, clip, vae, concepts, surrogate, kept, config, preview_every:
     return Trained(finished(trainer, starts), rearrange(from_pil(training_plot(rows)), "c h w -> 1 h w c"))
 
 
+def _graded(probe: GateProbe | None) -> GateProbe | None:
+    """The same detector, which gradients can flow through."""
+    return probe and replace(probe, weight=probe.weight.clone(), pooled=_graded(probe.pooled))
+
+
+def _patches(model) -> str:
+    """What tells the LoRAs and other patches of the weights apart, which `base` does not see."""
+
+    def sums(value) -> list[float]:
+        if isinstance(value, Tensor):
+            return [float(value.double().abs().sum())]
+        return [x for one in value for x in sums(one)] if isinstance(value, (list, tuple)) else []
+
+    found = [
+        [str(key), strength, strength_model, sums(getattr(patch, "weights", patch))]
+        for key, patches in sorted(model.patches.items(), key=lambda item: str(item[0]))
+        for strength, patch, strength_model, *_ in patches
+    ]
+    return hashlib.sha256(json.dumps(found).encode()).hexdigest()[:16] if found else ""
+
+
 def _read(words: Words, config: TrainingConfig) -> None:
     """Encode all that will be said: text encoder and denoiser may not have room beside each other."""
-    words.encode([""])
+    said = {"": None}
     for name in words.phrases:
         words.anchors(name)
         for step in range(config.steps):
             for captions in words.pairs(name, config.batch_size, step):
-                words.encode(captions)
+                said |= dict.fromkeys(captions)
         if config.validate_every:
-            for captions in words.held_out(name, 4):
-                words.encode(captions)
+            for captions in words.held_out(name, ROWS):
+                said |= dict.fromkeys(captions)
+    for caption in said:
+        words.encode([caption])
         comfy.model_management.throw_exception_if_processing_interrupted()
 
 
