@@ -149,7 +149,7 @@ def fine_tune(pipe, world: World, config: TransferConfig, work: Path | None = No
             torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            log.count(loss=float(loss))
+            log.count(loss=loss.item())
             done = step + 1
             if done % 50 == 0 or done == config.steps:
                 log.write(done)

@@ -70,8 +70,8 @@ def zoo_name(concept: str, kind: str) -> str:
 def zoo_names(folder: Path | None = None) -> list[str]:
     """ "<model>/<name>" of everything that has a card."""
     folder = ZOO if folder is None else Path(folder)
-    files = sorted(folder.glob(f"*/*{_SUFFIX}"))
-    return [f"{file.parent.name}/{file.stem}" for file in files if file.with_suffix(_CARD).exists()]
+    files = folder.glob(f"*/*{_SUFFIX}")
+    return sorted(f"{file.parent.name}/{file.stem}" for file in files if file.with_suffix(_CARD).exists())
 
 
 def zoo_path(name: str, folder: Path | None = None) -> Path:

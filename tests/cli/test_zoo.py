@@ -117,7 +117,7 @@ def test_an_empty_zoo_says_how_it_is_made(tmp_path, monkeypatch):
 
 
 def test_the_image_side_is_one_of_the_kinds(untrained_canvas, tmp_path):
-    few = VisualConfig(samples=2, background=2, steps=2, false_open=0.5, validation=1, tokens=8)
+    few = VisualConfig(samples=4, background=4, steps=2, false_open=0.5, validation=1, tokens=8)
     config = making.ZooConfig(("robot",), ("image",), 0, TrainingConfig(), few)
     world = world_of("canvas")
     (path,) = making.make_zoo(untrained_canvas, world, tmp_path, config)
