@@ -8,6 +8,7 @@ from . import (
     attack_prompts,
     bench,
     bench_kernels,
+    bench_transfer,
     bench_watermark,
     canvas,
     demo,
@@ -20,6 +21,7 @@ from . import (
     keys,
     provenance,
     train,
+    zoo,
 )
 from .common import OneLineErrors
 
@@ -58,11 +60,13 @@ for _module in (demo, erase, train, generate, detect, provenance, attack, attack
     _name = _module.__name__.rpartition(".")[2].replace("_", "-")
     app.command(_name, epilog=_module.EXAMPLE)(_module.run)
 bench.app.command("kernels", epilog=bench_kernels.EXAMPLE)(bench_kernels.run)
+bench.app.command("transfer", epilog=bench_transfer.EXAMPLE)(bench_transfer.run)
 bench.app.command("watermark", epilog=bench_watermark.EXAMPLE)(bench_watermark.run)
 app.add_typer(keys.app, name="keys")
 app.add_typer(guard.app, name="guard")
 app.add_typer(bench.app, name="bench")
 app.add_typer(canvas.app, name="canvas")
+app.add_typer(zoo.app, name="zoo")
 
 
 def main():

@@ -245,11 +245,16 @@ def generators(seeds: list[int]) -> list:
 
 
 def split_strength(text: str) -> tuple[Path, float]:
-    """Parse FILE[:strength].
+    """Parse FILE[:strength], or zoo:NAME[:strength].
 
     Raises:
         CliError: no such file, or a strength that is no number from 0 to 1.
     """
+    from ..methods.membranes.zoo import PREFIX, located
+
+    if text.startswith(PREFIX):
+        name, colon, tail = text.removeprefix(PREFIX).partition(":")
+        text = f"{located(PREFIX + name)}{colon}{tail}"
     name, colon, tail = text.rpartition(":")
     if not Path(text).exists() and colon and name and len(name) > 1:
         path = existing_adapter(Path(name), "membrane file")

@@ -160,7 +160,7 @@ def _finish(folder: Path) -> list[dict]:
     import json
 
     from ..methods.training.plot import training_plot
-    from ..pipelines.training.train import LOG
+    from ..methods.training.run import LOG
 
     rows = [json.loads(line) for line in (folder / LOG).read_text(encoding="utf-8").splitlines()]
     common.write_png(folder / PLOT, training_plot(rows))

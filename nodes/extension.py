@@ -11,6 +11,7 @@ from .membranes import node as membranes
 from .membranes import wordings
 from .provenance import node as provenance
 from .token_merging import node as negative_token_merging
+from .training import node as training
 from .watermark import node as watermark
 
 
@@ -21,6 +22,7 @@ class SemipermExtension(ComfyExtension):
         modules = (
             canvas,
             membranes,
+            training,
             guidance,
             guidance_detector,
             negative_token_merging,

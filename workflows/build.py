@@ -30,6 +30,7 @@ STAGES = {
     "Membranes": (
         "SemipermEraseConcept",
         "SemipermSolveMembranes",
+        "SemipermTrainMembranes",
         "SemipermLoadMembrane",
         "SemipermApplyMembranes",
         "SemipermSaveMembrane",
@@ -86,6 +87,7 @@ SIZES = {  # of nodes that show a text field or a picture
     "SemipermSaveWithProvenance": (560, 520),
     "SemipermSolveMembranes": (360, 520),
     "SemipermTokenMergingReport": (400, 300),
+    "SemipermTrainMembranes": (380, 760),
     "SemipermGuidanceReport": (420, 300),
     "SemipermSafeGuidance": (340, 220),
 }
@@ -128,6 +130,12 @@ NOTES = {
     "`models/semiperm`, and the file, loaded again, gives the same picture to the bit. From then on you "
     "need this node no more: in any workflow press **R** (refresh the node definitions) and choose the file, whose "
     "name *Save Membrane* shows, in *Load Membrane*." + SWITCH,
+    "Train membranes": "## Train membranes\nThe same prompt and seed twice: by the model as it is (left), and through "
+    "a membrane that *Train Membranes* trained by latent anchoring, from the closed form on (right). While it trains, "
+    "the node shows a picture as the model makes it by itself and through the membrane; the course of the losses is "
+    "saved, too. Cancelled, it goes on where it was when you queue it again. *Save Membrane* writes the result to "
+    "`models/semiperm`, so that *Load Membrane* takes its place from then on." + SWITCH + " Set width and height of "
+    "*Train Membranes* to the model's own size as well, and give it some hundred steps.",
     "Away from a picture": "## Away from a picture\nLeft the reference, a mascot. Middle: a prompt that "
     "means the mascot without naming it. Right: the same prompt and seed, pushed away from the reference by *Negative "
     "Token Merging*: another object, in the style and before the background that were asked for. The words at "

@@ -28,6 +28,7 @@ from .layouts import AdapterFile, check_dropped, membrane_of, read_adapter
 from .types import GateProbe, LowRank, Membrane, Membranes
 from .visual import VisualSide
 from .visual_file import PREFIX, described_side, side_of, side_tensors
+from .zoo import located
 
 FORMAT_VERSION = 2  # 1 where no membrane has an image side: what older versions read stays readable to them
 _PARTS = (".lora_down.weight", ".lora_up.weight", ".alpha")
@@ -45,7 +46,8 @@ def load_membranes(
     """Read membranes from one safetensors file, or from several in order; one file may hold several membranes.
 
     Args:
-        paths: membrane files, SPM's published ones, or kohya LoRAs; `import_membranes` reads others, too.
+        paths: membrane files, SPM's published ones, or kohya LoRAs; `import_membranes` reads others, too. "zoo:robot"
+            is one that comes with the package (`semiperm zoo list`).
         concept: the name of a file that holds one membrane; None is what the file says. Where nobody says, the membrane
             is not `named`, and no gate compares prompts with it. Files of several keep theirs.
         text_encoder, bias: "drop" leaves out what a LoRA has for a text encoder, or adds to biases.
@@ -56,7 +58,7 @@ def load_membranes(
             file.
     """
     paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
-    found = [membrane for path in paths for membrane in _load_file(Path(path), concept, text_encoder, bias)]
+    found = [membrane for path in paths for membrane in _load_file(Path(located(path)), concept, text_encoder, bias)]
     return Membranes(found)
 
 

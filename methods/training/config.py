@@ -16,11 +16,23 @@ if sys.version_info >= (3, 11):
 else:  # the same module, before it was part of Python
     import tomli as tomllib  # type: ignore[import-not-found,unused-ignore]
 
-__all__ = ["ANCHORS", "LAYERS", "PRECISIONS", "WARM_STARTS", "TrainingConfig", "TrainingFile", "read_training"]
+__all__ = [
+    "ADVERSARY_GATES",
+    "ANCHORS",
+    "LAYERS",
+    "OBJECTIVES",
+    "PRECISIONS",
+    "WARM_STARTS",
+    "TrainingConfig",
+    "TrainingFile",
+    "read_training",
+]
 
 LAYERS = ("text", "cross", "all")
 ANCHORS = ("both", "captions", "latent")
 WARM_STARTS = ("closed_form", "none")
+OBJECTIVES = ("anchoring", "trajectory")
+ADVERSARY_GATES = ("auto", "probe", "paper", "always")
 PRECISIONS = ("no", "fp16", "bf16")
 
 
@@ -41,6 +53,10 @@ class TrainingConfig:
             projections of cross-attention, of joint attention in transformers), "all" (SPM's choice: attention, feed-
             forward, and the blocks' own projections).
         warm_start: "closed_form" (begin from `erase_concepts`) or "none" (`up` is zero: the untouched model).
+        objective: "anchoring" (as above, at one point of a picture's way with each step) or "trajectory" (the whole way
+            of a picture with the surrogate, see `methods.training.trajectory`; each step costs about three times
+            `sampling_steps` of the other's, and `push` has no part in it).
+        flow_target: log beta of the trajectory objective, >= 0: how hard it pulls in the beginning.
         push: eta >= 0, how far beyond the surrogate; 1 is SPM's, 0 the surrogate itself.
         anchor_weight: lambda >= 0; 0 keeps nothing in place.
         anchors: captions or latents drawn for each row of the concept, >= 1.
@@ -54,6 +70,8 @@ class TrainingConfig:
         adversary_steps: of a search, at each step, for texts near the concept's captions that still bring it back; they
             are erased beside the captions. 0 is none; each costs about as much as a step without. For attacks on text.
         adversary_radius: how near, as a share of the captions' norm.
+        adversary_gate: the gate that these texts must pass to reach the membrane, as they will at work: "auto" (of
+            `MembraneConfig`), "probe", "paper", or "always" for a membrane that will be always on.
         concepts_per_batch: concepts whose rows go through the denoiser together: memory for speed, the same result.
         max_sequence_length: T5 positions (SD3, Flux), as in the pipeline's call; 0 is its default.
         validate_every: steps between two validations; 0 is never, and then nothing stops early.
@@ -76,6 +94,8 @@ class TrainingConfig:
     rank: int = 1
     layers: str = "all"
     warm_start: str = "closed_form"
+    objective: str = "anchoring"
+    flow_target: float = 2.5
     push: float = 1.0
     anchor_weight: float = 10.0
     anchors: int = 2
@@ -88,6 +108,7 @@ class TrainingConfig:
     sampling_guidance: float = 3.0
     adversary_steps: int = 0
     adversary_radius: float = 0.3
+    adversary_gate: str = "auto"
     concepts_per_batch: int = 1
     max_sequence_length: int = 0
     validate_every: int = 25
@@ -103,6 +124,8 @@ class TrainingConfig:
             ("warm_start", WARM_STARTS),
             ("anchor_source", ANCHORS),
             ("precision", PRECISIONS),
+            ("objective", OBJECTIVES),
+            ("adversary_gate", ADVERSARY_GATES),
         ):
             if getattr(self, name) not in choices:
                 raise MembraneError(f"{name}={getattr(self, name)!r}; expected one of {', '.join(choices)}")
@@ -126,7 +149,8 @@ class TrainingConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise MembraneError(f"{name}={value!r}; expected a whole number, at least {least}")
-        for name in ("learning_rate", "push", "anchor_weight", "anchor_power", "sampling_guidance", "adversary_radius"):
+        shares = ("learning_rate", "push", "anchor_weight", "anchor_power", "sampling_guidance", "adversary_radius")
+        for name in (*shares, "flow_target"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
                 raise MembraneError(f"{name}={value!r}; expected a finite number >= 0")
@@ -134,8 +158,18 @@ class TrainingConfig:
             raise MembraneError("learning_rate=0 trains nothing; expected a number above 0, such as 1e-3")
         if self.adversary_steps and self.adversary_radius == 0:
             raise MembraneError("adversary_radius=0 leaves its search no room; expected a share above 0, such as 0.3")
+        if self.adversary_steps and self.objective == "trajectory":
+            raise MembraneError(
+                "adversary_steps with objective='trajectory', which looks for no other texts; expected"
+                " objective='anchoring', or adversary_steps=0"
+            )
         if not isinstance(self.gradient_checkpointing, bool):
             raise MembraneError(f"gradient_checkpointing={self.gradient_checkpointing!r}; expected true or false")
+
+    @property
+    def aim(self) -> float:
+        """How far beyond the surrogate the target lies: `push`, or 0 where whole trajectories lead to the surrogate."""
+        return self.push if self.objective == "anchoring" else 0.0
 
 
 @dataclass(frozen=True)

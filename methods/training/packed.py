@@ -87,13 +87,18 @@ class PackedMembranes:
         return {f"{k}.{name}": p for k, own in enumerate(self.parameters) for name, p in own.items()}
 
     @contextlib.contextmanager
-    def on(self, rows: Sequence[int]) -> Iterator[None]:
+    def on(self, rows: Sequence[int], gates: Tensor | None = None) -> Iterator[None]:
         """Inside, membrane rows[i] alone acts on row i of every call: until the backward pass is over.
+
+        Args:
+            gates: (rows,) how far it is open in each; None is all the way. Gradients flow through them.
 
         Layers that are computed twice (gradient checkpointing) ask again in the backward pass.
         """
         self.acting = tuple(dict.fromkeys(rows))
         self.gamma = torch.tensor([[float(k == row) for k in self.acting] for row in rows])
+        if gates is not None:
+            self.gamma = self.gamma.to(gates.device) * gates[:, None]
         try:
             yield
         finally:

@@ -59,6 +59,11 @@ def erase_in(
     return made
 
 
+def reads_text(key: str) -> bool:
+    """Whether a module of this name reads the text alone, its tokens or the pooled one."""
+    return bool(_TOKENS.match(key) or _POOLED.match(key))
+
+
 def text_space(model, clip) -> TextSpace:
     """The text encoder and the projections that read it.
 

@@ -14,6 +14,7 @@ import folder_paths
 from ...methods.errors import MembraneError
 from ...methods.membranes.file import load_membranes
 from ...methods.membranes.types import Membranes
+from ...methods.membranes.zoo import ZOO
 
 FOLDERS = ("semiperm", "loras")
 SUFFIX = ".safetensors"
@@ -24,14 +25,14 @@ _UNSAFE = re.compile(r'[\x00-\x1f<>:"|?*]')  # what some file system refuses; ":
 def register() -> None:
     """Make models/semiperm known to folder_paths, before what extra_model_paths.yaml may have said about it.
 
-    The example files beside the workflows come last: a workflow finds them on a fresh ComfyUI, and files of the same
-    name in the models folder go first.
+    The example files beside the workflows and the zoo come last: a workflow finds them on a fresh ComfyUI, and files of
+    the same name in the models folder go first.
     """
     ours = os.path.join(folder_paths.models_dir, "semiperm")
     with contextlib.suppress(OSError):  # a read-only models folder can still be read
         os.makedirs(ours, exist_ok=True)
     known = folder_paths.folder_names_and_paths.get("semiperm", ([], set()))[0]
-    paths = dict.fromkeys([ours, *known, str(EXAMPLES)])
+    paths = dict.fromkeys([ours, *known, str(EXAMPLES), str(ZOO)])
     folder_paths.folder_names_and_paths["semiperm"] = (list(paths), {SUFFIX})
 
 

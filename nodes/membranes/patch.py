@@ -69,7 +69,7 @@ def apply_membranes_to(
     weights = base_weights(model)
     targets, image_targets = _targets(model, membranes, weights), _image_targets(model, membranes, weights)
     if config.check_base:
-        wrapped = {key: _part(weights, *target) for key, target in targets.items()}
+        wrapped = {key: part_of(weights, *target) for key, target in targets.items()}
         wrapped |= {key: weights[f"{path}.weight"] for key, path in image_targets.items()}
         check_base_models(membranes, wrapped)
     bank = GateBank(_encoder(model, clip), membranes, config.gate, config.negative_rows)
@@ -83,7 +83,7 @@ def apply_membranes_to(
             patch, key, module, pack(membranes, key, cross_terms=config.gate == "official"), cacheable=part is None
         )
         patch.sites.append(site)
-        add_around(patched, f"{path}.forward", partial(_through, site, module, part))
+        add_around(patched, f"{path}.forward", partial(through, site, module, part))
     for key, path in image_targets.items():  # outside of what changes a weight
         layer = _ImageLayer(patch, key)
         patch.sites.append(layer)
@@ -297,7 +297,9 @@ class _ImageLayer:
         return forward
 
 
-def _through(site: Site, module, part: tuple[int, int] | None, original: Callable) -> Callable:
+def through(site: Callable, module, part: tuple[int, int] | None, original: Callable) -> Callable:
+    """A patch of a layer's forward: a site's hook on it, or on some rows of what it answers."""
+
     def forward(x, *args, **kwargs):
         if part is None:
             return site(original, module, x, *args, **kwargs)
@@ -322,11 +324,10 @@ def _targets(model, membranes: Membranes, weights: dict[str, Tensor]) -> dict[st
         )
     targets = {}
     for key, target in found.items():
-        name, part = (target, None) if isinstance(target, str) else (target[0], target[1])
-        if part is not None and (part[0] != 0 or len(target) > 2):
+        if (place := target_of(target)) is None:
             raise MembraneError(f"{key} is stored transformed in this model; membranes on it are not supported here")
-        targets[key] = name.removesuffix(".weight"), part and (part[1], part[2])
-        weight, pair = _part(weights, *targets[key]), next(m.modules[key] for m in membranes if key in m.modules)
+        targets[key] = place
+        weight, pair = part_of(weights, *targets[key]), next(m.modules[key] for m in membranes if key in m.modules)
         if tuple(weight.shape[:2]) != (pair.out_features, pair.in_features) or math.prod(weight.shape[2:]) != 1:
             raise MembraneError(
                 f"{key}: a membrane of (out, in) = {(pair.out_features, pair.in_features)} on a weight"
@@ -350,7 +351,18 @@ def _image_targets(model, membranes: Membranes, weights: dict[str, Tensor]) -> d
     return found
 
 
-def _part(weights: dict[str, Tensor], path: str, part: tuple[int, int] | None) -> Tensor:
+def target_of(target) -> tuple[str, tuple[int, int] | None] | None:
+    """(path in the model, (offset, length) of its output rows or None) of an entry of ComfyUI's table of LoRA keys.
+
+    None where the weight is stored transformed, so that no rows of it are the projection's own.
+    """
+    name, part = (target, None) if isinstance(target, str) else (target[0], target[1])
+    if part is not None and (part[0] != 0 or len(target) > 2):
+        return None
+    return name.removesuffix(".weight"), part and (part[1], part[2])
+
+
+def part_of(weights: dict[str, Tensor], path: str, part: tuple[int, int] | None) -> Tensor:
     weight = weights[f"{path}.weight"]
     return weight if part is None else weight.narrow(0, *part)
 

@@ -15,6 +15,7 @@ from ...methods.membranes.layouts import adapter_file, check_dropped, membrane_o
 from ...methods.membranes.packing import pack
 from ...methods.membranes.types import Membrane, Membranes
 from ...methods.membranes.weight_edit import membrane_from_weights
+from ...methods.membranes.zoo import located
 from ..family import Pipeline, denoiser_of
 from ..text import module_keys
 from .conversion import edited_weights, placed_pairs
@@ -41,7 +42,7 @@ def import_membranes(
 
     Args:
         pipe: the pipeline that it was made for, unedited.
-        path: a .safetensors file, or the folder of a PEFT or diffusers adapter.
+        path: a .safetensors file, the folder of a PEFT or diffusers adapter, or a name of the zoo ("zoo:robot").
         concept: its name, for files that do not say what they erase: without one, no gate compares prompts with it, and
             "auto" leaves it always on. A file of several keeps its names.
         rank: for edited weights, at most so many singular values per module; None keeps the edit's own rank.
@@ -54,6 +55,7 @@ def import_membranes(
         MembraneError: a kind of adapter that is not low-rank, names that match no module, shapes that disagree, NaN,
             parts that would be lost, or weights that equal the pipeline's.
     """
+    path = located(path)
     if membranes_in(path):
         return load_membranes(adapter_file(path), concept)
     adapter = read_adapter(path)

@@ -3,37 +3,36 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ...methods.errors import MembraneError
 from ...methods.membranes.base_model import base_model_hash
 from ...methods.membranes.concept_fit import phrases_of
-from ...methods.membranes.types import Membrane, Membranes
+from ...methods.membranes.gate_bank import GateBank
+from ...methods.membranes.types import Membranes
 from ...methods.training.config import TrainingConfig
-from ...methods.training.loop import TrainingLog
+from ...methods.training.model import Embedding
 from ...methods.training.packed import PackedMembranes, Site
+from ...methods.training.run import begun, finished, stamp_of, train
+from ...methods.training.trainer import Trainer
+from ...methods.training.words import Words
 from ..family import Pipeline, denoiser_of, device_of, family_of
 from ..hooks import install, uninstall
+from ..latents import latent_shape
 from ..membranes.erase import erase_concepts
 from ..membranes.state import MembraneHandle
 from ..prediction import Predictor
+from ..text import encode_text
 from ..weights import shape_of, weights_of
 from .layers import trained_layers
-from .trainer import Trainer
-from .validation import Validation
-from .words import Words
 
-__all__ = ["CHECKPOINT", "LOG", "train_membranes"]
+__all__ = ["train_membranes"]
 
-CHECKPOINT, LOG = "checkpoint.safetensors", "log.jsonl"  # in the working folder
-METHOD = "latent_anchoring"
 _HOOK = "_semiperm_training"
 
 
@@ -79,9 +78,6 @@ def train_membranes(
     >>> train_membranes(pipe, "robot|android", config=quick)
     Membranes(robot [latent_anchoring, 14 modules])
     """
-    from accelerate import Accelerator
-    from accelerate.utils import broadcast
-
     config = config or TrainingConfig()
     family_of(pipe, video=False)
     if MembraneHandle.on(pipe) is not None:
@@ -91,7 +87,7 @@ def train_membranes(
         )
     phrases, kept = phrases_of(concepts), None if preserve is None else list(preserve)
     device = device_of(pipe)
-    accelerator = Accelerator(cpu=device.type == "cpu")
+    processes = _Processes(device)
     solved = erase_concepts(
         pipe,
         ["|".join(own) for own in phrases.values()],
@@ -102,8 +98,7 @@ def train_membranes(
     )
     layers = trained_layers(pipe, config.layers)
     base = base_model_hash(weights_of(pipe, layers))
-    about = {"training": json.dumps(asdict(config))}
-    starts = [replace(membrane, method=METHOD, base_model=base, metadata=about) for membrane in solved]
+    starts = begun(solved, base, config)
     packed = PackedMembranes(
         {key: shape_of(module) for key, module in layers.items()},
         list(phrases),
@@ -113,65 +108,50 @@ def train_membranes(
         device,
         [key for key, module in layers.items() if hasattr(module, "kernel_size")],
     )
-    if accelerator.num_processes > 1:  # devices may round the closed form differently: all begin from the first one's
+    if processes.num_processes > 1:  # devices may round the closed form differently: all begin from the first one's
         for parameter in packed.named().values():
-            parameter.data.copy_(broadcast(parameter.data))
-    words = Words(pipe, phrases, surrogate, kept, templates, config)
-    said = [phrases, surrogate, kept, None if templates is None else list(templates), asdict(config), base]
-    stamp = hashlib.sha256(json.dumps(said).encode()).hexdigest()
+            parameter.data.copy_(processes.broadcast(parameter.data))
+    model = _Model(pipe, config)
+    words = Words(model.encode, phrases, surrogate, kept, templates, config)
+    stamp = stamp_of(phrases, surrogate, kept, templates, config, base)
+    gates = None
+    if config.adversary_steps:
+        gates = GateBank(lambda texts: encode_text(pipe, texts, model.length), starts, config.adversary_gate)
     with _prepared(pipe, layers, packed, config):
-        trainer = Trainer(Predictor(pipe), words, packed, accelerator, stamp)
-        _run(trainer, None if workdir is None else Path(workdir), progress)
-    return Membranes(_finished(trainer, k, start) for k, start in enumerate(starts))
+        trainer = Trainer(model, words, packed, processes, stamp, gates)
+        train(trainer, None if workdir is None else Path(workdir), progress)
+    return finished(trainer, starts)
 
 
-def _run(trainer: Trainer, workdir: Path | None, progress: Callable[[dict], None] | None) -> None:
-    config, first = trainer.config, trainer.accelerator.is_main_process
-    checkpoint = None if workdir is None else workdir / CHECKPOINT
-    if checkpoint is not None and checkpoint.exists():
-        trainer.load(checkpoint)
-    log = TrainingLog(workdir / LOG if workdir is not None and first else None, trainer.step)
-    validation = None
-    if config.validate_every:
-        validation = Validation(trainer.predictor, trainer.words, trainer.packed.names, trainer.device)
-    if validation is not None and not trainer.step:
-        log.write(0, validation=trainer.validate(validation))
-    while trainer.step < config.steps and trainer.active:
-        losses = trainer.train_step()
-        if not all(value < float("inf") for value in losses.values()):  # NaN, too
-            raise MembraneError(
-                f"the loss is {losses['loss']} after {trainer.step} steps; expected a finite number: take a smaller"
-                " learning_rate, precision='no' or 'bf16', or a model loaded in float32"
-            )
-        log.count(**losses)
-        step, last = trainer.step, trainer.step == config.steps
-        figures: dict[str, Any] = {}
-        if validation is not None and (step % config.validate_every == 0 or last):
-            figures = {"validation": trainer.validate(validation)}
-            log.write(step, **figures)
-        elif validation is None and (step % config.checkpoint_every == 0 or last):
-            log.write(step)
-        ended = last or not trainer.active
-        # between two rows of the log the checkpoint would cut one in half, and a resumed run write another
-        if checkpoint is not None and (ended or step % _stride(config) == 0):
-            trainer.save(checkpoint)
-        if progress is not None and first:
-            progress({"step": step, "steps": config.steps, **losses, **figures})
+class _Model(Predictor):
+    """`methods.training.model.TrainedModel` of a pipeline."""
+
+    def __init__(self, pipe: Pipeline, config: TrainingConfig):
+        super().__init__(pipe)
+        self.shape = latent_shape(pipe, config.height or None, config.width or None)
+        self.length = config.max_sequence_length or None
+
+    def encode(self, caption: str) -> Embedding:
+        made = encode_text(self.pipe, [caption], self.length)
+        return made.hidden[0], None if made.pooled is None else made.pooled[0]
 
 
-def _stride(config: TrainingConfig) -> int:
-    """Steps between two checkpoints: those asked for, up to the next row of the log."""
-    every = config.validate_every or config.checkpoint_every
-    return every * -(-config.checkpoint_every // every)
+class _Processes:
+    """`methods.training.model.Processes` of `accelerate`."""
 
+    def __init__(self, device: torch.device):
+        from accelerate import Accelerator
 
-def _finished(trainer: Trainer, k: int, start: Membrane) -> Membrane:
-    """What a concept's training came to: its best by validation, or its last where there was none."""
-    if not trainer.config.validate_every:
-        return trainer.packed.membrane(k, start)
-    best = trainer.best[k]
-    about = {**start.metadata, "step": str(best.step), "validation_loss": f"{best.loss:.6g}"}
-    return trainer.packed.membrane(k, replace(start, metadata=about), trainer.kept[k])
+        self._accelerator = Accelerator(cpu=device.type == "cpu")
+        self.num_processes, self.process_index = self._accelerator.num_processes, self._accelerator.process_index
+        self.is_main_process = self._accelerator.is_main_process
+        self.mixed_precision = self._accelerator.mixed_precision
+        self.reduce, self.gather = self._accelerator.reduce, self._accelerator.gather
+
+    def broadcast(self, tensor: Tensor) -> Tensor:
+        from accelerate.utils import broadcast
+
+        return broadcast(tensor)
 
 
 @contextlib.contextmanager

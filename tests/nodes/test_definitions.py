@@ -27,6 +27,7 @@ IDS = {
     "SemipermApplyMembranes",
     "SemipermSaveMembrane",
     "SemipermMembraneReport",
+    "SemipermTrainMembranes",
     "SemipermNegativeTokenMerging",
     "SemipermNegativeTokenMergingAdvanced",
     "SemipermTokenMergingReport",
@@ -108,6 +109,17 @@ def test_solving_has_the_defaults_of_its_config(nodes):
     inputs = {s.id: s for s in nodes["SemipermSolveMembranes"][1].inputs}
     given = {name: inputs[name].options["default"] for name in ("method", "rank", "push", "preserve_scale")}
     assert ClosedFormConfig(**given) == ClosedFormConfig() and inputs["method"].options["options"] == list(METHODS)
+
+
+def test_training_has_the_defaults_of_its_config(nodes):
+    from semiperm.methods.training.config import LAYERS, OBJECTIVES, TrainingConfig
+
+    inputs = {s.id: s for s in nodes["SemipermTrainMembranes"][1].inputs}
+    names = {field.name for field in dataclasses.fields(TrainingConfig)} & set(inputs)
+    given = {name: inputs[name].options["default"] for name in names}
+    assert len(names) > 10 and TrainingConfig(**given) == TrainingConfig(height=512, width=512)
+    assert inputs["layers"].options["options"] == list(LAYERS)
+    assert inputs["objective"].options["options"] == list(OBJECTIVES)
 
 
 @pytest.mark.parametrize("node_id", sorted(IDS))
@@ -306,7 +318,7 @@ def test_registering_keeps_what_others_registered(files, monkeypatch):
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "semiperm", (["/elsewhere", ours], set()))
     files.register()
     files.register()
-    expected = ([ours, "/elsewhere", str(files.EXAMPLES)], {".safetensors"})
+    expected = ([ours, "/elsewhere", str(files.EXAMPLES), str(files.ZOO)], {".safetensors"})
     assert folder_paths.folder_names_and_paths["semiperm"] == expected
 
 

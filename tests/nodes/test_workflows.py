@@ -30,6 +30,7 @@ NAMES = (
     "Sign with hires fix",
     "Sign an inpainting",
     "Sign",
+    "Train membranes",
 )
 NOTES = ("MarkdownNote", "Note")
 PANEL, GAP = 128, 8
@@ -402,3 +403,38 @@ def test_safe_guidance_takes_the_mark_away(comfy):
     before, after = comparison(comfy, "Safe guidance")
     verdict = Judge.load()([Image.fromarray(before), Image.fromarray(after)])
     assert verdict.hazard == [True, False] and verdict.object == ["robot", "robot"]
+
+
+def trainer(comfy, **inputs) -> dict:
+    """What the training workflow's latent becomes in two steps of training; its membranes are saved as well."""
+    prompt = renamed(api("Train membranes"))
+    only(prompt, "SemipermTrainMembranes")["inputs"].update({"steps": 2, "validate_every": 0} | inputs)
+    (apply,) = [key for key, node in prompt.items() if node["class_type"] == "SemipermApplyMembranes"]
+    (after,) = [k for k, n in prompt.items() if n["class_type"] == "KSampler" and n["inputs"]["model"] == [apply, 0]]
+    prompt[after]["inputs"]["steps"] = 2
+    kept = {"SemipermLoadCanvas", "SemipermTrainMembranes", "SemipermApplyMembranes", "CLIPTextEncode"}
+    prompt = {k: n for k, n in prompt.items() if n["class_type"] in kept | {"EmptyLatentImage"} or k == after}
+    saver = {"samples": [after, 0], "filename_prefix": f"tests/trained-{next(_numbers)}"}
+    return prompt | {"save": {"class_type": "SaveLatent", "inputs": saver}}
+
+
+@pytest.mark.comfy
+def test_trained_twice_gives_the_same_latents_and_cancelling_leaves_whole_files(comfy):
+    first = latents(comfy, trainer(comfy, resume=False))
+    comfy.post("/free", b'{"free_memory": true}')  # forget the membranes, so that they are trained anew
+    time.sleep(1)
+    assert (latents(comfy, trainer(comfy, resume=False)) == first).all()
+    assert (latents(comfy, trainer(comfy, resume=False, seed=1)) != first).any(), "the seed is heard"
+
+    folder, answer = comfy.base / "user" / "__semiperm" / "training", trainer(comfy, steps=5000)
+    job = json.loads(comfy.post("/prompt", json.dumps({"prompt": answer}).encode()))["prompt_id"]
+    end = time.monotonic() + 300
+    while not list(folder.glob("*/log.jsonl")) and time.monotonic() < end:
+        time.sleep(0.2)
+    comfy.post("/interrupt", b"{}")
+    while not (history := json.loads(comfy.get(f"/history/{job}"))) and time.monotonic() < end:
+        time.sleep(0.2)
+    kinds = [kind for kind, _ in history[job]["status"]["messages"]]
+    assert "execution_interrupted" in kinds and "execution_error" not in kinds
+    assert {path.name for path in folder.rglob("*") if path.is_file()} <= {"log.jsonl", "checkpoint.safetensors"}
+    assert (latents(comfy, latent_graph(None)) == latents(comfy, latent_graph(0.0))).all(), "the model is itself again"

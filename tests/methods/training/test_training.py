@@ -13,6 +13,7 @@ from semiperm.methods.training.loop import TrainingLog, load_checkpoint, save_ch
 from semiperm.methods.training.objectives import anchoring_loss, erasing_loss, erasing_target
 from semiperm.methods.training.packed import PackedMembranes, Site
 from semiperm.methods.training.plot import training_plot
+from semiperm.methods.training.trajectory import expected_ratio, log_ratio, noisy_step, trajectory_loss
 from torch import nn
 
 
@@ -124,6 +125,64 @@ def test_the_adversary_comes_nearer_and_stays_within_its_radius():
         adversarial_texts(loss_of, hidden, 3, 0.0)
 
 
+# ---- trajectories ----------------------------------------------------------------------------------------------------
+
+
+def levels(kind, noise_level):
+    """(a, s) of one noise level in 0..1 as (1, 1, 1, 1) each."""
+    s = torch.full((1, 1, 1, 1), noise_level, dtype=torch.float64)
+    return (1 - s if kind == "flow" else (1 - s.square()).sqrt()), s
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "flow"])
+def test_a_noisy_step_is_the_posterior_of_the_noising(kind):
+    """With the true image predicted: the product of two Gaussians of the forward process, for all kinds."""
+    from semiperm.methods.sampling import parts_of
+
+    image, pure = torch.randn(2, 1, 2, 3, 3, generator=noise(), dtype=torch.float64)
+    (a, s), (a_then, s_then) = levels(kind, 0.8), levels(kind, 0.5)
+    z = a * image + s * pure
+    truth = {"epsilon": pure, "v_prediction": a * pure - s * image, "flow": pure - image}[kind]
+    torch.testing.assert_close(parts_of(kind, z, truth, a, s)[0], image)
+    mean, sigma = noisy_step(kind, z, truth, (a, s), (a_then, s_then))
+    # p(z' | image) = N(a' image, s'^2); p(z | z') = N(a / a' z', s^2 - (a / a' s')^2)
+    ratio, spread = a / a_then, s.square() - (a / a_then * s_then).square()
+    precision = 1 / s_then.square() + ratio.square() / spread
+    torch.testing.assert_close(sigma.square(), 1 / precision)
+    torch.testing.assert_close(mean, (a_then * image / s_then.square() + ratio * z / spread) / precision)
+    assert float(noisy_step(kind, z, truth, (a, s), (torch.ones_like(a), torch.zeros_like(s)))[1].max()) == 0.0
+
+
+def test_the_log_ratio_is_that_of_two_gaussians():
+    drawn, mean, reference = torch.randn(3, 2, 1, 4, 4, generator=noise())
+    one, other = (torch.distributions.Normal(m, 0.7).log_prob(drawn).flatten(1).mean(1) for m in (mean, reference))
+    torch.testing.assert_close(log_ratio(drawn, mean, reference, torch.tensor(0.7)), one - other)
+    assert log_ratio(drawn, reference, reference, torch.tensor(0.7)).tolist() == [0.0, 0.0]
+    means = [m.repeat(20_000, 1, 1, 1) for m in (mean, reference)]
+    many = means[1] + 0.7 * torch.randn(means[1].shape, generator=noise(1))
+    sampled = log_ratio(many, *means, torch.tensor(0.7))
+    expected = expected_ratio(mean, reference, torch.tensor(0.7))
+    torch.testing.assert_close(sampled.view(20_000, 2).mean(0), expected, rtol=0.02, atol=0.01)
+    ratio = torch.tensor([-0.5, 1.5])
+    whole = trajectory_loss(torch.tensor(1.0), ratio, ratio, 2.5)
+    assert whole.tolist() == [4.0, 0.0], "where S is its own expectation, the square as it stands"
+
+
+def test_trajectory_balance_brings_one_policy_to_the_other():
+    """One step, one number: the mean of a Gaussian goes to the reference's, and log Z to log beta."""
+    mean, flow = nn.Parameter(torch.tensor([[1.5]])), nn.Parameter(torch.zeros(()))
+    optimizer = torch.optim.Adam([{"params": [mean]}, {"params": [flow], "lr": 0.1}], lr=0.1)
+    generator, reference, sigma = noise(), torch.tensor([[-1.0]]), torch.tensor(0.5)
+    for _ in range(600):
+        drawn = reference + sigma * torch.randn(32, 1, generator=generator)
+        ratio = log_ratio(drawn, mean.expand(32, 1), reference.expand(32, 1), sigma)
+        expected = expected_ratio(mean.expand(32, 1), reference.expand(32, 1), sigma)
+        trajectory_loss(flow, ratio, expected, 2.5).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert abs(mean.item() + 1) < 0.01 and abs(flow.item() - 2.5) < 0.01
+
+
 # ---- packed parameters -----------------------------------------------------------------------------------------------
 
 
@@ -157,6 +216,20 @@ def test_rows_see_their_own_membrane_and_the_sum_of_several_is_that_of_single_on
 
     down, up, _ = pack(stack, "lora_unet_a")
     torch.testing.assert_close(x[0] @ down.T @ up, deltas[0] + deltas[1])
+
+
+def test_gates_say_how_far_a_membrane_is_open_and_are_differentiated():
+    both, layer, x = packed(), nn.Linear(5, 6), torch.randn(3, 5, generator=noise())
+    both.parameters[0]["lora_unet_a.up"].data.fill_(0.5)
+    site, gates = Site(both, "lora_unet_a"), torch.tensor([1.0, 0.25, 0.0], requires_grad=True)
+    with both.on([0, 0, 0]):
+        whole = site(layer, layer, x) - layer(x)
+    with both.on([0, 0, 0], gates):
+        y = site(layer, layer, x)
+        y.sum().backward()
+    torch.testing.assert_close(y - layer(x), whole * gates[:, None])
+    torch.testing.assert_close(gates.grad, whole.sum(1))
+    assert torch.equal(y[2], layer(x)[2])
 
 
 def test_gradients_stay_with_their_membrane():
@@ -248,6 +321,10 @@ def test_the_plot_shows_every_figure():
         {"gradient_checkpointing": "yes"},
         {"sampling_steps": 1},
         {"batch_size": True},
+        {"objective": "path"},
+        {"flow_target": -1.0},
+        {"adversary_gate": "official"},
+        {"adversary_steps": 2, "objective": "trajectory"},
     ],
 )
 def test_settings_out_of_range_are_refused(wrong):

@@ -9,12 +9,13 @@ from semiperm.methods.errors import MembraneError
 from semiperm.methods.membranes.config import MembraneConfig
 from semiperm.methods.membranes.file import load_membranes, save_membranes
 from semiperm.methods.training.config import TrainingConfig
+from semiperm.methods.training.run import CHECKPOINT, LOG
 from semiperm.pipelines.family import denoiser_of
 from semiperm.pipelines.membranes.adapters import export_lora, import_membranes
 from semiperm.pipelines.membranes.apply import apply_membranes
 from semiperm.pipelines.training import train as training
 from semiperm.pipelines.training.layers import trained_layers
-from semiperm.pipelines.training.train import CHECKPOINT, LOG, train_membranes
+from semiperm.pipelines.training.train import train_membranes
 
 PRESERVE = ["a photo of a dog", "a house", "a drawing of a tree", "an old car", "two people reading", "a bowl of fruit"]
 QUICK = dict(
@@ -199,7 +200,7 @@ def test_gradient_checkpointing_changes_memory_alone():
 
 @pytest.mark.parametrize("family", ["sdxl", "flux"])
 def test_an_adversary_adds_texts_that_let_more_of_the_concept_through(family, monkeypatch):
-    from semiperm.pipelines.training import trainer
+    from semiperm.methods.training import trainer
 
     seen, search = [], trainer.adversarial_texts
 
@@ -216,8 +217,84 @@ def test_an_adversary_adds_texts_that_let_more_of_the_concept_through(family, mo
     run(pipe, progress=hard.append, adversary_steps=4, adversary_radius=0.01, **settings)
     ((before, after),) = seen
     assert (after <= before).all() and (after < before).any()
+    assert 0 <= hard[0]["opened"] <= 1 and "opened" not in plain[0]
     assert hard[0]["erasing"] != plain[0]["erasing"]  # a mean over them, too
     assert hard[0]["anchoring"] == pytest.approx(plain[0]["anchoring"], rel=1e-3)
+
+
+@pytest.mark.parametrize("gate", ["auto", "always"])
+def test_the_adversary_sees_the_gate(gate, monkeypatch):
+    """A text that the gate stays shut for meets the untouched model; with the gate "always", the membrane."""
+    from dataclasses import replace
+
+    from semiperm.methods.membranes.types import GateProbe, Membranes
+    from semiperm.methods.training import trainer
+
+    closed_form, pipe, asked = training.erase_concepts, built("sd15"), {}
+    width = denoiser_of(pipe)[0].config.cross_attention_dim
+    probe = GateProbe(torch.eye(width)[0], 50.0, 60.0, separation=1.0, false_closed=0.0, false_open=0.0, checked=1)
+
+    def solve(*args, **kwargs):
+        return Membranes(replace(m, probe=probe) for m in closed_form(*args, **kwargs))
+
+    def search(loss_of, hidden, *rest):
+        opened = hidden.clone()
+        opened[:, 0, 0] = 70.0  # beyond the detector's upper threshold
+        between = hidden.clone()
+        between[:, 0, 0] = 55.0
+        between.requires_grad_()
+        with torch.enable_grad():
+            (grad,) = torch.autograd.grad(loss_of(between).sum(), between)
+        asked["grad"] = grad[:, 0, 0].clone()
+        with torch.no_grad():
+            asked["shut"], asked["open"] = loss_of(hidden), loss_of(opened)
+            membranes, trained.packed.parameters = (
+                trained.packed.parameters,
+                [{name: torch.zeros_like(p) for name, p in own.items()} for own in trained.packed.parameters],
+            )
+            asked["untouched"] = [loss_of(t) for t in (hidden, opened)]
+            trained.packed.parameters = membranes
+        return hidden
+
+    made = trainer.Trainer.__init__
+
+    def watched(self, *args, **kwargs):
+        nonlocal trained
+        made(self, *args, **kwargs)
+        trained = self
+
+    trained, rows = None, []
+    monkeypatch.setattr(training, "erase_concepts", solve)
+    monkeypatch.setattr(trainer, "adversarial_texts", search)
+    monkeypatch.setattr(trainer.Trainer, "__init__", watched)
+    run(pipe, progress=rows.append, steps=1, validate_every=0, adversary_steps=1, adversary_gate=gate)
+    shut, opened = asked["untouched"]
+    assert (asked["open"] != opened).any(), "the membrane acts where its gate is open"
+    assert torch.equal(asked["shut"], shut) == (gate == "auto")
+    assert rows[0]["opened"] == (0.0 if gate == "auto" else 1.0)
+    assert (asked["grad"] != 0).any()
+
+
+def test_whole_trajectories_are_an_objective_too(tmp_path):
+    """The concept's way comes nearer to the surrogate's; resumed to the bit, log Z included."""
+    pipe, rows = built("sd3"), []
+    settings = dict(objective="trajectory", warm_start="none", steps=10, learning_rate=0.002, batch_size=1, patience=0)
+    settings |= dict(anchor_weight=0.0, sampling_guidance=1.0)
+    (membrane,) = run(pipe, progress=rows.append, workdir=tmp_path / "whole", **settings)
+    assert rows[0]["erasing"] == pytest.approx(2.5**2, rel=1e-3), "log Z is 0, and the two ways hardly differ"
+    first = json.loads((tmp_path / "whole" / LOG).read_text().splitlines()[0])["validation"]["robot"]
+    assert first["erased"] == pytest.approx(1.0, rel=1e-3)
+    assert rows[-1]["validation"]["robot"]["erased"] < 0.95 and membrane.metadata["step"] == "10"
+    assert rows[-1]["erasing"] < rows[0]["erasing"], "log Z comes to log beta"
+    assert membrane.method == "latent_anchoring/trajectory"
+
+    def kill(figures):
+        if figures["step"] == 7:
+            raise Killed
+
+    with pytest.raises(Killed):
+        run(pipe, workdir=tmp_path / "killed", progress=kill, **settings)
+    same(run(pipe, workdir=tmp_path / "killed", **settings)[0].modules, membrane.modules)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -261,6 +338,6 @@ def test_what_cannot_be_trained_is_refused(monkeypatch):
         run(pipe, ())
     with pytest.raises(MembraneError, match="exactly one '{}'"):
         train_membranes(pipe, "robot", templates=["no place"], config=TrainingConfig(**QUICK))
-    monkeypatch.setattr("semiperm.pipelines.training.trainer.erasing_loss", lambda a, b: (a - b).flatten(1).mean(1) / 0)
+    monkeypatch.setattr("semiperm.methods.training.trainer.erasing_loss", lambda a, b: (a - b).flatten(1).mean(1) / 0)
     with pytest.raises(MembraneError, match="expected a finite number"):
         run(pipe, validate_every=0)

@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import functools
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ...methods.errors import MembraneError
-from ...methods.membranes.captions import FREE, FREE_KEPT_OUT, OTHERS, OTHERS_KEPT_OUT, PRESERVE, TEMPLATES, filled
-from ...methods.membranes.phrases import fold, names
-from ...methods.training.anchors import AnchorPool
-from ...methods.training.config import TrainingConfig
-from ...methods.training.packed import seed_of
-from ..family import Pipeline
-from ..text import encode_text
+from ..errors import MembraneError
+from ..membranes.captions import FREE, FREE_KEPT_OUT, OTHERS, OTHERS_KEPT_OUT, PRESERVE, TEMPLATES, filled
+from ..membranes.phrases import fold, names
+from .anchors import AnchorPool
+from .config import TrainingConfig
+from .model import Embedding
+from .packed import seed_of
 
-__all__ = ["Embedding", "Words"]
+__all__ = ["Words"]
 
 _POOL = 256  # captions that anchors are drawn from: of T5 with 512 positions they take 2 GB in half precision
-
-Embedding = tuple[Tensor, Tensor | None]  # (B, N, d) and (B, p) or None
 
 
 @dataclass(frozen=True)
@@ -31,13 +28,14 @@ class Words:
     """What is said in a run.
 
     Args:
+        encoder: caption -> its embedding, see `TrainedModel.encode`.
         phrases: concept -> its phrasings.
         surrogate: what they turn into; "" leaves the phrase out.
         preserve: captions that must not change; None is a general list.
         templates: captions with one "{}" each; None is a general list.
     """
 
-    pipe: Pipeline
+    encoder: Callable[[str], Embedding]
     phrases: Mapping[str, Sequence[str]]
     surrogate: str
     preserve: Iterable[str] | None
@@ -58,8 +56,7 @@ class Words:
         """
         for caption in captions:
             if caption not in self._known:
-                made = encode_text(self.pipe, [caption], self.config.max_sequence_length or None)
-                self._known[caption] = made.hidden[0], None if made.pooled is None else made.pooled[0]
+                self._known[caption] = self.encoder(caption)
         hidden, pooled = zip(*(self._known[c] for c in captions), strict=True)
         return torch.stack(hidden), None if pooled[0] is None else torch.stack(pooled)
 

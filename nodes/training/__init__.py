@@ -1,0 +1,1 @@
+"""Training membranes on a ComfyUI model."""
