@@ -13,7 +13,8 @@ from torch import Tensor
 from ...canvas.editions import world_of
 from ...methods.attacks.pictures import SUITE
 from ...methods.errors import WatermarkError
-from ...methods.watermark.detection import DetectionConfig, detect_in
+from ...methods.watermark.config import DetectionConfig
+from ...methods.watermark.detection import detect_in
 from ...methods.watermark.mark import read
 from ...methods.watermark.statistics import without_offset
 from .marks import CODE, OURS, RINGS, SHADING, SOFT, TREE, key_of, seeded

@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 
 from ...canvas.editions import world_of
+from ...canvas.models import aid_files
 from ...methods.watermark.mark import KeyedMark, Payload, read
 from ..store import Store, digest
 from ..timing import machine, versions
@@ -94,7 +95,9 @@ def run(
         raise ValueError(
             f"{', '.join(sorted(unfit))} do not depend on {world}; expected some of {', '.join(OF_A_WORLD)}"
         )
-    found, drawn = [], digest(*world_of(world).files()) if set(parts) & {*OF_A_WORLD, *ON_REQUEST} else None
+    found, drawn = [], None
+    if set(parts) & {*OF_A_WORLD, *ON_REQUEST}:
+        drawn = digest(*world_of(world).files(), *aid_files(world).values())
     if "latents" in parts:
         units = watermark_statistics.plan(quick)
         found += watermark_statistics.rows(units, computed(units, workers, resume, starting("latents", len(units))))

@@ -12,7 +12,8 @@ from typing import Any, cast
 from torch import Tensor
 
 from ...methods.pictures import Mask, Pictures, as_exif_says, mask_of
-from ...methods.watermark.detection import DetectionConfig, DetectionResult, detect_in
+from ...methods.watermark.config import DetectionConfig, DetectionResult
+from ...methods.watermark.detection import detect_in
 from ...methods.watermark.keys import WatermarkKey
 from ..family import Pipeline, family_of
 from ..latents import latent_shape, multiple_of, pixels_per_latent

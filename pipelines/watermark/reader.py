@@ -18,14 +18,14 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from ...canvas.loop import train
 from ...methods.attacks.pictures import ATTACKS, attack
 from ...methods.files import read_safetensors, save_safetensors
-from ...methods.membranes.base_model import base_model_hash
-from ...methods.watermark.reader import SAME_BITS, STEPS, Reader, fingerprint_distance, load_reader, save_reader
+from ...methods.watermark.reader import STEPS, Reader, save_reader
 from ..attacks.pictures import model_attacks
-from ..family import denoiser_of
 from ..latents import latent_shape
+from .channels import drawn
+from .fingerprint import fingerprint
 from .inversion import encode_images, invert
 
-__all__ = ["fingerprint", "reader_for", "train_reader"]
+__all__ = ["train_reader"]
 
 UNIT = 16  # pictures of a file
 EDITS = 2  # of each picture:
@@ -52,30 +52,6 @@ _REDRAWN = 12  # of regeneration's whole way
 _SAMPLING = ((8, 1.0), (8, 4.0), (8, 2.5), (10, 5.0))  # and of the pictures, with their guidance, in turn
 _BATCH = 48
 _RATE = 2e-3
-
-
-def fingerprint(pipe) -> str:
-    """16 hex digits that tell a model: of its denoiser's and its autoencoder's matrices."""
-    parts = {"denoiser": denoiser_of(pipe)[0], "vae": pipe.vae}
-    weights = {
-        f"{part} {name}": value
-        for part, module in parts.items()
-        for name, value in module.state_dict().items()
-        if value.is_floating_point() and value.ndim >= 2
-    }
-    return base_model_hash(weights)
-
-
-def reader_for(pipe, path: Path) -> Reader | None:
-    """The reader in a file if it was trained with this model, else None; also where there is no file.
-
-    Raises:
-        SemipermError: a damaged file, or one of another kind.
-    """
-    if not path.exists():
-        return None
-    reader = load_reader(path)
-    return reader if fingerprint_distance(reader.model, fingerprint(pipe)) <= SAME_BITS else None
 
 
 def train_reader(
@@ -135,9 +111,7 @@ def _unit(pipe, prompts, start: int, seed: int, path: Path, advance: Callable) -
     generator, chance = torch.Generator().manual_seed(seed * 1_000_003 + start), random.Random(f"{seed} {start}")
     noise = torch.randn(UNIT, *latent_shape(pipe), generator=generator)
     steps, guidance = _SAMPLING[start // UNIT % len(_SAMPLING)]
-    call = {"num_inference_steps": steps, "guidance_scale": guidance, "output_type": "pt"}
-    drawn = pipe([prompts(start + i) for i in range(UNIT)], latents=noise, **call).images
-    pixels = drawn.float().cpu().mul(255).round().div(255)
+    pixels = drawn(pipe, [prompts(start + i) for i in range(UNIT)], noise, steps, guidance)
     found = []
     for edited in _edited(pipe, pixels, chance, generator):
         latents = encode_images(pipe, list(edited), UNIT)

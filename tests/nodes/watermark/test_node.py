@@ -14,7 +14,7 @@ import torch
 from comfy_server import in_comfyui
 from safetensors.torch import save_file
 from semiperm.methods.errors import WatermarkError
-from semiperm.methods.watermark.detection import DetectionResult
+from semiperm.methods.watermark.config import DetectionResult
 from semiperm.methods.watermark.keyring import Keyring, load_keyring, save_keyring
 from semiperm.methods.watermark.keys import WatermarkKey
 
