@@ -43,7 +43,7 @@ def load_canvas(name: str = "canvas", weights: Path | None = None):
     model.set_attachments("semiperm_canvas", name)
     model.set_attachments("semiperm_native", autoencoder.CONFIG["sample_size"])  # for Detect Watermark
     drawn_by = state.get("unet", state.get("transformer"))
-    aids = aids_of_model(aid_files(name, weights), lambda: model_fingerprint(drawn_by, state["vae"]))
+    aids = aids_of_model(aid_files(name, folder), lambda: model_fingerprint(drawn_by, state["vae"]))
     model.set_attachments("semiperm_aids", aids)  # for Detect Watermark, too
     clip.patcher.set_attachments("semiperm_canvas", name)
     return model, clip, _vae(state["vae"])

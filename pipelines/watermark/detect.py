@@ -65,7 +65,7 @@ def detect_watermark(
         mask: PIL image or tensor (H, W), white where an inpainting drew; see `replace_noise`. After
             img2img nothing need be said: inverting all the way finds as much as inverting to its strength.
         settings: fields of `DetectionConfig` in place of the config's: false_positive_rate, ladder, scope, batch_size,
-            search, size, embedding, reader, issued.
+            search, size, embedding, reader, channels, issued.
 
     Returns:
         One result a picture, in order.
