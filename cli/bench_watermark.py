@@ -20,7 +20,7 @@ def run(
         typer.Option(
             "--part",
             metavar="PART",
-            help="latents, linked, canvas, repaint, everyday, speed or samplers; repeatable. Default: all but the last.",
+            help="latents, linked, canvas, repaint, everyday, speed, samplers; repeatable. Default: all but the last.",
         ),
     ] = None,
     world: Annotated[
