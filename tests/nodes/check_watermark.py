@@ -10,7 +10,6 @@ import json
 import comfy.patcher_extension
 import comfy.sample
 import comfy.samplers
-import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import load_file
@@ -128,15 +127,6 @@ found["through a signing model"] = difference(
 
 pictures = vae.decode(torch.cat([marked, unmarked]))
 Image.fromarray((pictures[0] * 255).round().byte().numpy()).save(target)
-saved = Image.open(target)
-for name, image in {"as saved": saved, "grey": saved.convert("L").convert("RGB")}.items():
-    pixels = torch.from_numpy(np.asarray(image).copy())[None] / 255
-    (result,) = detect(pixels)
-    bare = ComfyInverter(model, vae, EMPTY)
-    bare.aids = {}
-    (unaided,) = detect_pictures(pixels, ring, bare, DetectionConfig()).results
-    found[name] = [[r.verdict, r.log10_p, r.model_evaluations] for r in (result, unaided)]
-found["reader"] = model.clone().get_attachment("semiperm_aids")["reader"].model
 results = detect(pictures)
 found["verdicts"] = [r.verdict for r in results]
 found["log10_p"] = [r.log10_p for r in results]
