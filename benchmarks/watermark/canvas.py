@@ -189,7 +189,8 @@ def _forgery(unit: dict, place: Place) -> dict:
             else:
                 shown = place.attacked(pixels, CLEAN if text == "as drawn" else text, i)
             shown = in_bytes(shown)
-            verdict = detect_in(list(shown), place.inverter, [key], DetectionConfig(ladder=LADDER))[0].verdict
+            config = DetectionConfig(ladder=LADDER, **place.channels)
+            verdict = detect_in(list(shown), place.inverter, [key], config)[0].verdict
             expected = wanted if name in ("reprompt", "transplant", "imprint") else own
             result["verdicts"].setdefault(text, []).append(verdict)
             result["shown"].setdefault(text, []).append(expected.shown.objects[0] in place.judge(shown).shown[0])
