@@ -175,7 +175,7 @@ def _last_contiguous(t: Tensor) -> Tensor:
 @torch.library.custom_op("semiperm::gated_low_rank", mutates_args=())
 def _gated_low_rank_op(y: Tensor, x: Tensor, down: Tensor, up: Tensor, gamma: Tensor) -> Tensor:
     with torch.no_grad():
-        if kernel_path(y, products=True) == "triton":
+        if kernel_path(y, products=True, rows=y.shape[0]) == "triton":
             return _gated_low_rank_triton(y, x, down, up, gamma)
         return gated_low_rank_reference(y, x, down, up, gamma).contiguous()
 
@@ -231,7 +231,7 @@ def gated_low_rank(y: Tensor, x: Tensor, down: Tensor, up: Tensor, gamma: Tensor
     Source: SPM (arXiv 2312.16145), eq. 9, for K adapters stacked as one.
     """
     _check(y, x, down, up, gamma)
-    if kernel_path(y, products=True) == "reference":
+    if kernel_path(y, products=True, rows=y.shape[0]) == "reference":
         return gated_low_rank_reference(y, x, down, up, gamma)
     if torch.compiler.is_compiling() or needs_grad(y, x, down, up, gamma):
         return _gated_low_rank_op(y, x, down, up, gamma)

@@ -219,7 +219,7 @@ def gated_projection(y: Tensor, read: Tensor, write: Tensor, gates: Tensor, gamm
         )
     # exact float32 has no matrix units, and its products spill on NVIDIA's
     fits = fits and (y.dtype is not torch.float32 or forced()) and not needs_grad(y, read, write, gates, gamma)
-    if not fits or kernel_path(y, products=True) == "reference":
+    if not fits or kernel_path(y, products=True, rows=y.shape[0]) == "reference":
         return gated_projection_reference(y, read, write, gates, gamma)  # which a compiler fuses by itself
     if torch.compiler.is_compiling():
         return _gated_projection_op(y, read, write, gates, gamma)
