@@ -86,8 +86,8 @@ def kernel_path(x: Tensor, products: bool = False, rows: int = 1) -> str:
         raise KernelError("SEMIPERM_KERNELS=triton, but Triton is not installed; pip install triton, or unset it")
     if rows > _MOST_ROWS:
         raise KernelError(
-            f"SEMIPERM_KERNELS=triton, but {rows} rows were given where a grid holds {_MOST_ROWS}; give fewer at once, or"
-            " unset it, and torch computes them"
+            f"SEMIPERM_KERNELS=triton, but {rows} rows were given where a grid holds {_MOST_ROWS}; give fewer, or unset"
+            " it, and torch computes them"
         )
     if not x.is_cuda and not interpreted():
         raise KernelError(
