@@ -116,7 +116,8 @@ def test_the_reader_of_load_canvas_looks_too_also_when_queued_again(comfy):
     entry = comfy.queue(prompt)
     assert entry["errors"] == [] and key_of(prompt, "SemipermDetectWatermark") not in comfy.cached(entry)
     assert table(entry["outputs"], prompt) == first
-    assert first[1][:2] == ["not signed", "absent"] and first[1][3] == "44", "41 without a reader"
+    assert first[1][:2] == ["not signed", "absent"]
+    assert int(first[1][3]) in (44, 88), "41 of each climb without a reader; a second one where plain areas are filled"
 
 
 def test_attack_and_detect(comfy):
