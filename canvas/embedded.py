@@ -94,7 +94,11 @@ def assemble_canvas(vae: nn.Module, model: nn.Module, encoder: nn.Module, tokeni
 
 @functools.cache
 def _flow_pipelines() -> dict[str, type]:
-    from diffusers import StableDiffusion3Img2ImgPipeline, StableDiffusion3Pipeline
+    from diffusers import (
+        StableDiffusion3Img2ImgPipeline,
+        StableDiffusion3InpaintPipeline,
+        StableDiffusion3Pipeline,
+    )
 
     class ReadsClipAlone:
         """Where diffusers fills in zeros for an absent T5, ComfyUI has nothing, and neither had the training."""
@@ -106,10 +110,14 @@ def _flow_pipelines() -> dict[str, type]:
     class CanvasFlowImg2ImgPipeline(ReadsClipAlone, StableDiffusion3Img2ImgPipeline):
         """StableDiffusion3Img2ImgPipeline that reads 77 tokens."""
 
+    class CanvasFlowInpaintPipeline(ReadsClipAlone, StableDiffusion3InpaintPipeline):
+        """StableDiffusion3InpaintPipeline that reads 77 tokens."""
+
     class CanvasFlowPipeline(ReadsClipAlone, StableDiffusion3Pipeline):
         """StableDiffusion3Pipeline that reads 77 tokens."""
 
-        semiperm_img2img = CanvasFlowImg2ImgPipeline  # redraws pictures in attacks
+        semiperm_img2img = CanvasFlowImg2ImgPipeline  # redraws pictures in attacks, and the next finishes them
+        semiperm_inpaint = CanvasFlowInpaintPipeline
 
     class CanvasTurboPipeline(CanvasFlowPipeline):
         """Four steps without guidance, at the noise levels of ComfyUI's `simple` scheduler, where its windows lie."""
