@@ -35,7 +35,7 @@ if TYPE_CHECKING:  # for editors and type checkers, which cannot follow `__getat
     from .methods.schedule import Window
     from .methods.token_merging.config import NegativeTokenMergingConfig
     from .methods.training.config import TrainingConfig
-    from .methods.watermark.detection import DetectionConfig, DetectionResult
+    from .methods.watermark.config import DetectionConfig, DetectionResult
     from .methods.watermark.keyring import Keyring, load_keyring, save_keyring, update_keyring
     from .methods.watermark.keys import WatermarkKey
     from .methods.watermark.mark import Payload
@@ -123,8 +123,8 @@ _EXPORTS = {
     "row_layout": "pipelines.rows",
     # watermark and provenance
     "BoundImages": "pipelines.watermark.content",
-    "DetectionConfig": "methods.watermark.detection",
-    "DetectionResult": "methods.watermark.detection",
+    "DetectionConfig": "methods.watermark.config",
+    "DetectionResult": "methods.watermark.config",
     "Keyring": "methods.watermark.keyring",
     "Payload": "methods.watermark.mark",
     "Provenance": "methods.provenance.record",

@@ -17,6 +17,7 @@ from . import language
 from .pool import to_tensor
 
 OBJECTS, COUNTS = len(language.OBJECTS), 4  # counts 0 to 3
+CELLS = 16  # of the map of centres, each way
 # question -> (answers, asked of every object)
 QUESTIONS = {
     "count": (COUNTS, True),
@@ -68,7 +69,7 @@ _RARE = -4.0  # logit of a cell's holding an object's centre, before anything is
 
 
 def peaks(centred: Tensor) -> Tensor:
-    """(B, objects, 16, 16) logits of "a thing's centre is here" -> how many (B, objects): sum over local maxima."""
+    """(B, objects, CELLS, CELLS) logits of "a thing's centre is here" -> how many (B, objects): over local maxima."""
     share = centred.float().sigmoid()
     return (share * (share == F.max_pool2d(share, 3, 1, 1))).sum((2, 3))
 
@@ -101,8 +102,8 @@ class HeatmapJudge(nn.Module):
         heat = centred.flatten(2)  # (B, objects, cells)
         weights = heat.softmax(-1)
         local = weights @ x.flatten(2).mT  # (B, objects, width)
-        centres = (torch.arange(16, device=x.device, dtype=heat.dtype) + 0.5) / 16
-        grid = torch.stack([centres.repeat(16), centres.repeat_interleave(16)], -1)
+        centres = (torch.arange(CELLS, device=x.device, dtype=heat.dtype) + 0.5) / CELLS
+        grid = torch.stack([centres.repeat(CELLS), centres.repeat_interleave(CELLS)], -1)
         extent = torch.stack([heat.amax(-1), heat.logsumexp(-1), heat.sigmoid().sum(-1) / 8, peaks(centred)], -1)
         features = F.silu(self.mix(torch.cat([x.mean((2, 3)), x.amax((2, 3))], 1)))
         return {
@@ -153,7 +154,7 @@ class QueryJudge(nn.Module):
             queries = layer(queries, tokens)
         queries = self.norm(queries)
         objects = queries[:, :OBJECTS]
-        centred = rearrange(self.centres(tokens), "b (h w) o -> b o h w", h=16)
+        centred = rearrange(self.centres(tokens), "b (h w) o -> b o h w", h=CELLS)
         return {
             "count": self.count(torch.cat([objects, peaks(centred)[..., None]], -1)),
             "centres": centred,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from . import language, precision
 from .drawing import draw
-from .judges import JUDGES, OBJECTS, QUESTIONS, Judge
+from .judges import CELLS, JUDGES, OBJECTS, QUESTIONS, Judge
 from .pool import Pool, pictures, to_tensor
 from .precision import Run
 from .scenes import SIZE, Scene, random_scene
@@ -18,7 +18,6 @@ from .scenes import SIZE, Scene, random_scene
 SEEDS = {"first": 1000, "second": 2000}  # of their pools
 SMUDGED = 0.25  # share of their pictures in which a thing is painted out
 HELD_OUT = 77
-CELLS = 16  # of the map of centres, each way
 _NEAR = 0.2  # of a full error: a centre a cell away, as the training's shifts move it
 
 

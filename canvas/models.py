@@ -9,7 +9,7 @@ from pathlib import Path
 
 WEIGHTS = Path(__file__).parent / "weights"
 WORLDS = WEIGHTS / "worlds"
-READER = "reader.safetensors"  # of marks, see methods/watermark/reader.py
+AIDS = ("reader", "channels")  # files that help to read marks: methods/watermark/reader.py and channels.py
 
 
 @dataclass(frozen=True)
@@ -96,10 +96,23 @@ def model_of(name: str) -> Model:
     return MODELS[name]
 
 
-def shipped_reader(name: str) -> Path | None:
-    """The reader of marks that comes with a model; None where there is none, or the model is no embedded one."""
-    path = MODELS[name].folder / READER if name in MODELS else None
-    return path if path and path.is_file() else None
+def aid_files(name: str, folder: Path | None = None) -> dict[str, Path]:
+    """The files that help to read marks in a model's pictures, by kind (AIDS); none of another than an embedded model.
+
+    Args:
+        folder: of the model's weights; None takes the shipped one.
+    """
+    if name not in MODELS:
+        return {}
+    paths = {kind: aid_path(kind, name, folder) for kind in AIDS}
+    return {kind: path for kind, path in paths.items() if path.is_file()}
+
+
+def aid_path(kind: str, name: str, folder: Path | None = None) -> Path:
+    """Where such a file lies; the models of the second edition share a folder."""
+    model = model_of(name)
+    stem = kind if model.edition == 1 else f"{kind}-{name}"
+    return (folder or model.folder) / f"{stem}.safetensors"
 
 
 def weights_of(name: str, folder: Path | None = None) -> Path:

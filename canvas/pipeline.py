@@ -9,9 +9,9 @@ from torch import nn
 
 from . import autoencoder, denoiser, embedded, text
 from .loop import save_tensors
-from .models import MODELS, READER, WEIGHTS, model_of, weights_of
+from .models import MODELS, WEIGHTS, model_of, weights_of
 
-__all__ = ["DEFAULT_GUIDANCE", "DEFAULT_STEPS", "READER", "WEIGHTS", "assemble", "load_pipeline", "save_weights"]
+__all__ = ["DEFAULT_GUIDANCE", "DEFAULT_STEPS", "WEIGHTS", "assemble", "load_pipeline", "save_weights"]
 
 DEFAULT_GUIDANCE = MODELS["canvas"].guidance_scale
 DEFAULT_STEPS = MODELS["canvas"].steps

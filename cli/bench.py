@@ -51,30 +51,19 @@ def token_merging(
     steps: common.Steps = None,
     json_path: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures here.")] = None,
 ):
-    """Judge on the canvas whether negative token merging avoids a picture, and spreads a batch; and what it costs."""
-    from rich.table import Table
-
+    """Judge on an embedded world whether negative token merging avoids a picture, and spreads a batch."""
     if held_out:
         _held_out(json_path, world, prompts, steps)
         return
-    if world != "canvas" or steps is not None:
-        raise common.CliError("without --held-out settings are judged that were chosen on canvas; leave --world out")
-
     from ..benchmarks.token_merging.judged import batches, run
 
-    with common.progress("pictures, four at a time", batches(seeds)) as advance:
-        rows = run(advance, seeds)
+    about = common.world_of(world)
+    with common.progress("pictures, four at a time", batches(about.name, seeds)) as advance:
+        rows = run(about.name, seeds, steps, advance)
     if json_path is not None:
         common.write_json(json_path, rows)
     for mode in ("reference", "diversity"):
-        table, inside = Table(caption=f"{mode} mode"), [row for row in rows if row["mode"] == mode]
-        figures = [name for name, value in inside[0].items() if isinstance(value, (float, list))]
-        for heading in ("name", *figures):
-            table.add_column(heading.replace("_", " "))
-        for row in inside:
-            values = [row[name][0] if isinstance(row[name], list) else row[name] for name in figures]
-            table.add_row(row["name"], *(f"{value:.3f}" for value in values))
-        common.console().print(table)
+        _judged(f"{mode} mode", [row for row in rows if row["mode"] == mode], ("domain", "name", "judge"))
 
 
 @app.command("guidance", epilog="Example: semiperm bench guidance --world canvas -n 24 --json guidance.json")
@@ -137,8 +126,6 @@ def _time(run, pipe, model: str, quick: bool, json_path: Path | None, **shown: s
 
 
 def _held_out(json_path: Path | None, world: str, prompts: int, steps: int | None) -> None:
-    from rich.table import Table
-
     from ..benchmarks.token_merging.references import batches, run
 
     about = common.world_of(world)
@@ -146,13 +133,22 @@ def _held_out(json_path: Path | None, world: str, prompts: int, steps: int | Non
         rows = run(about.name, prompts, steps, advance)
     if json_path is not None:
         common.write_json(json_path, rows)
-    figures = ("shown", "similarity", "style_kept", "background_kept")
-    table = Table(caption="setting chosen on the calibration reference; every other one is held out")
-    for heading in ("reference", "role", "name", "judge", *figures):
+    caption = "setting chosen on the calibration reference; every other one is held out"
+    _judged(caption, rows, ("reference", "role", "name", "judge"))
+
+
+def _judged(caption: str, rows: list[dict], said: tuple[str, ...]) -> None:
+    """Print what tells rows apart, and their figures; of shares the value alone."""
+    from rich.table import Table
+
+    apart = {"steps", "guidance_scale"}
+    figures = [name for name, value in rows[0].items() if isinstance(value, (float, list)) and name not in apart]
+    table = Table(caption=caption)
+    for heading in (*said, *figures):
         table.add_column(heading.replace("_", " "))
     for row in rows:
-        values = [row[name][0] if isinstance(row[name], list) else row[name] for name in figures]
-        table.add_row(row["reference"], row["role"], row["name"], row["judge"], *(f"{value:.3f}" for value in values))
+        values = (row[name][0] if isinstance(row[name], list) else row[name] for name in figures)
+        table.add_row(*(row[name] for name in said), *(f"{value:.3f}" for value in values))
     common.console().print(table)
 
 

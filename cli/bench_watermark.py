@@ -20,7 +20,7 @@ def run(
         typer.Option(
             "--part",
             metavar="PART",
-            help="latents, linked, canvas, repaint, everyday, speed or samplers; repeatable. Default: all but it.",
+            help="latents, linked, canvas, repaint, everyday, speed, samplers; repeatable. Default: all but the last.",
         ),
     ] = None,
     world: Annotated[
@@ -91,12 +91,18 @@ def kept(path: Path, parts: list[str], rows: list[dict]) -> list[dict]:
     if set(parts) == set(PARTS) or not path.exists():
         return []
     try:
-        before = [(row["table"], row.get("latents"), row) for row in json.loads(path.read_text(encoding="utf-8"))]
+        before = [(*_about(row), row) for row in json.loads(path.read_text(encoding="utf-8"))]
     except (ValueError, TypeError, KeyError) as error:
         raise common.CliError(f"--json {path} is there, and no file of this command's figures") from error
-    fresh = {(row["table"], row.get("latents")) for row in rows}
-    mine = {name for part in parts for name in TABLES[part]} - {"null"}
-    return [row for table, latents, row in before if table not in mine and (table, latents) not in fresh]
+    fresh = {_about(row) for row in rows}
+    mine = {name for part in parts for name in TABLES[part]} - {"null", "sampler"}
+    return [row for table, about, row in before if table not in mine and (table, about) not in fresh]
+
+
+def _about(row: dict) -> tuple[str, str | None]:
+    """The table of a row, and what else tells apart the runs that it is of: readings without a mark are of several
+    parts, samplers of two faces."""
+    return row["table"], row["face"] if row["table"] == "sampler" else row.get("latents")
 
 
 def tables(rows: list[dict]):

@@ -69,12 +69,13 @@ def run(
     options = {"search": search, "size": parse_size(size)}
 
     from ..benchmarks.store import Store, digest
-    from ..canvas.models import shipped_reader
+    from ..canvas.models import aid_files
     from ..methods.watermark.issued import load_issued
     from ..methods.watermark.keyring import load_keyring
 
     ring = load_keyring(keyring)
-    beside = [digest(path) if path and path.is_file() else None for path in (reader or shipped_reader(model), issued)]
+    aids = aid_files(model) | ({} if reader is None else {"reader": reader})
+    beside = [digest(path) if path and path.is_file() else None for path in (*aids.values(), issued)]
     finished = Store(resume, "detect", [digest(keyring), model, options, beside])
     known = {} if issued is None else {"issued": load_issued(issued)}
     rows, failed, pipe = {}, 0, None
@@ -94,7 +95,7 @@ def run(
             if pictures:
                 if pipe is None:
                     pipe = common.load_model(model, device, dtype)
-                    options |= known | reader_of(pipe, model, reader)
+                    options |= known | aids_of(pipe, model, aids, reader)
                 single = {file: opened.first for file, opened in pictures.items() if opened.count == 1}
                 seen = {}
                 found |= look(pipe, ring, single, options, seen) if single else {}
@@ -236,24 +237,21 @@ def _reading():
         raise common.CliError(f"damaged: {common.one_line(error)}") from error
 
 
-def reader_of(pipe, model: str, path: Path | None) -> dict:
-    """The option that names the reader of a model's marks, where there is one.
+def aids_of(pipe, model: str, files: dict[str, Path], reader: Path | None) -> dict:
+    """The options that help to read a model's marks, where there are files of its own.
 
     Raises:
-        CliError: a reader of another model.
+        CliError: a reader was given, of another model or none.
     """
-    from ..canvas.models import shipped_reader
-    from ..pipelines.watermark.reader import reader_for
+    from ..methods.watermark.aids import aids_of_model
+    from ..pipelines.watermark.fingerprint import fingerprint
 
-    if path is None:
-        shipped = shipped_reader(model)
-        found = None if shipped is None else reader_for(pipe, shipped)
-        return {} if found is None else {"reader": found}
-    if not path.is_file():
-        raise common.CliError(f"--reader {path}: there is no such file; `semiperm canvas reader` trains one")
-    if (found := reader_for(pipe, path)) is None:
-        raise common.CliError(f"--reader {path} was trained with another model than {model}; train one for it")
-    return {"reader": found}
+    if reader is not None and not reader.is_file():
+        raise common.CliError(f"--reader {reader}: there is no such file; `semiperm canvas reader` trains one")
+    found = aids_of_model(files, lambda: fingerprint(pipe))
+    if reader is not None and "reader" not in found:
+        raise common.CliError(f"--reader {reader} was trained with another model than {model}; train one for it")
+    return found
 
 
 def look_into(pipe, ring, opened: Opened, options: dict, seen: dict) -> dict | Exception:
@@ -261,7 +259,7 @@ def look_into(pipe, ring, opened: Opened, options: dict, seen: dict) -> dict | E
 
     It alone is left in `seen`, with its result.
     """
-    from ..methods.watermark.detection import DetectionConfig
+    from ..methods.watermark.config import DetectionConfig
 
     if opened.count == 1:
         return look(pipe, ring, {0: opened.first}, options, seen)[0]
@@ -330,7 +328,7 @@ def write_map(path: Path, picture, result) -> None:
 
 def described(result) -> dict:
     """A detection as JSON keeps it; what was undone and the content's p-value only where there is something to say."""
-    from ..methods.watermark.detection import AS_GIVEN
+    from ..methods.watermark.views import AS_GIVEN
 
     more = {} if result.transform == AS_GIVEN else {"transform": result.transform}
     if result.content_p_value is not None:

@@ -60,11 +60,16 @@ def has_matrix_units(x: Tensor) -> bool:
     return torch.cuda.get_device_capability(x.device) >= _AMPERE
 
 
-def kernel_path(x: Tensor, products: bool = False) -> str:
+_MOST_ROWS = 65_535  # programs along the second and third axis of a CUDA grid
+
+
+def kernel_path(x: Tensor, products: bool = False, rows: int = 1) -> str:
     """Return "triton" or "reference" for an operation on x.
 
     Args:
         products: whether the operation's Triton kernel needs matrix units (`has_matrix_units`) to pay.
+        rows: programs that the kernel lays along the second or third axis of its grid; torch takes more of them than
+            such an axis holds.
 
     Raises:
         KernelError: SEMIPERM_KERNELS is none of its three values, or forces Triton where it cannot run.
@@ -75,10 +80,15 @@ def kernel_path(x: Tensor, products: bool = False) -> str:
     if wanted == "reference":
         return "reference"
     if wanted == "auto":
-        fits = triton is not None and x.is_cuda and (not products or has_matrix_units(x))
+        fits = triton is not None and x.is_cuda and rows <= _MOST_ROWS and (not products or has_matrix_units(x))
         return "triton" if fits else "reference"
     if triton is None:
         raise KernelError("SEMIPERM_KERNELS=triton, but Triton is not installed; pip install triton, or unset it")
+    if rows > _MOST_ROWS:
+        raise KernelError(
+            f"SEMIPERM_KERNELS=triton, but {rows} rows were given where a grid holds {_MOST_ROWS}; give fewer, or unset"
+            " it, and torch computes them"
+        )
     if not x.is_cuda and not interpreted():
         raise KernelError(
             f"SEMIPERM_KERNELS=triton, but the tensor is on {x.device}; move it to a GPU, set TRITON_INTERPRET=1 before"

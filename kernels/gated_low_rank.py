@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .dispatch import check_tensors, interpreted, jit, kernel_path, needs_grad, next_power_of_2, tl, triton
 from .errors import KernelError
+from .token_tiles import token_products, tokens_times_directions
 
 __all__ = ["compile_cases", "gated_low_rank", "gated_low_rank_reference"]
 
@@ -79,26 +80,17 @@ def _down_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    WIDEN: tl.constexpr,  # the interpreter multiplies bfloat16 as if it were an integer
+    WIDEN: tl.constexpr,
 ):
     batch = tl.program_id(2).to(tl.int64)
     tokens = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     ranks = tl.program_id(1).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    features = tl.arange(0, BLOCK_K)
     gamma = tl.load(gamma_ptr + batch * stride_gb + ranks, mask=ranks < rank, other=0.0).to(tl.float32)
     if tl.max((gamma != 0).to(tl.int32), axis=0) != 0:  # else _up_kernel does not read this tile
-        x_ptrs = x_ptr + batch * stride_xb + tokens[:, None] * stride_xn + features[None, :]
-        down_ptrs = down_ptr + ranks[None, :] * n_in + features[:, None]
-        acc = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
-        for start in range(0, n_in, BLOCK_K):
-            left = n_in - start
-            x = tl.load(x_ptrs, mask=(tokens[:, None] < n_tokens) & (features[None, :] < left), other=0.0)
-            down = tl.load(down_ptrs, mask=(ranks[None, :] < rank) & (features[:, None] < left), other=0.0)
-            if WIDEN:
-                x, down = x.to(tl.float32), down.to(tl.float32)
-            acc = tl.dot(x, down, acc, input_precision="ieee")
-            x_ptrs += BLOCK_K
-            down_ptrs += BLOCK_K
+        acc = tokens_times_directions(
+            x_ptr + batch * stride_xb, down_ptr, tokens, ranks, n_tokens, rank, n_in, stride_xn,
+            BLOCK_N, BLOCK_R, BLOCK_K, WIDEN,
+        )  # fmt: skip
         h_ptrs = h_ptr + (batch * n_tokens + tokens[:, None]) * rank + ranks[None, :]
         tl.store(h_ptrs, acc * gamma[None, :], mask=(tokens[:, None] < n_tokens) & (ranks[None, :] < rank))
 
@@ -155,12 +147,6 @@ def _up_ranks(block_r: int) -> int:
     return block_r // 2 if block_r >= 64 else block_r
 
 
-def _precision(dtype: torch.dtype) -> str:
-    """Of dots with h. TF32 holds float16 and bfloat16 exactly, with float32's range; AMD has it on one chip only, and
-    three bfloat16 products of halves keep 16 bits."""
-    return "ieee" if dtype is torch.float32 else "bf16x3" if torch.version.hip else "tf32"
-
-
 def _gated_low_rank_triton(y: Tensor, x: Tensor, down: Tensor, up: Tensor, gamma: Tensor) -> Tensor:
     shape = y.shape
     y, x = (_last_contiguous(t.reshape(t.shape[0], -1, t.shape[-1])) for t in (y, x))
@@ -177,7 +163,7 @@ def _gated_low_rank_triton(y: Tensor, x: Tensor, down: Tensor, up: Tensor, gamma
     )  # fmt: skip
     _up_kernel[tiles, triton.cdiv(n_out, block_o), rows](
         y, h, up, gamma, out, n_tokens, n_out, rank, y.stride(0), y.stride(1), stride_gb,
-        BLOCK_N=block_n, BLOCK_R=_up_ranks(block_r), BLOCK_O=block_o, PRECISION=_precision(y.dtype), **how,
+        BLOCK_N=block_n, BLOCK_R=_up_ranks(block_r), BLOCK_O=block_o, PRECISION=token_products(y.dtype), **how,
     )  # fmt: skip
     return out
 
@@ -189,7 +175,7 @@ def _last_contiguous(t: Tensor) -> Tensor:
 @torch.library.custom_op("semiperm::gated_low_rank", mutates_args=())
 def _gated_low_rank_op(y: Tensor, x: Tensor, down: Tensor, up: Tensor, gamma: Tensor) -> Tensor:
     with torch.no_grad():
-        if kernel_path(y, products=True) == "triton":
+        if kernel_path(y, products=True, rows=y.shape[0]) == "triton":
             return _gated_low_rank_triton(y, x, down, up, gamma)
         return gated_low_rank_reference(y, x, down, up, gamma).contiguous()
 
@@ -245,7 +231,7 @@ def gated_low_rank(y: Tensor, x: Tensor, down: Tensor, up: Tensor, gamma: Tensor
     Source: SPM (arXiv 2312.16145), eq. 9, for K adapters stacked as one.
     """
     _check(y, x, down, up, gamma)
-    if kernel_path(y, products=True) == "reference":
+    if kernel_path(y, products=True, rows=y.shape[0]) == "reference":
         return gated_low_rank_reference(y, x, down, up, gamma)
     if torch.compiler.is_compiling() or needs_grad(y, x, down, up, gamma):
         return _gated_low_rank_op(y, x, down, up, gamma)

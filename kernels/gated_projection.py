@@ -31,6 +31,7 @@ from .dispatch import (
     without_autocast,
 )
 from .errors import KernelError
+from .token_tiles import token_products, tokens_times_directions
 
 __all__ = ["compile_cases", "gated_projection", "gated_projection_reference"]
 
@@ -78,24 +79,15 @@ def _read_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    WIDEN: tl.constexpr,  # the interpreter multiplies bfloat16 as if it were an integer
+    WIDEN: tl.constexpr,
 ):
     batch, tile = tl.program_id(1).to(tl.int64), tl.program_id(0).to(tl.int64)
     tokens = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     ranks = tl.arange(0, BLOCK_R)
-    columns = tl.arange(0, BLOCK_C)
-    y_ptrs = y_ptr + batch * stride_yb + tokens[:, None] * stride_yn + columns[None, :]
-    read_ptrs = read_ptr + ranks[None, :].to(tl.int64) * channels + columns[:, None]
-    acc = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
-    for start in range(0, channels, BLOCK_C):
-        left = channels - start
-        y = tl.load(y_ptrs, mask=(tokens[:, None] < n_tokens) & (columns[None, :] < left), other=0.0)
-        read = tl.load(read_ptrs, mask=(ranks[None, :] < rank) & (columns[:, None] < left), other=0.0)
-        if WIDEN:
-            y, read = y.to(tl.float32), read.to(tl.float32)
-        acc = tl.dot(y, read, acc, input_precision="ieee")
-        y_ptrs += BLOCK_C
-        read_ptrs += BLOCK_C
+    acc = tokens_times_directions(
+        y_ptr + batch * stride_yb, read_ptr, tokens, ranks, n_tokens, rank, channels, stride_yn,
+        BLOCK_N, BLOCK_R, BLOCK_C, WIDEN,
+    )  # fmt: skip
     acc -= tl.load(gates_ptr + ranks, mask=ranks < rank, other=0.0)[None, :]
     a_ptrs = a_ptr + (batch * n_tokens + tokens[:, None]) * rank + ranks[None, :]
     tl.store(a_ptrs, acc, mask=(tokens[:, None] < n_tokens) & (ranks[None, :] < rank))
@@ -163,11 +155,6 @@ def _config(rank: int) -> tuple[int, tuple[int, int, int, int, int]]:
     return block_r, _CONFIGS[block_r]
 
 
-def _precision(dtype: torch.dtype) -> str:
-    """Of products with h, as `kernels.gated_low_rank` has them."""
-    return "ieee" if dtype is torch.float32 else "bf16x3" if torch.version.hip else "tf32"
-
-
 def _gated_projection_triton(
     y: Tensor, read: Tensor, write: Tensor, gates: Tensor, gamma: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -187,7 +174,7 @@ def _gated_projection_triton(
     _write_kernel[tiles, triton.cdiv(channels, block_o), rows](
         y, a, top, write, gates, gamma, out, opened, n_tokens, channels, rank, tiles, y.stride(0), y.stride(1),
         rank if gamma.shape[0] > 1 else 0, BLOCK_N=block_n, BLOCK_R=block_r, BLOCK_O=block_o,
-        PRECISION=_precision(y.dtype), **how,
+        PRECISION=token_products(y.dtype), **how,
     )  # fmt: skip
     return out, opened
 
@@ -232,7 +219,7 @@ def gated_projection(y: Tensor, read: Tensor, write: Tensor, gates: Tensor, gamm
         )
     # exact float32 has no matrix units, and its products spill on NVIDIA's
     fits = fits and (y.dtype is not torch.float32 or forced()) and not needs_grad(y, read, write, gates, gamma)
-    if not fits or kernel_path(y, products=True) == "reference":
+    if not fits or kernel_path(y, products=True, rows=y.shape[0]) == "reference":
         return gated_projection_reference(y, read, write, gates, gamma)  # which a compiler fuses by itself
     if torch.compiler.is_compiling():
         return _gated_projection_op(y, read, write, gates, gamma)

@@ -95,7 +95,7 @@ def _normalized_attention_guidance_triton(
 def _normalized_attention_guidance_op(
     positive: Tensor, negative: Tensor, scale: float, tau: float, alpha: float
 ) -> Tensor:
-    if kernel_path(positive) == "triton":
+    if kernel_path(positive, rows=positive.shape[0]) == "triton":
         return _normalized_attention_guidance_triton(positive, negative, scale, tau, alpha)
     return normalized_attention_guidance_reference(positive, negative, scale, tau, alpha).contiguous()
 
@@ -143,7 +143,7 @@ def normalized_attention_guidance(positive: Tensor, negative: Tensor, scale: flo
     if scale == 0 or alpha == 0:
         return positive.clone(memory_format=torch.contiguous_format)
     arguments = positive, negative, float(scale), float(tau), float(alpha)
-    if kernel_path(positive) == "reference":
+    if kernel_path(positive, rows=positive.shape[0]) == "reference":
         return normalized_attention_guidance_reference(*arguments)  # which a compiler fuses better than we could
     if torch.compiler.is_compiling() or needs_grad(positive, negative):
         return _normalized_attention_guidance_op(*arguments)  # whose backward raises

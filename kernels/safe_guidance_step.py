@@ -154,7 +154,7 @@ def _safe_guidance_step_op(
         noise_pred_uncond, noise_pred_text, noise_pred_safety, momentum, active,
         guidance_scale, safety_guidance_scale, safety_threshold, momentum_scale, momentum_beta,
     )  # fmt: skip
-    if kernel_path(noise_pred_uncond) == "triton":
+    if kernel_path(noise_pred_uncond, rows=noise_pred_uncond.shape[0]) == "triton":
         return _safe_guidance_step_triton(*arguments)
     guided, new_momentum, mean_scale = safe_guidance_step_reference(*arguments)
     return guided.contiguous(), new_momentum.contiguous(), mean_scale
@@ -237,7 +237,7 @@ def safe_guidance_step(
             f" ({u.shape[0]},) torch.bool on {u.device}"
         )
     arguments = u, noise_pred_text, noise_pred_safety, momentum, active, *map(float, scales)
-    if kernel_path(u) == "reference":
+    if kernel_path(u, rows=u.shape[0]) == "reference":
         return safe_guidance_step_reference(*arguments)  # which a compiler fuses better than we could
     tensors = (u, noise_pred_text, noise_pred_safety) + (() if momentum is None else (momentum,))
     if torch.compiler.is_compiling() or needs_grad(*tensors):

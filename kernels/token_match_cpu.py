@@ -26,6 +26,7 @@ from einops import rearrange
 from torch import Tensor
 
 from .dispatch import without_autocast
+from .token_match_gpu import pushes
 
 __all__ = ["best_match_reference", "token_match_merge_reference"]
 
@@ -149,10 +150,8 @@ def token_match_merge_reference(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`token_match_merge` in plain torch, with strength (B, R) and threshold (); the arguments are checked there."""
     score, index = best_match_reference(x, reference, pairs=pairs, key_mask=reference_mask, gate=gate, seen=seen)
-    length, best = reference.shape[1], index.clamp_min(0)
-    amount = strength.gather(1, best // length)
-    amount = amount if gate is None else amount * gate[:, None]
-    hit = (score > threshold) & (amount != 0)
+    length = reference.shape[1]
+    best, amount, hit = pushes(score, index, strength, threshold, gate, length)
     merged = x.clone(memory_format=torch.contiguous_format)
     if x.numel() <= SMALL:
         rows = hit.any(1).nonzero().flatten()

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .dispatch import without_autocast
 
-__all__ = ["best_match_tiles", "token_match_merge_tiles"]
+__all__ = ["best_match_tiles", "pushes", "token_match_merge_tiles"]
 
 TILE = 2**24  # scores, 32 MiB in float16: 4,096 queries of 4,096 keys, enough tiles of cuBLAS' for any GPU
 
@@ -76,14 +76,22 @@ def token_match_merge_tiles(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`token_match_merge` in plain torch, with strength (B, R) and threshold (); the arguments are checked there."""
     score, index = best_match_tiles(x, reference, pairs=pairs, key_mask=reference_mask, gate=gate, seen=seen)
-    best = index.clamp_min(0)
-    amount = strength.gather(1, best // reference.shape[1])
-    amount = amount if gate is None else amount * gate[:, None]
-    hit = (score > threshold) & (amount != 0)
+    best, amount, hit = pushes(score, index, strength, threshold, gate, reference.shape[1])
     match = reference.reshape(-1, x.shape[2]).index_select(0, best.flatten()).view(x.shape)
     wide = x.float()
     merged = torch.addcmul(wide, amount[:, :, None], wide - match.float()).to(x.dtype)
     return torch.where(hit[:, :, None], merged, x), score, index
+
+
+def pushes(
+    score: Tensor, index: Tensor, strength: Tensor, threshold: Tensor, gate: Tensor | None, length: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of matches (B, N) with references of `length` tokens: the winner, 0 where there is none; how far each token is
+    pushed from it, by the strength (B, R) of its reference and the row's gate; and which are pushed at all."""
+    best = index.clamp_min(0)
+    amount = strength.gather(1, best // length)
+    amount = amount if gate is None else amount * gate[:, None]
+    return best, amount, (score > threshold) & (amount != 0)
 
 
 def _unit(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..methods.watermark.detection import DetectionResult
+from ..methods.watermark.config import DetectionResult
 
 KeyringIO = io.Custom("SEMIPERM_KEYRING")
 DetectionIO = io.Custom("SEMIPERM_DETECTION")

@@ -16,6 +16,7 @@ from . import checks, withheld
 from . import guidance as results_guidance
 from . import kernels as results_kernels
 from . import samplers as results_samplers
+from . import token_merging as results_token_merging
 from . import watermark as results_watermark
 from . import worlds as results_worlds
 from .tables import number, paragraphs, percent, source, table
@@ -182,63 +183,6 @@ def _ratio(row: dict) -> str:
     return f"{row['ratio']:.3f} ({low:.3f} to {high:.3f})"
 
 
-def token_merging(rows: list[dict]) -> str:
-    """Does it avoid a picture, does it spread a batch."""
-    names = {"negative prompt": 'negative prompt "a quibble"', "negative_token_merging": "negative token merging",
-             "negative_token_merging, reference named": "negative token merging, reference named",
-             "released": "released algorithm, same strength and window"}  # fmt: skip
-    away, apart = ([row for row in rows if row["mode"] == mode] for mode in ("reference", "diversity"))
-    return paragraphs(
-        "## Negative token merging",
-        source(
-            "negative_token_merging.json",
-            "semiperm bench token-merging --json benchmarks/results/negative_token_merging.json",
-            rows,
-        ),
-        f"Away from a picture: {away[0]['images']} pictures whose prompts mean the mascot (every style on every"
-        " background, by a synonym), with one plain picture of it as reference. Pictures that the judge calls the"
-        " mascot; similarity to the reference (cosine of the judge's features less their mean); pictures that keep what"
-        " was asked:",
-        table(
-            ("away from the mascot", "mascot", "similarity", "style kept", "background kept"),
-            [
-                (
-                    names.get(row["name"], row["name"]),
-                    percent(row["mascot"]),
-                    f"{row['similarity']:.3f}",
-                    percent(row["style_kept"]),
-                    percent(row["background_kept"]),
-                )
-                for row in away
-            ],
-        ),  # fmt: skip
-        f"A batch apart: mean pairwise distances within {apart[0]['images'] // 4} batches of four of one prompt each,"
-        " and pictures that show the asked object:",
-        table(
-            ("batches of four", "feature distance", "pixel distance", "object kept"),
-            [
-                (
-                    names.get(row["name"], row["name"]),
-                    f"{row['feature_distance']:.3f}",
-                    f"{row['pixel_distance']:.3f}",
-                    percent(row["object_kept"]),
-                )
-                for row in apart
-            ],
-        ),  # fmt: skip
-        f"Limits: settings ({_settings(away)} away from a picture, {_settings(apart)} apart) were chosen on these very"
-        " prompts, for one reference picture of one concept; colours get harsher. The negative prompt does about as"
-        " much as the push without words, and keeps everything else. The more plainly a prompt names the thing, the"
-        " less is changed. The released algorithm is re-implemented from its formula; it pushes harder and loses the"
-        " background.",
-    )
-
-
-def _settings(rows: Sequence[dict]) -> str:
-    config = next(row["config"] for row in rows if row["name"] == "negative_token_merging")
-    return ", ".join(f"{name} {value:g}" for name, value in config.items())
-
-
 def sampling(rows: list[dict]) -> str:
     """What negative token merging costs."""
     names = {"negative_token_merging/diversity": "batch apart",
@@ -270,7 +214,7 @@ SECTIONS: dict[str, Callable] = {
     "erasure_100": withheld.at_once(100),
     "membranes": membranes,
     "comfyui": comfyui,
-    "negative_token_merging": token_merging,
+    "negative_token_merging": results_token_merging.token_merging,
     "sampling": sampling,
     "guidance": results_guidance.guidance,
     "watermark": results_watermark.watermark,
@@ -281,14 +225,17 @@ SECTIONS: dict[str, Callable] = {
 }
 
 
-# section -> (stem, section of the other worlds that follows it): of {world: content}, from files <stem>_<world>.json
-WORLDS: dict[str, tuple[str, Callable]] = {
-    "canvas": ("canvas", checks.checks),
-    "erasure_withheld": ("erasure", results_worlds.erasure),
-    "erasure_100": ("arena", results_arena.arena),
-    "negative_token_merging": ("held_out", results_worlds.held_out),
-    "guidance": ("guidance", results_worlds.guidance),
-    "watermark": ("watermark", results_worlds.watermark),
+# section -> {stem: section of the other worlds that follows it}: of {world: content}, from files <stem>_<world>.json
+WORLDS: dict[str, dict[str, Callable]] = {
+    "canvas": {"canvas": checks.checks},
+    "erasure_withheld": {"erasure": results_worlds.erasure},
+    "erasure_100": {"arena": results_arena.arena},
+    "negative_token_merging": {
+        "negative_token_merging": results_token_merging.worlds,
+        "held_out": results_worlds.held_out,
+    },
+    "guidance": {"guidance": results_worlds.guidance},
+    "watermark": {"watermark": results_worlds.watermark},
 }
 
 
@@ -297,9 +244,9 @@ def page(results: dict[str, object]) -> str:
     parts = [HEAD.rstrip()]
     for name, section in SECTIONS.items():
         parts.append(section(results[name]))
-        stem, of_worlds = WORLDS.get(name, ("", None))
-        found = {world: results[f"{stem}_{world}"] for world in MODELS if f"{stem}_{world}" in results}
-        parts.append(of_worlds(found) if of_worlds and found else "")
+        for stem, of_worlds in WORLDS.get(name, {}).items():
+            found = {world: results[f"{stem}_{world}"] for world in MODELS if f"{stem}_{world}" in results}
+            parts.append(of_worlds(found) if found else "")
     return paragraphs(*parts) + "\n"
 
 
@@ -309,6 +256,6 @@ def read(folder: Path) -> dict[str, object]:
     Raises:
         FileNotFoundError: one is missing.
     """
-    more = [f"{stem}_{world}" for stem, _ in WORLDS.values() for world in MODELS]
+    more = [f"{stem}_{world}" for stems in WORLDS.values() for stem in stems for world in MODELS]
     names = [*SECTIONS, *(name for name in more if (folder / f"{name}.json").is_file())]
     return {name: json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in names}

@@ -14,7 +14,9 @@ def samplers(rows: list[dict]) -> str:
     settings = sorted({(row["steps"], row["guidance"]) for row in rows})
     parts = []
     for face, title in FACES.items():
-        some = [row for row in rows if row["face"] == face]
+        if not (some := [row for row in rows if row["face"] == face]):
+            parts.append(f"### {title}\n\nNot measured: give the command `--comfyui` with a folder of ComfyUI.")
+            continue
         cells = [
             (_name(rows_of[0]), *(_cell(rows_of, setting) for setting in settings))
             for name in dict.fromkeys(map(_name, some))

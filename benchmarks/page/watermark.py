@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from .tables import number, paragraphs, percent, source, table
+
+Own = dict[str, list[dict]]  # rows of a part, by table
 
 MARKS = {
     "semiperm": "ours",
@@ -30,25 +32,75 @@ FORGERIES = {
 }
 
 
+# What a row of each table has in the current form; older files are made again, part by part.
+FIELDS = {
+    "null": ("mark", "latents", "shape", "n", "rates"),
+    "classifier": ("mark", "classifier", "shape", "n", "accuracy", "interval"),
+    "channel": ("mark", "shape", "bits", "rho", "n", "exact"),
+    "linked": ("shape", "format", "nonce_bits", "n", "largest", "pairs", "decades", "ms"),
+    "attack": ("mark", "attack", "n", "tpr", "detected", "exact", "evaluations"),
+    "guidance": ("guidance", "n", "agreement", "detected", "exact", "evaluations"),
+    "quality": ("mark", "n", "object", "style", "background", "distance", "interval", "p_value"),
+    "decoder": ("latents", "n", "agreement", "detected", "exact"),
+    "forgery": ("attack", "n", "forged", "caught", "valid", "draws"),
+    "repaint": ("attack", "way", "n", "tpr", "detected"),
+    "everyday": ("conversion", "n", "detected", "exact", "seconds"),
+    "speed": ("what", "shape", "keys", "threads", "ms", "peak_mb"),
+}
+# part of `bench watermark` -> its tables, in the order of the page
+PARTS = {
+    "latents": ("null", "classifier", "channel"),
+    "linked": ("linked",),
+    "canvas": ("guidance", "decoder", "quality", "attack", "forgery"),
+    "repaint": ("repaint",),
+    "everyday": ("everyday",),
+    "speed": ("speed",),
+}
+
+TITLES = {
+    "latents": "Without a mark",
+    "linked": "Pictures of one key",
+    "canvas": "On pictures of the canvas",
+    "repaint": "Repainted, and grey",
+    "everyday": "Everyday conversions",
+    "speed": "Time and memory",
+}
+
+
 def watermark(rows: list[dict]) -> str:
-    """Statistics on latents, then pictures of the canvas, attacks, forgeries, speed."""
-    by = {name: [row for row in rows if row["table"] == name] for name in dict.fromkeys(row["table"] for row in rows)}
+    """Statistics on latents, then pictures of the canvas, attacks, forgeries, speed; each part by a command."""
+    sections = {
+        "latents": (_false_positives, _secrecy, _channel),
+        "linked": (linked,),
+        "canvas": (_pictures, _attacks, _forgeries),
+        "repaint": (repaint,),
+        "everyday": (everyday,),
+        "speed": (_speed,),
+    }
     return paragraphs(
         "## The mark",
-        source("watermark.json", "semiperm bench watermark --json benchmarks/results/watermark.json", rows),
         "The other marks are written again ([methods/watermark/peers](../methods/watermark/peers)) with exact p-values;"
-        " all go through the same model, attacks and inversion.",
-        _false_positives(by["null"]),
-        _secrecy(by["classifier"]),
-        _linked(by.get("linked", [])),
-        _channel(by["channel"]),
-        _pictures(by["guidance"], by["decoder"], by["quality"]),
-        _attacks(by["attack"]),
-        _repaint(by.get("repaint", [])),
-        _everyday(by.get("everyday", [])),
-        _forgeries(by["forgery"]),
-        _speed(by["speed"]),
+        " all go through the same model, attacks and inversion. Each part is made by one command, which can be stopped"
+        " and given again, and leaves the others in the file; without `--part` all are made.",
+        *(part(rows, name, "canvas", *made) for name, made in sections.items()),
     )
+
+
+def part(rows: Sequence[dict], name: str, world: str, *sections: Callable[..., str]) -> str:
+    """A part's sections and the command that makes it; that command alone where rows are missing or of an older form.
+
+    Args:
+        rows: of the whole file. sections: f(rows by table) -> text.
+    """
+    own = {kind: [row for row in rows if row["table"] == kind] for kind in PARTS[name]}
+    file = "watermark.json" if world == "canvas" else f"watermark_{world}.json"
+    option = "" if world == "canvas" else f" --world {world}"
+    command = f"semiperm bench watermark{option} --part {name} --resume watermark.jsonl"
+    command += f" --json benchmarks/results/{file}"
+    if not all(own[kind] and all(set(FIELDS[kind]) <= row.keys() for row in own[kind]) for kind in own):
+        return paragraphs(f"### {TITLES[name]}", f"No figures of today's form yet; `{command}` makes them.")
+    heading, *text = paragraphs(*(section(own) for section in sections)).split("\n\n")
+    return paragraphs(heading, source(file, command, [row for some in own.values() for row in some]), *text)
 
 
 def _mark(row: dict) -> str:
@@ -59,7 +111,8 @@ def _shape(row: dict) -> str:
     return "x".join(map(str, row["shape"]))
 
 
-def _false_positives(rows: Sequence[dict]) -> str:
+def _false_positives(own: Own) -> str:
+    rows = own["null"]
     cells, outside, asked = [], [], 0
     for row in rows:
         line = [_mark(row), row["latents"], _shape(row), f"{row['n']:,}"]
@@ -73,7 +126,7 @@ def _false_positives(rows: Sequence[dict]) -> str:
         cells.append(line)
     above = f"{len(outside)} of our {asked} counts below .1 lies above its interval ({'; '.join(outside)})"
     return paragraphs(
-        "### Without a mark",
+        f"### {TITLES['latents']}",
         "How many of n readings without the mark have p below a level, and in brackets the interval that a uniform p"
         " keeps 99 times in 100:",
         table(("mark", "readings", "shape", "n", *(f"p < {rate['alpha']:g}" for rate in rows[0]["rates"])), cells),
@@ -82,7 +135,8 @@ def _false_positives(rows: Sequence[dict]) -> str:
     )
 
 
-def _secrecy(rows: Sequence[dict]) -> str:
+def _secrecy(own: Own) -> str:
+    rows = own["classifier"]
     low, high = map(number, rows[0]["interval"])
     names = list(dict.fromkeys(row["classifier"] for row in rows))
     cells = [
@@ -100,17 +154,16 @@ def _secrecy(rows: Sequence[dict]) -> str:
     )
 
 
-def _linked(rows: Sequence[dict]) -> str:
+def linked(own: Own) -> str:
+    rows = own["linked"]
     cells = [
         (_shape(row), row["format"], f"{row['nonce_bits']}", f"{row['largest']:.1f}", row["pairs"],
          f"{100 * row['nearest']:.1f}" if "nearest" in row else "", f"{row['decades']:.1f}", f"{row['ms']:.0f}")
         for row in rows
     ]  # fmt: skip
-    if not rows:
-        return ""
     known = next((f"{row['known']:,}" for row in rows if "known" in row), "")
     return paragraphs(
-        "### Pictures of one key",
+        f"### {TITLES['linked']}",
         f"Of all pairs of {rows[0]['n']:,} latents of one key, the largest agreement of signs, either way round, in"
         " standard deviations (chance reaches 5.2), and how many pairs lie above 6. A nearest neighbour knows"
         f" {known} latents of the key and says of others, and of plain noise, whose they are (a coin: 50 %). What it"
@@ -132,38 +185,36 @@ WAYS = {
 }
 
 
-def _repaint(rows: Sequence[dict]) -> str:
-    if not rows:
-        return ""
+def repaint(own: Own) -> str:
+    rows = own["repaint"]
     attacks = list(dict.fromkeys(row["attack"] for row in rows))
     cells = []
     for way in dict.fromkeys(row["way"] for row in rows):
         found = {row["attack"]: row for row in rows if row["way"] == way}
         cells.append((WAYS[way], *(f"{percent(found[a]['tpr'])} / {percent(found[a]['detected'])}" for a in attacks)))
     return paragraphs(
-        "### Repainted, and grey",
+        f"### {TITLES['repaint']}",
         f"What each way to read brings on {rows[0]['n']} pictures: found at p < 1e-3 / at p < 1e-6. Single looks have"
         " the whole error to themselves, detection shares it among its rungs, a list of issued marks counts them all:",
         table(("way", *attacks), cells),
     )
 
 
-def _everyday(rows: Sequence[dict]) -> str:
-    if not rows:
-        return ""
+def everyday(own: Own) -> str:
+    rows = own["everyday"]
     cells = [
         (row["conversion"], row["n"], percent(row["detected"]), percent(row["exact"]), f"{row['seconds']:.2f}")
         for row in rows
     ]
     return paragraphs(
-        "### Everyday conversions",
+        f"### {TITLES['everyday']}",
         "Files written and opened again by Pillow, looked at as `semiperm detect` does without options:",
         table(("conversion", "n", "found at p < 1e-6", "valid, payload right", "seconds, median"), cells),
     )
 
 
-def _channel(rows: Sequence[dict]) -> str:
-    parts = []
+def _channel(own: Own) -> str:
+    parts, rows = [], own["channel"]
     for shape, bits in dict.fromkeys((_shape(row), row["bits"]) for row in rows):
         some = [row for row in rows if (_shape(row), row["bits"]) == (shape, bits)]
         rhos = sorted({row["rho"] for row in some})
@@ -181,7 +232,8 @@ def _channel(rows: Sequence[dict]) -> str:
     )
 
 
-def _pictures(guidance: Sequence[dict], decoder: Sequence[dict], quality: Sequence[dict]) -> str:
+def _pictures(own: Own) -> str:
+    guidance, decoder, quality = (own[kind] for kind in ("guidance", "decoder", "quality"))
     steps = list(guidance[0]["agreement"])
     signs = [
         (f"{row['guidance']:g}", row["n"], *(number(row["agreement"][n]) for n in steps), percent(row["detected"]),
@@ -198,7 +250,7 @@ def _pictures(guidance: Sequence[dict], decoder: Sequence[dict], quality: Sequen
         p = "-" if row["p_value"] is None else f"{row['p_value']:.3f}"
         seen.append((_mark(row), row["n"], *map(percent, (row["object"], row["style"], row["background"])), far, p))
     return paragraphs(
-        "### On pictures of the canvas",
+        f"### {TITLES['canvas']}",
         "1,024 signs a picture. Right signs after so many inversion steps, pictures found at p < 1e-6, payload exact,"
         " denoiser evaluations that a picture took, by guidance scale:",
         table(
@@ -214,7 +266,8 @@ def _pictures(guidance: Sequence[dict], decoder: Sequence[dict], quality: Sequen
     )
 
 
-def _attacks(rows: Sequence[dict]) -> str:
+def _attacks(own: Own) -> str:
+    rows = own["attack"]
     marks = list(dict.fromkeys(row["mark"] for row in rows))
     found = {(row["attack"], row["mark"]): row for row in rows}
     names = [name for name in dict.fromkeys(row["attack"] for row in rows) if name != "mean"]
@@ -249,8 +302,8 @@ def _attacks(rows: Sequence[dict]) -> str:
     )
 
 
-def _forgeries(rows: Sequence[dict]) -> str:
-    cells = []
+def _forgeries(own: Own) -> str:
+    cells, rows = [], own["forgery"]
     for row in rows:
         both = f"{row['forged'][0] * row['n']:.0f} of {row['n']}"
         cells.append((FORGERIES.get(row["attack"], row["attack"]), both, percent(row["caught"]), percent(row["valid"])))
@@ -264,14 +317,15 @@ def _forgeries(rows: Sequence[dict]) -> str:
     )
 
 
-def _speed(rows: Sequence[dict]) -> str:
+def _speed(own: Own) -> str:
+    rows = own["speed"]
     what = {"sign": "sign one latent", "bank": "search keys for one latent"}
     cells = [
         (what[row["what"]], _shape(row), f"{row['keys']:,}", row["threads"], f"{row['ms']:.2f}", row["peak_mb"])
         for row in rows
     ]
     return paragraphs(
-        "### Time and memory",
+        f"### {TITLES['speed']}",
         table(("", "shape", "keys", "threads", "ms", "peak of the process, MB"), cells),
         "Limits: latents alone; encoding and inverting a picture comes on top, and costs more.",
     )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from . import watermark as mark
 from .tables import number, paragraphs, percent, source, table
 from .withheld import METHODS
 
@@ -161,27 +162,30 @@ def watermark(found: dict[str, list[dict]]) -> str:
         "The same marks, attacks and detection on other models; flow models are inverted by Euler's steps. Pictures"
         " found at p < 1e-6 as drawn, and at p < 1e-3 over the attacks of the table above, on average:",
     ]
+    sections = {"canvas": _marks, "linked": mark.linked, "repaint": mark.repaint, "everyday": mark.everyday}
     for world, rows in found.items():
-        file = f"watermark_{world}.json"
-        command = f"semiperm bench watermark --world {world} --json benchmarks/results/{file}"
-        clean, mean = (
-            {row["mark"]: row for row in rows if row["table"] == "attack" and row["attack"] == name}
-            for name in ("none", "mean")
-        )
-        quality = {row["mark"]: row for row in rows if row["table"] == "quality"}
-        cells = [
-            (mark, clean[mark]["n"], percent(clean[mark]["detected"]), percent(clean[mark]["exact"]),
-             percent(mean[mark]["tpr"]) if mark in mean else "-",
-             percent(quality[mark]["object"]) if mark in quality else "-")
-            for mark in clean
-        ]  # fmt: skip
-        headings = ("mark", "n", "found as drawn", "payload exact", "found after attacks", "object as asked")
-        signs = [
-            f"guidance {row['guidance']:g}: "
-            + ", ".join(f"{steps} steps {number(share)}" for steps, share in row["agreement"].items())
-            for row in rows
-            if row["table"] == "guidance"
-        ]
-        parts += [f"### The mark, {world}", source(file, command, rows), table(headings, cells)]
-        parts += ["Right signs after inversion: " + "; ".join(signs) + "."] if signs else []
-    return paragraphs(*parts, "Limits: detected with the very weights that drew; no shipped reader for these models.")
+        parts.append(f"### The mark, {world}")
+        parts += [mark.part(rows, name, world, section) for name, section in sections.items()]
+    return paragraphs(*parts, "Limits: detected with the very weights that drew.")
+
+
+def _marks(own: dict[str, list[dict]]) -> str:
+    clean, mean = ({row["mark"]: row for row in own["attack"] if row["attack"] == name} for name in ("none", "mean"))
+    quality = {row["mark"]: row for row in own["quality"]}
+    cells = [
+        (name, clean[name]["n"], percent(clean[name]["detected"]), percent(clean[name]["exact"]),
+         percent(mean[name]["tpr"]) if name in mean else "-",
+         percent(quality[name]["object"]) if name in quality else "-")
+        for name in clean
+    ]  # fmt: skip
+    headings = ("mark", "n", "found as drawn", "payload exact", "found after attacks", "object as asked")
+    signs = [
+        f"guidance {row['guidance']:g}: "
+        + ", ".join(f"{steps} steps {number(share)}" for steps, share in row["agreement"].items())
+        for row in own["guidance"]
+    ]
+    return paragraphs(
+        "#### As drawn, and after attacks",
+        table(headings, cells),
+        "Right signs after inversion: " + "; ".join(signs) + ".",
+    )

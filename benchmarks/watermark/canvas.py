@@ -13,7 +13,8 @@ from torch import Tensor
 from ...canvas.editions import world_of
 from ...methods.attacks.pictures import SUITE
 from ...methods.errors import WatermarkError
-from ...methods.watermark.detection import DetectionConfig, detect_in
+from ...methods.watermark.config import DetectionConfig
+from ...methods.watermark.detection import detect_in
 from ...methods.watermark.mark import read
 from ...methods.watermark.statistics import without_offset
 from .marks import CODE, OURS, RINGS, SHADING, SOFT, TREE, key_of, seeded
@@ -188,7 +189,8 @@ def _forgery(unit: dict, place: Place) -> dict:
             else:
                 shown = place.attacked(pixels, CLEAN if text == "as drawn" else text, i)
             shown = in_bytes(shown)
-            verdict = detect_in(list(shown), place.inverter, [key], DetectionConfig(ladder=LADDER))[0].verdict
+            config = DetectionConfig(ladder=LADDER, **place.channels)
+            verdict = detect_in(list(shown), place.inverter, [key], config)[0].verdict
             expected = wanted if name in ("reprompt", "transplant", "imprint") else own
             result["verdicts"].setdefault(text, []).append(verdict)
             result["shown"].setdefault(text, []).append(expected.shown.objects[0] in place.judge(shown).shown[0])

@@ -10,7 +10,7 @@ import comfy.samplers
 import torch
 from comfyui_version import __version__ as comfyui
 from einops import rearrange
-from semiperm.benchmarks.store import Store
+from semiperm.benchmarks.store import Store, digest
 from semiperm.benchmarks.timing import machine, versions
 from semiperm.benchmarks.watermark.marks import OURS
 from semiperm.benchmarks.watermark.places import in_bytes, place_of
@@ -56,7 +56,7 @@ def compute(unit):
 
 
 units = plan()
-store = Store(resume or None, "bench watermark")
+store = Store(resume or None, "bench watermark", digest(*place.world.files()))
 keys = [json.dumps(one, sort_keys=True) for one in units]
 for key, one in zip(keys, units, strict=True):
     if store.get(key) is None:

@@ -111,13 +111,13 @@ def compute(unit: dict) -> dict:
     start, count, mark = unit["start"], unit["count"], unit["mark"]
     far = start if mark == OURS else 50_000 + start
     pixels = place.draw([one.prompt for one in place.asked(far, count)], place.noise(mark, far, count))
-    reader, found = place.reader, {}
+    aids, found = place.aids, {}
     for name in CONVERSIONS if mark == OURS else ("png",):
         for picture in pixels:
             image = Image.fromarray((picture.permute(1, 2, 0) * 255).round().byte().numpy())
             converted = CONVERSIONS[name](image)
             before = time.process_time()
-            (result,) = detect_watermark(pipe, [converted], [signed.key], reader=reader)
+            (result,) = detect_watermark(pipe, [converted], [signed.key], **aids)
             seconds = time.process_time() - before
             right = result.payload is not None and result.payload == signed.payload(place.shape)
             entry = [round(result.log10_p, 3), result.verdict == "valid" and right, round(seconds, 3)]

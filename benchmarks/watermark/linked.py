@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
+from ...canvas.editions import world_of
 from ...methods.watermark.fields import fields_of
 from ...methods.watermark.keys import FORMAT
 from ...methods.watermark.mark import KeyedMark, read
@@ -25,11 +26,12 @@ STANDS_OUT = 6.0  # standard deviations: chance reaches 5.2 in as many pairs, an
 ROUNDS = 20
 
 
-def plan(quick: bool) -> list[dict]:
-    """All units."""
+def plan(quick: bool, name: str = "canvas") -> list[dict]:
+    """All units: of usual shapes, or of the latents of another embedded model."""
+    shapes = SHAPES if name == "canvas" else (world_of(name).latent_shape,)
     about = {"task": "linked", "count": QUICK_LATENTS if quick else LATENTS}
     about["known"] = QUICK_KNOWN if quick else KNOWN
-    return [about | {"shape": list(shape), "form": form} for shape in SHAPES for form in FORMS]
+    return [about | {"shape": list(shape), "form": form} for shape in shapes for form in FORMS]
 
 
 def compute(unit: dict) -> dict:

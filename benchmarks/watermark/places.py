@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from ...canvas.editions import world_of
-from ...canvas.models import shipped_reader
+from ...canvas.models import aid_files
 from ...canvas.world import PUBLIC, Asked, Sight
 from ...methods.attacks.pictures import ATTACKS, attack
-from ...methods.watermark.detection import DetectionConfig, detect_in
+from ...methods.watermark.config import DetectionConfig
+from ...methods.watermark.detection import detect_in
 from ...methods.watermark.payload import capacity
 from ...methods.watermark.search import Search
 from ...methods.watermark.statistics import without_offset
@@ -62,12 +63,18 @@ class Place:
         return next(iter(self.world.judges().values()))
 
     @cached_property
-    def reader(self):
-        """The model's shipped reader of marks; None where it has none."""
-        from ...pipelines.watermark.reader import reader_for
+    def aids(self) -> dict:
+        """The shipped reader of marks and weights of channels, as fields of `DetectionConfig`; what does not fit the
+        model's weights is left out."""
+        from ...methods.watermark.aids import aids_of_model
+        from ...pipelines.watermark.fingerprint import fingerprint
 
-        path = shipped_reader(self.world.name)
-        return None if path is None else reader_for(self.pipe, path)
+        return aids_of_model(aid_files(self.world.name), lambda: fingerprint(self.pipe))
+
+    @property
+    def channels(self) -> dict:
+        """The weights of channels alone."""
+        return {kind: aid for kind, aid in self.aids.items() if kind == "channels"}
 
     def judge(self, pixels: Tensor) -> Sight:
         """What the first judge sees in pictures."""
@@ -110,7 +117,7 @@ class Place:
             mark = self.mark(name)
             if name in (OURS, SEARCHING):
                 search = Search() if name == SEARCHING else None
-                config = DetectionConfig(ladder=LADDER, search=search, size=SIZE)
+                config = DetectionConfig(ladder=LADDER, search=search, size=SIZE, **self.channels)
                 results = detect_in(list(pixels), self.inverter, [mark.key], config)
                 sent = mark.payload(self.shape)
                 entries = [

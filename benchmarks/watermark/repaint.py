@@ -12,7 +12,9 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from ...methods.watermark.detection import DetectionConfig, detect_in
+from ...methods.watermark.channels import as_read
+from ...methods.watermark.config import DetectionConfig
+from ...methods.watermark.detection import detect_in
 from ...methods.watermark.issued import Issued, issued_in, read_issued
 from ...methods.watermark.mark import Payload, read
 from ...methods.watermark.reader import STEPS
@@ -54,7 +56,8 @@ def _others(shape: tuple[int, ...]) -> list[Issued]:
 def compute(unit: dict) -> dict:
     """log10 p of each way and attack."""
     start, count, place = unit["start"], unit["count"], place_of(unit["world"])
-    key, reader, inverter = place.mark(OURS).key, place.reader, place.inverter
+    key, reader, inverter = place.mark(OURS).key, place.aids.get("reader"), place.inverter
+    weights = place.channels.get("channels")
     texts, noise, found = [one.prompt for one in place.asked(start, count)], place.noise(OURS, start, count), {}
     pixels = place.draw(texts, noise)
     issued = [*_others(place.shape), *issued_in(noise, key)]
@@ -63,17 +66,17 @@ def compute(unit: dict) -> dict:
     for text in ATTACKS:
         worse = place.attacked(pixels, text, start)
         latents = inverter.encode(list(worse))
-        looked = levelled(inverter.invert(latents, LOOK))
-        said = {SINGLE: read(looked, [key]), LISTS: read(looked, [key], thorough=True)}
-        said[INFORMED] = read_issued(looked, issued, [key])
-        config = DetectionConfig(ladder=LADDER, size=SIZE)
+        looked, votes = as_read(inverter.invert(latents, LOOK), None, weights, LOOK), weights is not None
+        said = {name: read(looked, [key], votes=votes, thorough=name == LISTS) for name in (SINGLE, LISTS)}
+        said[INFORMED] = read_issued(looked, issued, [key], votes=votes)
+        config = DetectionConfig(ladder=LADDER, size=SIZE, **place.channels)
         said[LADDERS] = detect_in(list(worse), inverter, [key], config)
         if reader is not None:
             with torch.no_grad():
-                votes = reader([inverter.invert(latents, steps) for steps in STEPS])
-            said[READ] = read(votes, [key], votes=True, thorough=True)
-            said[INFORMED_READ] = read_issued(votes, issued, [key], votes=True)
-            config = DetectionConfig(ladder=LADDER, size=SIZE, reader=reader)
+                learned = reader([inverter.invert(latents, steps) for steps in STEPS])
+            said[READ] = read(learned, [key], votes=True, thorough=True)
+            said[INFORMED_READ] = read_issued(learned, issued, [key], votes=True)
+            config = DetectionConfig(ladder=LADDER, size=SIZE, **place.aids)
             said[WITH_READER] = detect_in(list(worse), inverter, [key], config)
         found[text] = {name: [round(one.log10_p, 3) for one in many] for name, many in said.items()}
         other = inverter.invert(inverter.encode(list(place.attacked(shaded, text, start))), LOOK)

@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 
 from ...canvas.editions import world_of
+from ...canvas.models import aid_files
 from ...methods.watermark.mark import KeyedMark, Payload, read
 from ..store import Store, digest
 from ..timing import machine, versions
@@ -43,7 +44,8 @@ SPEEDS = (
 )
 PARTS = ("latents", "linked", "canvas", "repaint", "everyday", "speed")  # by default
 ON_REQUEST = ("samplers",)
-OF_A_WORLD = ("canvas", "repaint", "everyday")  # the rest is about latents alone, or about samplers of one model
+OF_A_WORLD = ("linked", "canvas", "repaint", "everyday")  # "linked" of the model's latent shape; the rest is about
+# latents of any, about samplers of one model, or about time
 # The tables of each part; "null" rows are told apart by the latents they are of.
 TABLES = {
     "latents": ("null", "classifier", "channel"),
@@ -94,7 +96,9 @@ def run(
         raise ValueError(
             f"{', '.join(sorted(unfit))} do not depend on {world}; expected some of {', '.join(OF_A_WORLD)}"
         )
-    found, drawn = [], digest(*world_of(world).files()) if set(parts) & {*OF_A_WORLD, *ON_REQUEST} else None
+    found, drawn = [], None
+    if set(parts) & {*OF_A_WORLD, *ON_REQUEST} - {"linked"}:
+        drawn = digest(*world_of(world).files(), *aid_files(world).values())
     if "latents" in parts:
         units = watermark_statistics.plan(quick)
         found += watermark_statistics.rows(units, computed(units, workers, resume, starting("latents", len(units))))

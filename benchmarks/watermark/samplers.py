@@ -13,7 +13,8 @@ from collections.abc import Sequence
 
 import torch
 
-from ...methods.watermark.detection import DetectionConfig, detect_in
+from ...methods.watermark.config import DetectionConfig
+from ...methods.watermark.detection import detect_in
 from .marks import OURS, key_of
 from .places import SIZE, in_bytes, place_of
 

@@ -12,7 +12,7 @@ from ..errors import MembraneError
 from .types import Membrane
 
 _HASH_BITS = 64  # 16 hex digits in a file; between unrelated models 32 differ, give or take 4
-_SAME_BASE_BITS = 12  # two unrelated models agree this closely with probability 2e-7; fine-tunes differ by a few bits
+SAME_BASE_BITS = 12  # two unrelated models agree this closely with probability 2e-7; fine-tunes differ by a few bits
 _AXES = {1: "(out,)", 2: "(out, in)"}  # what is known of a wrapped layer's weight
 
 
@@ -69,10 +69,10 @@ def check_base_model(membrane: Membrane, weights: dict[str, Tensor]) -> None:
     if membrane.base_model is None:
         return
     found = base_model_hash({key: weights[key] for key in membrane.keys})
-    if (distance := base_model_distance(found, membrane.base_model)) > _SAME_BASE_BITS:
+    if (distance := base_model_distance(found, membrane.base_model)) > SAME_BASE_BITS:
         raise MembraneError(
             f"the membrane for {membrane.concept!r} was computed for base model {membrane.base_model}, this one is"
-            f" {found} ({distance} of {_HASH_BITS} bits differ, at most {_SAME_BASE_BITS} for the same or a fine-tuned"
+            f" {found} ({distance} of {_HASH_BITS} bits differ, at most {SAME_BASE_BITS} for the same or a fine-tuned"
             " model); compute it for this model, e.g. `semiperm erase MODEL --concept ...`"
         )
 

@@ -29,7 +29,13 @@ KEYWORD = "semiperm-provenance"
 FORMAT_VERSION = 1
 _NAMESPACE = "urn:semiperm:provenance:1"
 _IPTC = "http://iptc.org/std/Iptc4xmpExt/2008-02-29/"
-_OURS = re.compile(f'<rdf:Description rdf:about="" xmlns:semiperm="{_NAMESPACE}">.*?</rdf:Description>\n?', re.DOTALL)
+_RDF = "http://www.w3.org/1999/02/22-rdf-syntax-ns#"
+_OURS = re.compile(
+    f'<rdf:Description (?:xmlns:rdf="{_RDF}" )?rdf:about="" xmlns:semiperm="{_NAMESPACE}">.*?</rdf:Description>\n?',
+    re.DOTALL,
+)
+# Where descriptions of a packet end, whatever its prefix for RDF is; or an element that is closed at once.
+_END = re.compile(r"</(?:[\w.-]+:)?RDF\s*>|<((?:[\w.-]+:)?RDF)((?:\s[^<>]*?)?)/>")
 _SOURCE = f'<Iptc4xmpExt:DigitalSourceType xmlns:Iptc4xmpExt="{_IPTC}">{{}}</Iptc4xmpExt:DigitalSourceType>'
 
 
@@ -194,19 +200,21 @@ def _merged(packet: str | None, record: str, source_type: str) -> str:
     packet = None if packet is None else _OURS.sub("", packet)
     source = "" if packet is not None and "DigitalSourceType" in packet else _SOURCE.format(escape(source_type))
     ours = (
-        f'<rdf:Description rdf:about="" xmlns:semiperm="{_NAMESPACE}">{source}'
+        f'<rdf:Description xmlns:rdf="{_RDF}" rdf:about="" xmlns:semiperm="{_NAMESPACE}">{source}'
         f"<semiperm:record>{escape(record)}</semiperm:record></rdf:Description>\n"
     )
     if packet is None:
         return (
             '<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>\n<x:xmpmeta xmlns:x="adobe:ns:meta/">'
-            f'<rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">\n{ours}</rdf:RDF></x:xmpmeta>\n'
+            f'<rdf:RDF xmlns:rdf="{_RDF}">\n{ours}</rdf:RDF></x:xmpmeta>\n'
             '<?xpacket end="w"?>'
         )
-    before, end, after = packet.rpartition("</rdf:RDF>")
-    if not end:
-        raise WatermarkError("the file's XMP metadata has no </rdf:RDF>; repair it, or take it out of the file")
-    return before + ours + end + after
+    ends = list(_END.finditer(packet))
+    if not ends:
+        raise WatermarkError("the file's XMP metadata has no rdf:RDF element; repair it, or take it out of the file")
+    name, attributes = ends[-1].groups()
+    inside = ours + ends[-1].group() if name is None else f"<{name}{attributes}>{ours}</{name}>"
+    return packet[: ends[-1].start()] + inside + packet[ends[-1].end() :]
 
 
 # ---- reading -------------------------------------------------------------------------------------------------------

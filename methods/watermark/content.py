@@ -221,7 +221,9 @@ def draw_bound(
     return best
 
 
-def content_p_value(noise: Tensor, reading: Reading, features: Tensor, key: WatermarkKey, scope: str = "") -> float:
+def content_p_value(
+    noise: Tensor, reading: Reading, features: Tensor, key: WatermarkKey, scope: str = "", *, votes: bool = False
+) -> float:
     """The chance that a picture of unrelated content fits the binding in `noise` as well as this one.
 
     Args:
@@ -229,10 +231,11 @@ def content_p_value(noise: Tensor, reading: Reading, features: Tensor, key: Wate
         reading: of that noise.
         features: (D,) embedding of the picture in hand.
         key, scope: of the reading.
+        votes: the noise is votes (reader.py, channels.py).
 
     Raises:
         WatermarkError: a detector's copy of the key.
     """
     positions, bits = _signs(key, reading, features, tuple(noise.shape), scope)
-    values = quantise(noise[None])[0][positions].astype(np.int64)
+    values = quantise(noise[None], votes=votes)[0][positions].astype(np.int64)
     return math.exp(log_tail(level_counts(values), int(values @ (1 - 2 * bits.astype(np.int64)))))

@@ -10,124 +10,24 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import cast
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import WatermarkError
-from .content import Embedding, content_p_value, perceptual_hash
+from .channels import as_read
+from .config import SOON, DetectionConfig, DetectionResult
+from .content import content_p_value
 from .edits import cells_inside, without_flats
 from .fields import MINIMUM
-from .issued import Issued, read_issued
+from .issued import read_issued
 from .keys import FORMAT, WatermarkKey
-from .ladder import LADDER
-from .mark import Payload, Reading, read
+from .mark import Reading, read
 from .reader import STEPS, Reader
 from .search import Inverter, Search
 from .search import run as search_edits
-from .statistics import levelled
 from .views import AS_GIVEN, LARGEST, large_enough, latent_mask, resized, signed_sizes, views, whole_cells
 
-_SOON = 2  # rungs that are cheap: all views are looked at so before the reader looks, and then more steps
 CONTENT = 3e-3  # of pictures that show something unrelated, this many are taken for the one that was signed
-
-
-@dataclass(frozen=True)
-class DetectionResult:
-    """What one picture says.
-
-    Args:
-        verdict: "valid" (mark present, payload authenticated, and the content is what was signed where it is bound),
-            "content differs" (an authentic mark in a picture that shows something else: a transplant), "unverified"
-            (mark present, but the payload did not decode, or its MAC is wrong, or the keyring has no MAC key, or
-            content was bound in format 1, which a holder of a detector's copy can forge: treat the payload as a claim)
-            or "absent".
-        p_value, log10_p: the chance that a picture made without the keys looks so marked; all keys, nonces, rungs of
-            the ladder and edits undone are accounted for.
-        payload: None if absent or not decoded.
-        bit_confidence: share of the payload field's weight that agrees with the decoded payload, about .5 without a
-            mark.
-        key_id, key_name: None if absent.
-        model_evaluations: of the denoiser, over all rungs and edits.
-        content_p_value: the chance that a picture of unrelated content fits the bound one so well; None where no
-            content is bound or the payload was not authenticated.
-        transform: the edit that was undone, "as given" without one.
-        evidence: float32 in the latent's shape (C, h, w), positive where the mark agrees; None where nothing was
-            decoded.
-    """
-
-    verdict: str
-    p_value: float
-    log10_p: float
-    payload: Payload | None
-    bit_confidence: float
-    key_id: int | None
-    key_name: str | None
-    model_evaluations: int
-    content_p_value: float | None = None
-    transform: str = AS_GIVEN
-    evidence: np.ndarray | None = field(default=None, repr=False, compare=False)
-
-
-@dataclass(frozen=True)
-class DetectionConfig:
-    """How to look for marks, in every face.
-
-    Args:
-        false_positive_rate: at which a mark counts as present, above 0, below 1.
-        ladder: inversion steps of each rung, rising; (1,) costs a single evaluation of the denoiser.
-        scope: as at signing.
-        batch_size: pictures in the model at a time, at least 1.
-        search: edits to undo where the ladder finds nothing (flips, turns, shifts, crops); True for the usual ones,
-            None or False for none.
-        size: (height, width) that was signed, in pixels. None tries the picture's own and, where the inverter knows
-            it, the model's; a search then divides its budget among them.
-        embedding: as when the content was bound.
-        reader: of the model's pictures (reader.py): one rung more, after the first two of the ladder.
-        issued: marks that were signed (issued.py): each rung looks for them, at half of its share of the error.
-
-    Raises:
-        WatermarkError: a value out of range.
-    """
-
-    false_positive_rate: float = 1e-6
-    ladder: Sequence[int] = LADDER
-    scope: str = ""
-    batch_size: int = 16
-    search: Search | bool | None = None
-    size: tuple[int, int] | None = None
-    embedding: Embedding = perceptual_hash
-    reader: Reader | None = None
-    issued: Sequence[Issued] = ()
-
-    def __post_init__(self):
-        if not 0 < self.false_positive_rate < 1:
-            raise WatermarkError(
-                f"the false positive rate is {self.false_positive_rate}; expected above 0, below 1, such as 1e-6"
-            )
-        ladder = tuple(self.ladder)
-        if not ladder or ladder[0] < 0 or any(b <= a for a, b in zip(ladder, ladder[1:], strict=False)):
-            raise WatermarkError(
-                f"the ladder is {ladder}; expected rising numbers of inversion steps, such as {LADDER}"
-            )
-        if self.batch_size < 1:
-            raise WatermarkError(f"batch_size={self.batch_size}; expected at least 1 picture at a time")
-        size = None if self.size is None else tuple(self.size)
-        if size is not None and (len(size) != 2 or min(size) < 1):
-            raise WatermarkError(f"the signed size is {size}; expected (height, width) in pixels")
-        search = Search() if self.search is True else self.search or None
-        for name, value in (("ladder", ladder), ("size", size), ("search", search), ("issued", tuple(self.issued))):
-            object.__setattr__(self, name, value)
-
-    @property
-    def rungs(self) -> tuple[int | None, ...]:
-        """Inversion steps of each look at a picture, None for the reader's."""
-        reader = (None,) if self.reader is not None else ()
-        return (*self.ladder[:_SOON], *reader, *self.ladder[_SOON:])
-
-    @property
-    def log10_rate(self) -> float:
-        return math.log10(self.false_positive_rate)
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,6 +40,7 @@ class _Look:
     pixels: Tensor  # as they were read
     transform: str
     inverted: bool  # by a step at least, or as far as the ladder goes
+    votes: bool  # whether `noise` is votes
 
 
 @dataclass(eq=False)
@@ -216,7 +117,7 @@ def detect_in(
     seen = [detector.cases(readings) for readings in files]
     several = max(map(len, seen), default=0)
     # All views up to a few steps before any of them goes higher, which takes ten times as long.
-    for rungs in filter(None, (config.rungs[:_SOON], config.rungs[_SOON:]) if several > 1 else (config.rungs,)):
+    for rungs in filter(None, (config.rungs[:SOON], config.rungs[SOON:]) if several > 1 else (config.rungs,)):
         for turn in range(several):
             left = [cases for cases in seen if not any(case.settled(config.log10_rate) for case in cases)]
             for part in _batches([cases[turn] for cases in left if turn < len(cases)], config.batch_size):
@@ -288,8 +189,9 @@ class _Detector:
             if steps is None:
                 noise = self._votes(latents[pending], inside[pending])
             else:
-                noise = levelled(inverter.invert(latents[pending], steps), inside[pending])
-            readings = self._read(noise, votes=steps is None)
+                noise = as_read(inverter.invert(latents[pending], steps), inside[pending], config.channels, steps)
+            votes = steps is None or config.channels is not None
+            readings = self._read(noise, votes=votes)
             for row, i, reading in zip(noise, pending, readings, strict=True):
                 case = cases[i]
                 tries = share * case.views * (2 if case.filled else 1)  # told by the picture alone, whichever climb
@@ -297,7 +199,7 @@ class _Detector:
                 if filled:
                     said = "plain areas filled" if said == AS_GIVEN else f"{said}, plain areas filled"
                 log10_p, inverted = reading.log10_p + math.log10(tries), steps != 0 or config.rungs == (0,)
-                case.looks.append(_Look(log10_p, reading, row, pictures[i], said, inverted))
+                case.looks.append(_Look(log10_p, reading, row, pictures[i], said, inverted, votes))
                 case.evaluations += sum(STEPS) if steps is None else steps
             pending = [i for i in pending if not cases[i].settled(config.log10_rate)]
             if not pending:
@@ -351,12 +253,22 @@ class _Detector:
             if case.settled(config.log10_rate):
                 return
             rate = config.false_positive_rate / len(sizes)
-            undone = search_edits(enlarged, self.inverter, self.keys, search, rate, size=size, scope=config.scope)
+            undone = search_edits(
+                enlarged,
+                self.inverter,
+                self.keys,
+                search,
+                rate,
+                size=size,
+                scope=config.scope,
+                channels=config.channels,
+            )
             if undone is None:  # the budget allowed nothing
                 continue
             case.evaluations += undone.evaluations
             log10_p = undone.reading.log10_p + math.log10(2 * len(sizes) * undone.tries)
-            case.looks.append(_Look(log10_p, undone.reading, undone.noise, undone.picture, undone.transform, True))
+            found = undone.reading, undone.noise, undone.picture, undone.transform
+            case.looks.append(_Look(log10_p, *found, True, config.channels is not None))
 
     def result(self, case: _Case) -> DetectionResult:
         """What all looks at a picture say together."""
@@ -377,7 +289,7 @@ class _Detector:
         if reading.bound and reading.mac_ok:  # a detector's copy cannot tell
             key = next(k for k in reversed(self.keys) if (k.key_id, k.name) == (reading.key_id, reading.key_name))
             features = self.config.embedding(best.pixels[None])[0]
-            content = content_p_value(best.noise, reading, features, key, self.config.scope)
+            content = content_p_value(best.noise, reading, features, key, self.config.scope, votes=best.votes)
             if content > CONTENT:
                 verdict = "content differs"
             elif (reading.format or FORMAT) < FORMAT:  # a holder of a detector's copy could have bound this content

@@ -9,7 +9,8 @@ from einops import rearrange
 from torch import Tensor
 
 from ..pictures import from_pil
-from .detection import AS_GIVEN, DetectionResult
+from .config import DetectionResult
+from .views import AS_GIVEN
 
 __all__ = ["heat_map", "p_text", "sign_agreement"]
 

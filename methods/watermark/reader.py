@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -24,13 +24,13 @@ from torch import Tensor, nn
 
 from ..errors import WatermarkError
 from ..files import read_safetensors, save_safetensors
+from ..membranes.base_model import SAME_BASE_BITS, base_model_distance, base_model_hash
 
-__all__ = ["SAME_BITS", "STEPS", "Reader", "fingerprint_distance", "load_reader", "save_reader"]
+__all__ = ["STEPS", "Reader", "load_reader", "model_fingerprint", "save_reader", "trained_with"]
 
 STEPS = (0, 1, 2)  # of inversion, that the network is shown; more hardly say more (1 step: .29 of the noise's signal
 # after regenerate:0.14 on the canvas, 2: .313, 5: .315)
 _FORMAT = "semiperm-mark-reader.1"
-SAME_BITS = 12  # of 64 that fingerprints of one model or of its fine-tunes differ in at most: see base_model.py
 
 
 class _Block(nn.Module):
@@ -104,16 +104,30 @@ def load_reader(path: str | os.PathLike, model: str | None = None) -> Reader:
     tensors, said = read_safetensors(path)
     if said.get("format") != _FORMAT:
         raise WatermarkError(f"{path} is no reader of marks ({said.get('format')!r}); expected a {_FORMAT}")
-    if model is not None and (distance := fingerprint_distance(model, said["model"])) > SAME_BITS:
+    if model is not None and not trained_with(said["model"], model):
         raise WatermarkError(
-            f"the reader {path} was trained with model {said['model']}, this one is {model} ({distance} of 64 bits"
-            " differ): train one for it, e.g. `semiperm canvas reader`"
+            f"the reader {path} was trained with model {said['model']}, this one is {model}"
+            f" ({base_model_distance(model, said['model'])} of 64 bits differ): train one for it, e.g."
+            " `semiperm canvas reader`"
         )
     reader = Reader(**json.loads(said["shape"]), model=said["model"])
     reader.load_state_dict({name: value.float() for name, value in tensors.items()})
     return reader.eval()
 
 
-def fingerprint_distance(first: str, second: str) -> int:
-    """How many of 64 bits two fingerprints differ in."""
-    return (int(first, 16) ^ int(second, 16)).bit_count()
+def trained_with(known: str, model: str) -> bool:
+    """Whether two fingerprints are of one model, in whatever dtype, or of a fine-tune of it."""
+    return base_model_distance(known, model) <= SAME_BASE_BITS
+
+
+def model_fingerprint(denoiser: Mapping[str, Tensor], vae: Mapping[str, Tensor]) -> str:
+    """16 hex digits that tell a model: of its denoiser's and its autoencoder's matrices, by diffusers' names."""
+    parts = {"denoiser": denoiser, "vae": vae}
+    return base_model_hash(
+        {
+            f"{part} {name}": value
+            for part, weights in parts.items()
+            for name, value in weights.items()
+            if value.is_floating_point() and value.ndim >= 2
+        }
+    )

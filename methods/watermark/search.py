@@ -22,11 +22,12 @@ import torch
 from torch import Tensor
 
 from ..errors import WatermarkError
+from .channels import ChannelWeights, as_read
 from .edits import ROUNDS, Edit, Family, cells_inside, crops, shifts, turns, without_flats
 from .fields import Fields, fields_of, first_field_bytes, fit
 from .keys import FORMAT, WatermarkKey
 from .mark import Reading, read
-from .statistics import levelled, quantise
+from .statistics import quantise
 
 __all__ = ["Inverter", "Search", "Undone", "run"]
 
@@ -155,6 +156,7 @@ class _Hunt:
     scope: str
     log10_rate: float
     size: tuple[int, int] | None
+    channels: ChannelWeights | None
     spent: int = 0  # evaluations of the budget
     # Known once the first picture is encoded:
     cell: int = 0  # pixels along a latent cell
@@ -209,7 +211,7 @@ class _Hunt:
             latents = self.inverter.encode([pixels for pixels, _ in undone])
             for noise, (_, inside) in zip(self.inverter.invert(latents, self.search.steps), undone, strict=True):
                 inside = cells_inside(inside, noise.shape[-2:])
-                out.append((levelled(noise.float().cpu()[None], inside)[0], inside))
+                out.append((as_read(noise.float().cpu()[None], inside, self.channels, self.search.steps)[0], inside))
         if out and tuple(out[0][0].shape) != self.shape:
             self.shape = tuple(out[0][0].shape)
             self.cell = frame[0] // self.shape[-2]
@@ -225,7 +227,7 @@ class _Hunt:
         """Readings at these edits, the likeliest mark first; in the order given where nothing tells them apart."""
         if not noises:
             return []
-        readings = read(torch.stack(list(noises)), self.keys, scope=self.scope)
+        readings = read(torch.stack(list(noises)), self.keys, scope=self.scope, votes=self.channels is not None)
         found = [_Found(*item) for item in zip(readings, noises, edits, strict=True)]
         return sorted(found, key=lambda one: one.reading.log10_p)
 
@@ -234,7 +236,8 @@ class _Hunt:
         values = np.zeros(self.shape, np.int8)
         if not self.laid or not inside.any():
             return np.zeros(len(moves))
-        values[:, inside.numpy()] = quantise(noise[None, :, inside])[0].reshape(len(values), -1)
+        weights = quantise(noise[None, :, inside], votes=self.channels is not None)
+        values[:, inside.numpy()] = weights[0].reshape(len(values), -1)
         moved = torch.from_numpy(np.stack([_moved(values, move).reshape(-1) for move in moves]))
         return np.max([fit(fields, moved, *laid).amax(1).numpy() for fields, *laid in self.laid], axis=0)
 
@@ -299,6 +302,7 @@ def run(
     *,
     size: tuple[int, int] | None = None,
     scope: str = "",
+    channels: ChannelWeights | None = None,
 ) -> Undone | None:
     """Undo edits until a mark is settled or the budget is spent; None if the budget allowed no look.
 
@@ -310,6 +314,7 @@ def run(
         false_positive_rate: where the search may stop, half of it being the search's.
         size: (height, width) that was signed, in pixels; None: the picture's own. Cuts need it.
         scope: as at signing.
+        channels: how much each channel of the latents says.
 
     Raises:
         WatermarkError: a picture or a size smaller than what the model encodes.
@@ -321,7 +326,8 @@ def run(
         )
     filled, valid = without_flats(picture.float().cpu())
     size = (size[0], size[1]) if size else None
-    hunt = _Hunt(filled, valid, inverter, list(keys), search, scope, math.log10(false_positive_rate), size)
+    rate = math.log10(false_positive_rate)
+    hunt = _Hunt(filled, valid, inverter, list(keys), search, scope, rate, size, channels)
     best: _Candidate | None = None
     for candidate in hunt.refined():
         if best is None or candidate.log10_p < best.log10_p:

@@ -18,7 +18,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ...canvas import autoencoder, denoiser
-from ...canvas.models import model_of, weights_of
+from ...canvas.models import aid_files, model_of, weights_of
+from ...methods.watermark.aids import aids_of_model
+from ...methods.watermark.reader import model_fingerprint
 from .clip import sd1_clip, sd3_clip
 
 
@@ -40,6 +42,9 @@ def load_canvas(name: str = "canvas", weights: Path | None = None):
         model, clip = _transformer(state["transformer"]), sd3_clip(state["text-first"], state["text-second"], tokenizer)
     model.set_attachments("semiperm_canvas", name)
     model.set_attachments("semiperm_native", autoencoder.CONFIG["sample_size"])  # for Detect Watermark
+    drawn_by = state.get("unet", state.get("transformer"))
+    aids = aids_of_model(aid_files(name, folder), lambda: model_fingerprint(drawn_by, state["vae"]))
+    model.set_attachments("semiperm_aids", aids)  # for Detect Watermark, too
     clip.patcher.set_attachments("semiperm_canvas", name)
     return model, clip, _vae(state["vae"])
 

@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from ...methods.watermark.detection import AS_GIVEN, DetectionResult
+from ...methods.watermark.config import DetectionResult
 from ...methods.watermark.heatmap import heat_map, p_text, sign_agreement
+from ...methods.watermark.views import AS_GIVEN
 
 __all__ = ["detection_text", "heat_map", "heat_maps", "p_text", "sign_agreement"]
 

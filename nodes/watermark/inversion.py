@@ -13,6 +13,8 @@ it finds .76 of the signs at denoise .3 and .78 at .5 (5 steps), paths that end 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import comfy.model_base
 import comfy.model_management
 import comfy.model_sampling
@@ -22,13 +24,15 @@ from einops import rearrange
 from torch import Tensor
 
 from ...methods.errors import WatermarkError
-from ...methods.watermark.detection import DetectionConfig, detect_in
+from ...methods.watermark.config import DetectionConfig
+from ...methods.watermark.detection import detect_in
 from ...methods.watermark.keyring import Keyring
 from ...methods.watermark.ladder import FIRST, inversion_times
 from ..sockets import Detection, digest
 from .noise import unsigned
 
 NATIVE = "semiperm_native"  # attachment of models that say themselves how large they draw
+AIDS = "semiperm_aids"  # and of those that bring what helps to read their marks: fields of `DetectionConfig`
 _SIDES = {768: 512, 1024: 512}  # of UNets by the width of their text: SD1.x and SD2
 _SIDE_OF_V = 768  # SD2's models that predict v
 _LARGE = (comfy.model_base.SDXL, comfy.model_base.SDXLRefiner, comfy.model_base.SD3, comfy.model_base.Flux)
@@ -85,6 +89,7 @@ class ComfyInverter:
             )
         self.multiple = int(vae.spacial_compression_encode())
         self.native = native_side(model)
+        self.aids = model.get_attachment(AIDS) or {}
 
     def encode(self, pixels: list[Tensor]) -> Tensor:
         """Pictures (3, H, W) in 0..1 of one size -> (B, C, h, w), scaled and shifted as the denoiser expects."""
@@ -154,7 +159,7 @@ def signed_size(width: int, height: int) -> tuple[int, int] | None:
 def detect_pictures(
     images: Tensor, ring: Keyring, inverter: ComfyInverter, config: DetectionConfig, mask: Tensor | None = None
 ) -> Detection:
-    """`detect_in` with a ComfyUI model.
+    """`detect_in` with a ComfyUI model, and with what the model brings to read its marks (Load Canvas attaches it).
 
     Args:
         images: (B, H, W, C), ComfyUI's IMAGE. ring: the keys to try.
@@ -168,4 +173,5 @@ def detect_pictures(
             raise WatermarkError(f"{len(mask)} masks were given; expected one for all pictures")
         mask = torch.nn.functional.interpolate(mask[None].float(), size=images.shape[1:3])[0, 0] > 0.5
     pixels = rearrange(images[..., :3], "b h w c -> b c h w").float().clamp(0, 1)
+    config = replace(config, **inverter.aids)
     return Detection(detect_in(list(pixels), inverter, ring, config, mask=mask), digest(images))

@@ -280,7 +280,7 @@ class SemipermDetectWatermark(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, vae, images, keyring, search, width, height, labels="", mask=None, **text):
-        from ...methods.watermark.detection import DetectionConfig
+        from ...methods.watermark.config import DetectionConfig
         from .heatmap import detection_text, heat_maps
         from .inversion import ComfyInverter, detect_pictures, signed_size
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from ...methods.errors import WatermarkError
+from ...methods.watermark.config import DetectionConfig
 from ...methods.watermark.content import ROUNDS, Embedding, draw_bound, perceptual_hash
-from ...methods.watermark.detection import CONTENT, DetectionConfig, detect_in
+from ...methods.watermark.detection import CONTENT, detect_in
 from ...methods.watermark.keys import WatermarkKey
 from ...methods.watermark.ladder import LADDER
 from ...methods.watermark.mark import KeyedMark, Payload

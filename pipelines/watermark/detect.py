@@ -12,7 +12,8 @@ from typing import Any, cast
 from torch import Tensor
 
 from ...methods.pictures import Mask, Pictures, as_exif_says, mask_of
-from ...methods.watermark.detection import DetectionConfig, DetectionResult, detect_in
+from ...methods.watermark.config import DetectionConfig, DetectionResult
+from ...methods.watermark.detection import detect_in
 from ...methods.watermark.keys import WatermarkKey
 from ..family import Pipeline, family_of
 from ..latents import latent_shape, multiple_of, pixels_per_latent
@@ -64,7 +65,7 @@ def detect_watermark(
         mask: PIL image or tensor (H, W), white where an inpainting drew; see `replace_noise`. After
             img2img nothing need be said: inverting all the way finds as much as inverting to its strength.
         settings: fields of `DetectionConfig` in place of the config's: false_positive_rate, ladder, scope, batch_size,
-            search, size, embedding, reader, issued.
+            search, size, embedding, reader, channels, issued.
 
     Returns:
         One result a picture, in order.

@@ -8,24 +8,25 @@ checkpoints beside them.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from ...canvas.loop import train
+from ...canvas.precision import Run, autocast
 from ...methods.attacks.pictures import ATTACKS, attack
 from ...methods.files import read_safetensors, save_safetensors
-from ...methods.membranes.base_model import base_model_hash
-from ...methods.watermark.reader import SAME_BITS, STEPS, Reader, fingerprint_distance, load_reader, save_reader
+from ...methods.watermark.reader import STEPS, Reader, save_reader
 from ..attacks.pictures import model_attacks
-from ..family import denoiser_of
 from ..latents import latent_shape
+from .channels import drawn
+from .fingerprint import fingerprint
 from .inversion import encode_images, invert
 
-__all__ = ["fingerprint", "reader_for", "train_reader"]
+__all__ = ["Schedule", "train_reader"]
 
 UNIT = 16  # pictures of a file
 EDITS = 2  # of each picture:
@@ -49,33 +50,26 @@ _KINDS = (
 )
 # What makes the training affordable: few steps. The noise of a picture looks the same in few as in many.
 _REDRAWN = 12  # of regeneration's whole way
-_SAMPLING = ((8, 1.0), (8, 4.0), (8, 2.5), (10, 5.0))  # and of the pictures, with their guidance, in turn
+SAMPLING = ((8, 1.0), (8, 4.0), (8, 2.5), (10, 5.0))  # and of the pictures, with their guidance, in turn
 _BATCH = 48
 _RATE = 2e-3
 
 
-def fingerprint(pipe) -> str:
-    """16 hex digits that tell a model: of its denoiser's and its autoencoder's matrices."""
-    parts = {"denoiser": denoiser_of(pipe)[0], "vae": pipe.vae}
-    weights = {
-        f"{part} {name}": value
-        for part, module in parts.items()
-        for name, value in module.state_dict().items()
-        if value.is_floating_point() and value.ndim >= 2
-    }
-    return base_model_hash(weights)
+@dataclass(frozen=True)
+class Schedule:
+    """What a reader learns from, and how long.
 
-
-def reader_for(pipe, path: Path) -> Reader | None:
-    """The reader in a file if it was trained with this model, else None; also where there is no file.
-
-    Raises:
-        SemipermError: a damaged file, or one of another kind.
+    Args:
+        pictures: to learn from, each in `EDITS` forms, in whole sixteens.
+        steps: of training.
+        seed: of all chance.
+        sampling: steps and guidance scale of the pictures, in turn.
     """
-    if not path.exists():
-        return None
-    reader = load_reader(path)
-    return reader if fingerprint_distance(reader.model, fingerprint(pipe)) <= SAME_BITS else None
+
+    pictures: int = 1600
+    steps: int = 1500
+    seed: int = 0
+    sampling: Sequence[tuple[int, float]] = SAMPLING
 
 
 def train_reader(
@@ -83,61 +77,62 @@ def train_reader(
     prompts: Callable[[int], str],
     out: Path,
     workdir: Path,
+    schedule: Schedule | None = None,
     *,
-    pictures: int = 1600,
-    steps: int = 1500,
-    seed: int = 0,
     advance: Callable[[int], object] = lambda n: None,
-) -> Reader:
-    """Draw and edit a model's pictures, train a reader on them and write it.
+) -> tuple[Reader, str]:
+    """Draw and edit a model's pictures, train a reader on them in the quicker precision, and write it.
 
     Args:
         pipe: text-to-image pipeline; nothing in it changes.
         prompts: f(number) -> what to draw.
         out: the reader's .safetensors file.
         workdir: of the pictures and checkpoints; the same call goes on from what is there.
-        pictures: to learn from, each in `EDITS` forms.
-        steps: of training.
         advance: told of finished pictures.
+
+    Returns:
+        The reader, and the precision that it was trained in.
     """
-    workdir, model = Path(workdir), fingerprint(pipe)
+    schedule, workdir, model = schedule or Schedule(), Path(workdir), fingerprint(pipe)
+    seed, name = schedule.seed, f"reader-{model}-{schedule.seed}"
     data = [
-        _unit(pipe, prompts, start, seed, workdir / f"reader-{model}-{seed}-{start:06d}.safetensors", advance)
-        for start in range(0, pictures, UNIT)
+        _unit(pipe, prompts, start, schedule, workdir / f"{name}-{start:06d}.safetensors", advance)
+        for start in range(0, schedule.pictures, UNIT)
     ]
-    estimates, noise = (torch.cat([part[name] for part in data]) for name in ("estimates", "noise"))
+    estimates, noise = (torch.cat([part[kind] for part in data]) for kind in ("estimates", "noise"))
     reader = Reader(noise.shape[1], model=model)
 
-    def loss_of(step: int) -> dict[str, Tensor]:
+    def loss_of(step: int, precision: str) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
         rows = torch.randint(len(noise), (_BATCH,), generator=generator)
         seen, said = estimates[rows].float(), noise[rows].float()
         if torch.rand((), generator=generator) < 0.5:  # a mirrored picture has mirrored noise
             seen, said = seen.flip(-1), said.flip(-1)
-        votes = reader(seen.unbind(1))
-        right = (said > 0).to(votes)
+        with autocast(precision):
+            votes = reader(seen.unbind(1))
+        right = (said > 0).to(torch.float32)
         # The sign of a large value is told more surely, and the mark lies in signs alone: all count the same.
-        return {"loss": binary_cross_entropy_with_logits(2 * votes, right)}
+        return {"loss": binary_cross_entropy_with_logits(2 * votes.float(), right)}
 
-    weights = train("reader", reader, loss_of, steps=steps, lr=_RATE, workdir=workdir, ema=0.995)
-    reader.load_state_dict(weights)
-    about = {"pictures": pictures, "edits": EDITS, "steps": steps, "seed": seed}
-    save_reader(reader, out, about)
-    return reader.eval()
+    run = Run(workdir, steps=schedule.steps, batch=_BATCH, seed=seed)
+    precision = run.precision(name, reader, loss_of)
+    run.train(name, reader, loss_of, precision, lr=_RATE, ema=0.995)
+    about = {"pictures": schedule.pictures, "edits": EDITS, "steps": schedule.steps, "seed": seed}
+    save_reader(reader, out, about | {"precision": precision})
+    return reader, precision
 
 
 @torch.no_grad()
-def _unit(pipe, prompts, start: int, seed: int, path: Path, advance: Callable) -> dict[str, Tensor]:
+def _unit(pipe, prompts, start: int, schedule: Schedule, path: Path, advance: Callable) -> dict[str, Tensor]:
     """(N, STEPS, C, h, w) estimates and (N, C, h, w) noise of sixteen pictures and their edits, float16."""
     if path.exists():
         advance(UNIT)
         return read_safetensors(path)[0]
+    seed = schedule.seed
     generator, chance = torch.Generator().manual_seed(seed * 1_000_003 + start), random.Random(f"{seed} {start}")
     noise = torch.randn(UNIT, *latent_shape(pipe), generator=generator)
-    steps, guidance = _SAMPLING[start // UNIT % len(_SAMPLING)]
-    call = {"num_inference_steps": steps, "guidance_scale": guidance, "output_type": "pt"}
-    drawn = pipe([prompts(start + i) for i in range(UNIT)], latents=noise, **call).images
-    pixels = drawn.float().cpu().mul(255).round().div(255)
+    steps, guidance = schedule.sampling[start // UNIT % len(schedule.sampling)]
+    pixels = drawn(pipe, [prompts(start + i) for i in range(UNIT)], noise, steps, guidance)
     found = []
     for edited in _edited(pipe, pixels, chance, generator):
         latents = encode_images(pipe, list(edited), UNIT)

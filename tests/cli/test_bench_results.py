@@ -82,11 +82,29 @@ def held_out_of(world):
 
 
 def watermark_of(world):
-    about = {"machine": "a CPU", "versions": {}, "world": world}
-    attack = {"table": "attack", "mark": "semiperm", "n": 8, "tpr": SHARE, "detected": SHARE, "exact": SHARE}
-    guidance = {"table": "guidance", "guidance": 4.0, "agreement": {"5": 0.875}}
-    quality = {"table": "quality", "mark": "semiperm", "object": SHARE}
-    return [row | about for row in (attack | {"attack": "none"}, attack | {"attack": "mean"}, guidance, quality)]
+    about = {"machine": "a CPU", "versions": {}, "world": world, "n": 8, "evaluations": 1.0}
+    about |= dict.fromkeys(("tpr", "detected", "exact", "object", "style", "background"), SHARE)
+    about |= dict.fromkeys(("distance", "interval", "p_value", "forged", "caught", "valid", "draws"))
+    rows = [{"table": "attack", "mark": "semiperm", "attack": name} for name in ("none", "mean")]
+    rows += [
+        {"table": "guidance", "guidance": 4.0, "agreement": {"5": 0.875}},
+        {"table": "quality", "mark": "semiperm"},
+    ]
+    rows += [{"table": "decoder", "latents": "encoder", "agreement": 0.8}, {"table": "forgery", "attack": "reprompt"}]
+    rows += [{"table": "everyday", "conversion": "grey", "seconds": 1.5}]
+    return [row | about for row in rows]
+
+
+def token_merging_of(world):
+    about = {"world": world, "steps": 7, "machine": "a CPU", "versions": {}, "images": 8, "similarity": 0.5}
+    about |= dict.fromkeys(("shown", "style_kept", "background_kept", "object_kept"), SHARE)
+    about |= {"feature_distance": 0.25, "pixel_distance": 0.75, "config": {"strength": 2.2}}
+    about["name"] = "negative_token_merging"
+    return [
+        {"mode": mode, "domain": domain, "judge": judge} | about
+        for mode, domain in (("reference", "characters"), ("diversity", "objects"), ("diversity", "characters"))
+        for judge in ("first", "second")
+    ]
 
 
 def check_of(model):
@@ -141,6 +159,7 @@ def test_a_world_stands_on_the_page_as_soon_as_it_has_a_file(clone):
         "arena": arena_of,
         "guidance": guidance_of,
         "held_out": held_out_of,
+        "negative_token_merging": token_merging_of,
         "watermark": watermark_of,
     }
     for stem, of in made.items():
@@ -159,7 +178,10 @@ def test_a_world_stands_on_the_page_as_soon_as_it_has_a_file(clone):
     assert "| method | UA | UA, implied | UA, second judge |" in text
     assert "| SAFREE | one | 62.5 (0.0 to 100.0) |" in text and "| 12.5 | 12.5 |" in text
     assert "| ghost | negative token merging | 50.0 (25.0 to 75.0) | 0.500 |" in text and "strength 1.5" in text
-    assert "guidance 4: 5 steps 87.5" in text
+    assert "guidance 4: 5 steps 87.5" in text and "| grey | 8 | 50.0 (25.0 to 75.0) |" in text
+    assert "bench watermark --world canvas-flow --part repaint --resume" in text  # not measured yet
+    assert "| characters | negative token merging | 0.250 | 0.750 | 50.0 (25.0 to 75.0) |" in text
+    assert "bench token-merging --world canvas-flow --steps 7 --json" in text
     assert (
         "| % | n | canvas-flow | canvas-turbo |" in text and "canvas check canvas-flow --pictures 4 --marks 3" in text
     )
@@ -181,7 +203,9 @@ def test_outside_a_clone(tmp_path, monkeypatch):
 
 
 def test_needs_nothing_heavy(root):
-    for file in (root / "benchmarks").glob("results_*.py"):
+    files = list((root / "benchmarks" / "page").glob("*.py"))
+    assert len(files) > 5
+    for file in files:
         assert not re.search(
             r"^\s*(from|import) (torch|numpy|diffusers)", file.read_text(encoding="utf-8"), re.MULTILINE
         )

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from semiperm.benchmarks.page import watermark as page
 from semiperm.benchmarks.watermark import run as bench
 from semiperm.cli import app, bench_watermark, common
 from typer.testing import CliRunner
@@ -219,9 +220,32 @@ def test_figures_of_other_parts_stay(asked, monkeypatch, tmp_path):
     assert [row["n"] for row in bench_watermark.kept(file, ["canvas"], fresh)] == [1, 3]
     assert bench_watermark.kept(file, list(bench.PARTS), fresh) == []
     assert bench_watermark.kept(tmp_path / "none.json", ["canvas"], fresh) == []
+    faces = [{"table": "sampler", "face": face, "n": n} for n, face in enumerate(("diffusers", "comfyui"))]
+    (tmp_path / "samplers.json").write_text(json.dumps(faces))
+    kept = bench_watermark.kept(tmp_path / "samplers.json", ["samplers"], [faces[0]])
+    assert kept == faces[1:], "another face's rows, which were not measured again"
     file.write_text("[1]")
     with pytest.raises(common.CliError, match="no file of this command's figures"):
         bench_watermark.kept(file, ["canvas"], fresh)
+
+
+def test_the_pages_parts_are_the_commands():
+    assert {name: set(tables) for name, tables in page.PARTS.items()} == {
+        name: set(bench.TABLES[name]) - ({"null"} if name == "canvas" else set()) for name in bench.PARTS
+    }
+    assert set(page.FIELDS) == set().union(*page.PARTS.values()) and set(page.TITLES) == set(page.PARTS)
+
+
+@pytest.mark.parametrize("lacks", ["table", "field"])
+def test_a_part_of_an_older_form_says_what_makes_it_again(lacks):
+    row = {"table": "repaint", "attack": "grey", "way": "ladder", "n": 4, "tpr": SHARE, "detected": SHARE}
+    whole = page.part([row], "repaint", "canvas", page.repaint)
+    assert "98.7 (90.0 to 100.0)" in whole and "--part repaint --resume" in whole
+    older = [] if lacks == "table" else [{name: value for name, value in row.items() if name != "way"}]
+    text = page.part(older, "repaint", "canvas-flow", page.repaint)
+    command = "semiperm bench watermark --world canvas-flow --part repaint --resume watermark.jsonl"
+    assert f"No figures of today's form yet; `{command} --json benchmarks/results/watermark_canvas-flow.json`" in text
+    assert text.startswith("### Repainted, and grey\n\n") and page.watermark([]).count("No figures") == len(page.PARTS)
 
 
 def test_every_table_has_a_part_and_a_printer():

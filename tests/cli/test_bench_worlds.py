@@ -84,12 +84,12 @@ def test_without_guidance_a_negative_prompt_is_refused():
     [
         (("evaluate", "canvas", "--suite", "--world", "moon"), "--world moon is no embedded model; choose from canvas"),
         (("evaluate", "canvas", "--suite", "--concept", "claws"), "no concept 'claws'"),
-        (("bench", "token-merging", "--world", "canvas-flow"), "without --held-out"),
+        (("bench", "token-merging", "--world", "moon"), "--world moon is no embedded model"),
         (("bench", "token-merging", "--held-out", "--world", "moon"), "--world moon is no embedded model"),
         (("bench", "guidance", "--world", "moon"), "no embedded world is called 'moon'"),
         (
             ("bench", "watermark", "--world", "canvas-flow", "--part", "speed"),
-            "there is no part speed; choose among canvas",
+            "there is no part speed; choose among linked, canvas, repaint, everyday",
         ),
     ],
 )

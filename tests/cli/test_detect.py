@@ -61,7 +61,7 @@ def detector(monkeypatch):
 
     monkeypatch.setattr(watermark, "detect_watermark", detect)
     monkeypatch.setattr(common, "load_model", lambda *a: seen.loads.append(a) or "the model")
-    monkeypatch.setattr(detect_command, "reader_of", lambda *a: {})
+    monkeypatch.setattr(detect_command, "aids_of", lambda *a: {})
     return seen
 
 

@@ -83,19 +83,7 @@ def look_files(folder) -> RoundTrip:
     )
     path = save_membranes(stack, folder / "looks.safetensors")
     words = ("semiperm-membrane", "visual/pictures", "0123456789abcdef", "robot", "ghost", "false_open", "lora_unet_a")
-    return RoundTrip(path, _flat_looks(stack), _flat_looks(load_membranes(path)), words)
-
-
-def _flat_looks(stack) -> dict:
-    found = {}
-    for i, m in enumerate(stack):
-        found |= {f"{i} {n}": getattr(m, n) for n in ("concept", "method", "base_model", "keys")}
-        if m.visual is not None:
-            plain = ("shares", "beta", "false_open", "calibrated", "false_closed", "checked")
-            found |= {f"{i} {n}": getattr(m.visual, n) for n in plain}
-            for key, site in m.visual.sites.items():
-                found |= {f"{i} {key} {n}": getattr(site, n) for n in ("read", "write", "gates")}
-    return found
+    return RoundTrip(path, _flat(stack), _flat(load_membranes(path)), words)
 
 
 def files(folder) -> RoundTrip:
@@ -110,12 +98,22 @@ def files(folder) -> RoundTrip:
 
 
 def _flat(stack) -> dict:
+    """All that a file has to keep of membranes: on the prompt side, on the image side, or on both."""
     found = {}
+
+    def keep(where: str, one, *names: str) -> None:
+        found.update({f"{where} {name}": getattr(one, name) for name in names})
+
     for i, m in enumerate(stack):
-        found |= {f"{i} {n}": getattr(m, n) for n in ("concept", "surrogate", "method", "base_model", "phrases")}
-        found |= {f"{i} probe": m.probe.weight, f"{i} low": m.probe.low, f"{i} high": m.probe.high}
+        keep(f"{i}", m, "concept", "surrogate", "method", "base_model", "phrases", "keys")
+        if m.probe is not None:
+            keep(f"{i} probe", m.probe, "weight", "low", "high")
         for key, pair in m.modules.items():
-            found |= {f"{i} {key} {n}": getattr(pair, n) for n in ("down", "up", "alpha")}
+            keep(f"{i} {key}", pair, "down", "up", "alpha")
+        if m.visual is not None:
+            keep(f"{i} looks", m.visual, "shares", "beta", "false_open", "calibrated", "false_closed", "checked")
+            for key, site in m.visual.sites.items():
+                keep(f"{i} {key}", site, "read", "write", "gates")
     return found
 
 

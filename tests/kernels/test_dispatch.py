@@ -38,6 +38,15 @@ def test_products_want_matrix_units(monkeypatch):
     assert kernel_path(CPU, products=True) == "reference"
 
 
+def test_more_rows_than_a_grid_holds_take_torch(monkeypatch):
+    monkeypatch.delenv("SEMIPERM_KERNELS", raising=False)
+    monkeypatch.setattr(dispatch, "triton", object())
+    assert [kernel_path(OnGpu, rows=rows) for rows in (65_535, 65_536)] == ["triton", "reference"]
+    monkeypatch.setenv("SEMIPERM_KERNELS", "triton")
+    with pytest.raises(KernelError, match="65536 rows were given where a grid holds 65535"):
+        kernel_path(OnGpu, rows=65_536)
+
+
 def test_the_reference_can_be_forced(reference_path):
     assert kernel_path(CPU) == kernel_path(OnGpu) == "reference"
 

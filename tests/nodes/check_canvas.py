@@ -53,6 +53,7 @@ facts = {
     "dtypes": [str(model.model.get_dtype()), str(vae.vae_dtype)],
     "pooled_finite": bool(encoded[0][1].isfinite().all()),
     "native": model.get_attachment("semiperm_native"),
+    "aids": {kind: aid.model for kind, aid in model.clone().get_attachment("semiperm_aids").items()},
     "channels": vae.latent_channels,
     "kind": type(model.model).__name__,
 }

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from semiperm.methods.errors import ModelError, WatermarkError
-from semiperm.methods.watermark.detection import DetectionConfig
+from semiperm.methods.watermark.config import DetectionConfig
 from semiperm.methods.watermark.keyring import load_keyring
 from semiperm.methods.watermark.keys import WatermarkKey
 from semiperm.nodes.canvas.model import load_canvas

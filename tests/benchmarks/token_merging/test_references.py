@@ -1,13 +1,11 @@
 """Negative token merging on references that its setting was not chosen on, on either edition; no picture is drawn."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
-import torch
+from painting import painted
 from semiperm.benchmarks.token_merging import references
-from semiperm.canvas.editions import WORLDS, world_of
-from semiperm.canvas.world import Shown, Sight
+from semiperm.canvas.editions import world_of
 
 
 @pytest.mark.parametrize("name", ["canvas", "canvas-flow"])
@@ -21,38 +19,7 @@ def test_the_mascot_is_asked_for_without_its_name(name):
     assert held_out["star"][0][0].startswith("a star in ")
 
 
-class Painter:
-    device, dtype, strength = torch.device("cpu"), torch.float32, 0.0
-
-    def __init__(self):
-        self.calls = []
-
-    def set_progress_bar_config(self, **_):
-        pass
-
-    def __call__(self, prompts, **call):
-        self.calls.append((prompts, call))
-        return SimpleNamespace(images=torch.full((len(prompts), 3, 4, 4), 1 - self.strength / 4))
-
-
-@pytest.fixture
-def painter(monkeypatch):
-    pipe = Painter()
-
-    def see(images):
-        alike = images[:, 0, 0, 0] if isinstance(images, torch.Tensor) else torch.ones(len(images))
-        features = torch.stack([alike, 1 - alike], 1) if len(images) < 100 else torch.full((len(images), 2), 0.5)
-        return Sight([Shown(("quibble", "ghost"), "flat", "sand")] * len(images), features)
-
-    def applied(pipe, config):
-        pipe.strength = config.strength
-        return SimpleNamespace(remove=lambda: setattr(pipe, "strength", 0.0))
-
-    monkeypatch.setattr(references, "load_pipeline", lambda name: pipe)
-    monkeypatch.setattr(references, "apply_negative_token_merging", applied)
-    for cls in {type(world) for world in WORLDS.values()}:
-        monkeypatch.setattr(cls, "judges", lambda self: {"first": see, "second": see})
-    return pipe
+painter = pytest.fixture(painted)
 
 
 def test_the_setting_is_the_first_that_halves_the_similarity(painter):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from semiperm.benchmarks.watermark import canvas, everyday, places, repaint
+from semiperm.benchmarks.watermark import canvas, everyday, linked, places, repaint
 from semiperm.benchmarks.watermark import run as bench
 from semiperm.benchmarks.watermark.marks import OURS
 from semiperm.canvas.editions import WORLDS
@@ -13,6 +13,8 @@ def test_plans_name_the_model(name):
     for module in (canvas, repaint, everyday):
         assert {unit["world"] for unit in module.plan(True, name)} == {name}
     guidances = {unit["guidance"] for unit in canvas.plan(False, name) if unit["task"] == "pictures"}
+    shapes = {tuple(unit["shape"]) for unit in linked.plan(True, name)}
+    assert shapes == (set(linked.SHAPES) if name == "canvas" else {WORLDS[name].latent_shape})
     own = WORLDS[name].guidance_scale
     assert guidances == ({*canvas.GUIDANCES, own} if own > 1 else {1.0})
 
@@ -51,6 +53,6 @@ def test_a_unit_on_a_flow_model(small_flow):
 
 def test_parts_that_no_model_changes_are_refused_for_another():
     with pytest.raises(
-        ValueError, match="latents, speed do not depend on canvas-flow; expected some of canvas, repaint"
+        ValueError, match="latents, speed do not depend on canvas-flow; expected some of linked, canvas, repaint"
     ):
         bench.run(True, ("canvas", "latents", "speed"), world="canvas-flow")

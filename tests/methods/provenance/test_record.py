@@ -214,6 +214,26 @@ def test_a_text_that_would_fill_the_memory_is_not_read():
     assert examine(file.with_xmp(entities).to_bytes()).problems
 
 
+@pytest.mark.parametrize(
+    "rdf",
+    [
+        '<rdf:RDF xmlns:rdf="{0}"/>',
+        '<rdf:RDF xmlns:rdf="{0}" />',
+        '<r:RDF xmlns:r="{0}"><r:Description xmlns:dc="urn:dc"><dc:format>x</dc:format></r:Description></r:RDF >',
+        '<RDF xmlns="{0}"><Description about="" xmlns:dc="urn:dc"><dc:format>x</dc:format></Description></RDF>',
+    ],
+)
+def test_every_way_to_write_rdf_is_taken(rdf):
+    """An element that is closed at once, and other prefixes than rdf, are as valid."""
+    packet = '<x:xmpmeta xmlns:x="adobe:ns:meta/">' + rdf.format("http://www.w3.org/1999/02/22-rdf-syntax-ns#")
+    plain = parse(picture()).with_xmp(packet + "</x:xmpmeta>").to_bytes()
+    marked = embed(embed(plain, RECORD), RECORD)
+    said = parse(marked).xmp()
+    assert extract(marked).key_id == 3 and said.count("semiperm:record>") == 2
+    assert ("<dc:format>x</dc:format>" in said) == ("dc:format" in rdf)
+    assert examine(marked).problems == ()
+
+
 def test_xmp_that_does_not_fit_into_a_jpeg():
     packet = '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF>' + "a" * 65400 + "</rdf:RDF></x:xmpmeta>"
     plain = parse(picture("JPEG")).with_xmp(packet).to_bytes()

@@ -3,8 +3,9 @@
 import pytest
 import torch
 from semiperm.methods.errors import WatermarkError
+from semiperm.methods.watermark.config import DetectionConfig
 from semiperm.methods.watermark.content import bind
-from semiperm.methods.watermark.detection import DetectionConfig, detect_in
+from semiperm.methods.watermark.detection import detect_in
 from semiperm.methods.watermark.keys import WatermarkKey
 from semiperm.methods.watermark.mark import KeyedMark, Payload
 from semiperm.methods.watermark.search import Search

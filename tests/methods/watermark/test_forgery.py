@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from semiperm.methods.watermark.config import DetectionConfig
 from semiperm.methods.watermark.content import bind, content_bits
-from semiperm.methods.watermark.detection import DetectionConfig, detect_in
+from semiperm.methods.watermark.detection import detect_in
 from semiperm.methods.watermark.fields import fields_of, first_field, split
 from semiperm.methods.watermark.keyring import Keyring, load_keyring, update_keyring
 from semiperm.methods.watermark.keys import WatermarkKey

@@ -7,7 +7,8 @@ from marks import gaussian_channel, key_of, seeded
 from scipy import stats
 from semiperm.methods.errors import WatermarkError
 from semiperm.methods.files import save_safetensors
-from semiperm.methods.watermark.detection import DetectionConfig, detect_in
+from semiperm.methods.watermark.config import DetectionConfig
+from semiperm.methods.watermark.detection import detect_in
 from semiperm.methods.watermark.mark import KeyedMark, Payload, read
 from semiperm.methods.watermark.reader import STEPS, Reader, load_reader, save_reader
 from semiperm.methods.watermark.statistics import LARGEST, quantise

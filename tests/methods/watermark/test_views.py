@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from semiperm.methods.watermark.detection import DetectionConfig, detect_in
+from semiperm.methods.watermark.config import DetectionConfig
+from semiperm.methods.watermark.detection import detect_in
 from semiperm.methods.watermark.keys import WatermarkKey
 from semiperm.methods.watermark.mark import KeyedMark, Payload, read
 from semiperm.methods.watermark.search import Search

@@ -1,12 +1,16 @@
 """The embedded model in the real ComfyUI: the pack loads, the model is the diffusers door's, and it draws."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from comfy_server import in_comfyui, link_pack
-from semiperm.canvas.models import MODELS
+from semiperm.canvas import load_pipeline
+from semiperm.canvas.models import MODELS, aid_files
+from semiperm.methods.watermark.aids import aids_of_model
+from semiperm.pipelines.watermark.fingerprint import fingerprint
 from untrained_worlds import SECOND, has_weights
 
 pytestmark = pytest.mark.comfy
@@ -126,6 +130,12 @@ def _picture():
     return torch.from_numpy(np.array(render(Scene(object="robot", style="dotted")))).permute(2, 0, 1)[None] / 255
 
 
+def aids_here(name, folder):
+    """What helps to read this model's marks, as the diffusers door finds it."""
+    pipe = load_pipeline(name, weights=Path(folder) if folder else None)
+    return aids_of_model(aid_files(name, Path(folder) if folder else None), lambda: fingerprint(pipe))
+
+
 def test_every_part_gives_what_diffusers_gives(from_diffusers):
     name, folder, file = from_diffusers
     report = in_comfyui("check_canvas.py", file, name, folder)
@@ -143,6 +153,7 @@ def test_every_part_gives_what_diffusers_gives(from_diffusers):
         "dtypes": ["torch.float32"] * 2,
         "pooled_finite": True,
         "native": 128,
+        "aids": {kind: aid.model for kind, aid in aids_here(name, folder).items()},
         "channels": 16 if flow else 4,
         "kind": "SD3" if flow else "BaseModel",
     }

@@ -18,7 +18,7 @@ from semiperm.methods.guidance.record import GuidanceRecord, sealed_is_intact
 from semiperm.methods.provenance.examine import examine
 from semiperm.methods.provenance.picture_file import parse
 from semiperm.methods.provenance.record import extract
-from semiperm.methods.watermark.detection import DetectionResult
+from semiperm.methods.watermark.config import DetectionResult
 from semiperm.methods.watermark.mark import Payload
 
 

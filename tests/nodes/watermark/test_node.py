@@ -14,7 +14,7 @@ import torch
 from comfy_server import in_comfyui
 from safetensors.torch import save_file
 from semiperm.methods.errors import WatermarkError
-from semiperm.methods.watermark.detection import DetectionResult
+from semiperm.methods.watermark.config import DetectionResult
 from semiperm.methods.watermark.keyring import Keyring, load_keyring, save_keyring
 from semiperm.methods.watermark.keys import WatermarkKey
 
@@ -260,7 +260,7 @@ def test_inversion_equals_that_of_the_diffusers_face(found):
 def test_marks_are_found_and_nothing_else(found):
     assert found["verdicts"] == ["valid", "valid", "absent", "absent"]
     assert max(found["log10_p"][:2]) < -12 and min(found["log10_p"][2:]) > -5
-    assert found["keys"] == ["a", "a", None, None] and max(found["evaluations"]) == 41
+    assert found["keys"] == ["a", "a", None, None] and max(found["evaluations"]) == 44  # three of them for the reader
     first, second = found["unique ids"][:2]
     assert first != second and found["unique ids"][2:] == [None, None]
     assert found["another key"] == ["absent"] * 4 and found["a detector's"] == ["unverified"]
@@ -323,6 +323,33 @@ def test_a_picture_signed_in_comfyui_is_read_by_the_diffusers_face(found, given,
 
     (seen,) = detect_watermark(pipe, Image.open(given.signed), load_keyring(given.keys))
     assert (seen.verdict, seen.key_name, seen.payload.unique_id) == ("valid", "a", found["unique ids"][0])
+
+
+@comfy
+def test_the_same_ladder_and_p_values_as_the_command_line(given, pipe):
+    """Load Canvas attaches the reader that `semiperm detect` finds beside the weights, and both climb alike."""
+    from semiperm.canvas.models import aid_files
+    from semiperm.cli.detect import aids_of
+    from semiperm.pipelines.watermark.detect import detect_watermark
+    from semiperm.pipelines.watermark.sign import sign_noise
+
+    ring = load_keyring(given.keys)
+    latents = sign_noise(pipe, ring.get("a"), generator=torch.Generator().manual_seed(7))
+    picture = pipe("a robot in sketch style on sky", latents=latents, guidance_scale=4, num_inference_steps=12).images[
+        0
+    ]
+    file = given.signed.with_name("picture.png")
+    picture.save(file)
+    found = in_comfyui("check_reader.py", file, given.keys)
+    aids = aids_of(pipe, "canvas", aid_files("canvas"), None)
+    assert aids["reader"].model == found["reader"]
+    for name, image in {"as saved": picture, "grey": picture.convert("L").convert("RGB")}.items():
+        for seen, settings in zip(found[name], (aids, {}), strict=True):
+            (ours,) = detect_watermark(pipe, image, ring, **settings)
+            assert (seen[0], seen[2]) == (ours.verdict, ours.model_evaluations), name
+            assert seen[1] == pytest.approx(ours.log10_p, rel=0.05, abs=0.3), name  # inversions differ by 1e-2 at most
+    aided, bare = found["grey"]
+    assert aided[2] != bare[2], "the reader is a rung of its own"
 
 
 @comfy
