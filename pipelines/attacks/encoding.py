@@ -146,7 +146,9 @@ def learned_words(pipe: Pipeline, ids: Sequence[int], embeddings: Tensor) -> Ite
         SemipermError: as many embeddings are expected, and each id once.
     """
     if len(set(ids)) != len(embeddings) or len(ids) != len(embeddings):
-        raise SemipermError(f"{len(embeddings)} embeddings for the tokens {list(ids)}; expected one each, no token twice")
+        raise SemipermError(
+            f"{len(embeddings)} embeddings for the tokens {list(ids)}; expected one each, no token twice"
+        )
     encoder = OpenEncoder(pipe, len(ids))
 
     def hook(part: Tensor) -> Callable[[Any, Any, Tensor], Tensor]:

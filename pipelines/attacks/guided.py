@@ -1,9 +1,9 @@
 """What a denoiser predicts while safe guidance is at work on it, outside of any run: for attacks on a guided model.
 
-Each noise level is one call of the denoiser, as in a run, with the negative prompt's rows where guidance needs them, and
-as if a run began with it: no momentum. What safe guidance decides (which words it projects, whether a detector fires)
-has no gradient and is taken as it is; an edited text passes gradients as the text itself would (arXiv 1802.00420,
-section 4.1.1: backward pass differentiable approximation).
+Each noise level is one call of the denoiser, as in a run, with the negative prompt's rows where guidance needs them,
+and as if a run began with it: no momentum. What safe guidance decides (which words it projects, whether a detector
+fires) has no gradient and is taken as it is; an edited text passes gradients as the text itself would (arXiv
+1802.00420, section 4.1.1: backward pass differentiable approximation).
 """
 
 from __future__ import annotations

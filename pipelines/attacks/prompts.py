@@ -72,8 +72,8 @@ def find_prompts(
 ) -> list[FoundPrompt]:
     """Search for words after which a protected pipeline predicts what the attacker wants.
 
-    min_w mean |e(z, t, T(w prompt)) - target|^2, differentiated through denoiser, membranes, gates, safe guidance and text
-    encoders.
+    min_w mean |e(z, t, T(w prompt)) - target|^2, differentiated through denoiser, membranes, gates, safe guidance
+    and text encoders.
 
     Args:
         pipe: the protected pipeline, SD1.x, SD2, SDXL, SD3 or Flux.
