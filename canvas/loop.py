@@ -53,7 +53,9 @@ def train(
         torch.optim.AdamW(rest, lr=lr, weight_decay=weight_decay, betas=(0.9, 0.99), fused=True)
     ]
     if flat:
-        optimizers.append(torch.optim.Muon(flat.values(), lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
+        optimizers.append(
+            torch.optim.Muon(flat.values(), lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+        )
     first, trained = 0, parameters | flat
     if path.exists():
         first, extra, _ = load_checkpoint(path, trained, optimizers)

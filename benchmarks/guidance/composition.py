@@ -133,7 +133,8 @@ def run(
 
 
 def _marked(pipe, pictures: Sequence) -> list[bool]:
-    results = detect_watermark(pipe, list(pictures), [key_of("guidance")])
+    # as many evaluations for every picture: the first worlds' pictures show the mark after five
+    results = detect_watermark(pipe, list(pictures), [key_of("guidance")], ladder=(5,))
     return [result.verdict == "valid" for result in results]
 
 
