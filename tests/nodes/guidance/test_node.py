@@ -230,3 +230,16 @@ def test_joint_attention_equals_that_of_the_diffusers_face(tmp_path):
     for name in ("plain", "adavd", "nag"):
         assert found[name] < NEAR, name
         assert name == "plain" or found[f"{name}, effect"] > 20 * found[name]
+
+
+# ---- detectors from example pictures ---------------------------------------------------------------------------------
+
+
+@comfy
+def test_a_picture_detector_from_example_pictures():
+    found = in_comfyui("check_guidance_pictures.py")
+    assert found["text"] and found["alarms"] == 0.4
+    assert found["calls"] == found["step"] * (3 + 12 * 2), "examples at cfg 1, harmless runs with both prompts"
+    assert found["examples, steps"] == [found["step"], 3] and found["harmless, steps"] == [found["step"], 6]
+    assert found["examples"] == 1.0 and found["harmless"] <= 0.5
+    assert "connect example pictures" in found["without pictures"]
