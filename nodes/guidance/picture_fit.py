@@ -63,7 +63,7 @@ class _Drawing:
         self.clip, self.examples, self.model = clip, examples, model.clone()
         self.sampling = self.model.get_model_object("model_sampling")
         self.progress, self.seen = Progress(self.sampling), []
-        self.model.set_model_sampler_pre_cfg_function(self._watch, disable_cfg1_optimization=True)
+        self.model.set_model_sampler_pre_cfg_function(self._watch)
         self.latents = examples.vae.encode(examples.pictures[..., :3])
         self.sigmas = comfy.samplers.calculate_sigmas(self.sampling, "simple", _STEPS)
         self.bar = comfy.utils.ProgressBar(count)
