@@ -30,7 +30,7 @@ category = Category("glare", ("a glaring light",), false_alarms=0.4)
 examples = Examples(torch.ones(3, 64, 64, 3) * torch.tensor([0.9, 1.0, 0.8])[:, None, None, None], Brightness(), 2.0)
 calls = []
 model.add_wrapper_with_key(
-    "diffusion_model", "count", lambda executor, x, *a, **k: (calls.append(len(x)), executor(x, *a, **k))[1]
+    "apply_model", "count", lambda executor, x, *a, **k: (calls.append(len(x)), executor(x, *a, **k))[1]
 )
 pair = detectors_for(model, clip, category, None, calm, "", examples).pairs[0]
 found = {"calls": sum(calls), "text": pair.text is not None, "alarms": pair.false_alarms}
