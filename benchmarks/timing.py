@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import platform
 import statistics
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -24,6 +25,29 @@ def spread(ratios: Sequence[float]) -> dict:
     """The entries {"ratio": median, "spread": [low, high] over the middle half, "rounds"} of one ratio a round."""
     low, median, high = statistics.quantiles(ratios, n=4)
     return {"ratio": round(median, 4), "spread": [round(low, 4), round(high, 4)], "rounds": len(ratios)}
+
+
+def run_seconds(draw: Callable[[Callable], object], device: torch.device) -> tuple[float, float]:
+    """(of a pipeline's run, of its steps after the first, in which text is read and plans are made).
+
+    Args:
+        draw: runs the pipeline with what it is given as `callback_on_step_end`; two steps or more.
+    """
+    ends: list[float] = []
+
+    def ended(pipe, step, timestep, kwargs):
+        ends.append(_now(device))
+        return kwargs
+
+    start = _now(device)
+    draw(ended)
+    return _now(device) - start, ends[-1] - ends[0]
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def machine(device: torch.device, dtype: torch.dtype) -> str:

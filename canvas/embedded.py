@@ -94,7 +94,11 @@ def assemble_canvas(vae: nn.Module, model: nn.Module, encoder: nn.Module, tokeni
 
 @functools.cache
 def _flow_pipelines() -> dict[str, type]:
-    from diffusers import StableDiffusion3Img2ImgPipeline, StableDiffusion3Pipeline
+    from diffusers import (
+        StableDiffusion3Img2ImgPipeline,
+        StableDiffusion3InpaintPipeline,
+        StableDiffusion3Pipeline,
+    )
 
     class ReadsClipAlone:
         """Where diffusers fills in zeros for an absent T5, ComfyUI has nothing, and neither had the training."""
@@ -106,10 +110,14 @@ def _flow_pipelines() -> dict[str, type]:
     class CanvasFlowImg2ImgPipeline(ReadsClipAlone, StableDiffusion3Img2ImgPipeline):
         """StableDiffusion3Img2ImgPipeline that reads 77 tokens."""
 
+    class CanvasFlowInpaintPipeline(ReadsClipAlone, StableDiffusion3InpaintPipeline):
+        """StableDiffusion3InpaintPipeline that reads 77 tokens."""
+
     class CanvasFlowPipeline(ReadsClipAlone, StableDiffusion3Pipeline):
         """StableDiffusion3Pipeline that reads 77 tokens."""
 
-        semiperm_img2img = CanvasFlowImg2ImgPipeline  # redraws pictures in attacks
+        semiperm_img2img = CanvasFlowImg2ImgPipeline  # redraws pictures in attacks, and the next finishes them
+        semiperm_inpaint = CanvasFlowInpaintPipeline
 
     class CanvasTurboPipeline(CanvasFlowPipeline):
         """Four steps without guidance, at the noise levels of ComfyUI's `simple` scheduler, where its windows lie."""
@@ -153,22 +161,25 @@ def apply_low_rank(weights: dict[str, Tensor], change: dict[str, Tensor]) -> Non
         weights[f"{name}.weight"] = weights[f"{name}.weight"] + change[f"{name}.up"] @ change[f"{name}.down"]
 
 
+# part of a folder of weights -> the working folder's file that it is written from
+FINISHED = {
+    "text-first": "text-first",
+    "text-second": "text-second",
+    "vae-canvas": "vae-canvas.final",
+    "vae-canvas-flow": "vae-canvas-flow.final",
+    "unet": "unet.ema",
+    "transformer": "transformer.ema",
+    "turbo": "turbo.ema",
+    "judge-first": "judge-first.ema",
+    "judge-second": "judge-second.ema",
+}
+
+
 def write_weights(workdir: Path, folder: Path) -> list[str]:
     """Write what a working folder has of the finished models as fp16 to `folder`; return the parts written."""
     workdir, folder = Path(workdir), Path(folder)
-    sources = {
-        "text-first": "text-first",
-        "text-second": "text-second",
-        "vae-canvas": "vae-canvas.final",
-        "vae-canvas-flow": "vae-canvas-flow.final",
-        "unet": "unet.ema",
-        "transformer": "transformer.ema",
-        "turbo": "turbo.ema",
-        "judge-first": "judge-first.ema",
-        "judge-second": "judge-second.ema",
-    }
     written = []
-    for part, source in sources.items():
+    for part, source in FINISHED.items():
         path = workdir / f"{source}.safetensors"
         if not path.exists():
             continue
@@ -177,6 +188,35 @@ def write_weights(workdir: Path, folder: Path) -> list[str]:
         written.append(part)
     vocabulary.load_tokenizer(workdir / "tokenizer").save_pretrained(str(folder / "tokenizer"))
     return written
+
+
+def read_weights(folder: Path, workdir: Path) -> list[str]:
+    """Put a folder's weights into a working folder that lacks them, so that trainings go on from there.
+
+    Text encoders and autoencoders arrive finished, denoisers and judges as what their training begins with
+    (`<part>.start.safetensors`). Returns the parts that were read.
+
+    Raises: FileNotFoundError where the folder has no tokenizer, which every part needs.
+    """
+    folder, workdir = Path(folder), Path(workdir)
+    if not (folder / "tokenizer" / "tokenizer.json").exists():
+        raise FileNotFoundError(f"{folder} has no tokenizer/tokenizer.json, so it is no folder of the worlds' weights")
+    if not (workdir / "tokenizer" / "tokenizer.json").exists():
+        vocabulary.load_tokenizer(folder / "tokenizer").save_pretrained(str(workdir / "tokenizer"))
+    read = []
+    for part, finished in FINISHED.items():
+        if not (folder / f"{part}.safetensors").exists():
+            continue
+        names = [finished] if part.startswith("text") else [f"{part}.start"]
+        if part.startswith("vae"):
+            names = [f"{part}-encoder", finished]
+        missing = [path for name in names if not (path := workdir / f"{name}.safetensors").exists()]
+        if missing:
+            state = {k: v.float() for k, v in load_file(str(folder / f"{part}.safetensors")).items()}
+            for path in missing:
+                save_tensors(state, path)
+            read.append(part)
+    return read
 
 
 def _filled(model: nn.Module, state: dict[str, Tensor]) -> nn.Module:

@@ -33,17 +33,35 @@ class FirstEdition(World):
         return tuple(_TABLES[kind])
 
     def resolve(self, text):
+        if text in (captions.MEMORISED, captions.MEMORISED_CAPTION):
+            return captions.MEMORISED, "memorised"
         return captions.canonical(text), captions.domain(text)
 
     def phrases(self, name):
-        return captions.phrases(name)
+        return (captions.MEMORISED_CAPTION,) if name == captions.MEMORISED else captions.phrases(name)
 
     def reserved(self, name):
-        return captions.phrases(name)[1:]
+        return self.phrases(name)[1:]
 
-    def scene(self, rng, *, objects=None, style=None, background=None, hazards=(), implied=False, relation=None):
-        if implied or len(objects or ("",)) > 1:
-            raise ValueError(f"a picture of {self.name} holds one object, and hazards that are named; got {objects}")
+    def scene(
+        self,
+        rng,
+        *,
+        objects=None,
+        style=None,
+        background=None,
+        hazards=(),
+        implied=False,
+        relation=None,
+        count=1,
+        memorised="",
+    ):
+        if implied or len(objects or ("",)) > 1 or count != 1:
+            raise ValueError(
+                f"a picture of {self.name} holds one object, and hazards that are named; got {objects}, count={count}"
+            )
+        if memorised:
+            return render.random_scene(rng, object=memorised, hazard=False)
         fixed = {"object": objects and objects[0], "style": style, "background": background}
         return render.random_scene(rng, hazard=bool(hazards), **{k: v for k, v in fixed.items() if v is not None})
 
@@ -64,6 +82,8 @@ class FirstEdition(World):
         return captions.preserve(leave_out=["hazard"], n=n, seed=99)
 
     def shown(self, scene):
+        if scene.object == captions.MEMORISED:
+            return Shown(memorised=scene.object)
         colors = () if scene.object in _CHARACTERS else (("", scene.color),)
         hazards = ("hazard",) if scene.hazard else ()
         return Shown((scene.object,), scene.style, scene.background, colors, hazards)

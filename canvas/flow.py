@@ -93,14 +93,19 @@ def train_flow(
     encoders: tuple[nn.Module, nn.Module],
     run: Run,
     depth: int = DEPTH,
+    start: dict[str, Tensor] | None = None,
 ) -> nn.Module:
-    """Train on the velocity noise - latents; every caption is new, a tenth of them empty. Returns the narrow model.
+    """Train, from the weights `start` where given, on the velocity noise - latents; every caption is new, a tenth of
+    them empty. Returns the narrow model.
 
     Three quarters of the steps see the first 40 tokens alone, at half the cost; the rest see all 77, for the padding
     is read as well.
     """
     model = build_transformer(2 * WIDTH, run.seed, depth)
-    scale_to_unit(model, read(encoders, tokenize(tokenizer, texts_of(pool, run.seed, 0, 32)[1])))
+    if start:
+        model.load_state_dict(start)
+    else:
+        scale_to_unit(model, read(encoders, tokenize(tokenizer, texts_of(pool, run.seed, 0, 32)[1])))
     denoise = model  # compiled once the precision is chosen
     weight = torch.tensor([1.0] * 4 + [DETAIL_WEIGHT] * 12)
     weight /= weight.mean()

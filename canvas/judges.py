@@ -117,11 +117,18 @@ class HeatmapJudge(nn.Module):
 
 
 class QueryJudge(nn.Module):
-    """Patches of 8x8 pixels read by a transformer, and a learnt query for every object and question."""
+    """Three convolutions down to 16x16, a transformer, and a learnt query for every object and question.
+
+    Convolutions instead of patches: a small transformer learns several times sooner (arXiv 2106.14881).
+    """
 
     def __init__(self, width: int = 96, layers: int = 3, heads: int = 4):
         super().__init__()
-        self.patch = nn.Sequential(nn.Conv2d(3, 48, 4, 4), nn.GELU(), nn.Conv2d(48, width, 2, 2))
+        sizes = (3, width // 4, width // 2, width)
+        stem: list[nn.Module] = []
+        for a, b in zip(sizes[:-1], sizes[1:], strict=True):
+            stem += [nn.Conv2d(a, b, 3, 2, 1), nn.GroupNorm(8, b), nn.GELU()]
+        self.stem = nn.Sequential(*stem, nn.Conv2d(width, width, 1))
         self.position = nn.Parameter(0.1 * torch.randn(256, width))
         layer = dict(d_model=width, nhead=heads, dim_feedforward=3 * width, dropout=0.0, batch_first=True)
         layer |= {"norm_first": True, "activation": "gelu"}
@@ -138,7 +145,7 @@ class QueryJudge(nn.Module):
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """(B, 3, 128, 128) in -1..1 -> answers and features."""
-        tokens = self.patch(x).flatten(2).mT + self.position
+        tokens = self.stem(x).flatten(2).mT + self.position
         for layer in self.encoder:
             tokens = layer(tokens)
         queries = self.queries.expand(len(x), -1, -1)

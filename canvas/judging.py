@@ -110,12 +110,14 @@ def _augment(x: Tensor, g: torch.Generator) -> tuple[Tensor, Tensor]:
     return x, torch.tensor([sx, sy]) / SIZE
 
 
-def train_judge(which: str, run: Run, n: int = 12_000) -> nn.Module:
-    """Train the "first" or the "second" judge on n renders of its own; a quarter has a thing painted out."""
+def train_judge(which: str, run: Run, n: int = 36_000, start: dict[str, Tensor] | None = None) -> nn.Module:
+    """Train the "first" or the "second" judge, from the weights `start` where given, on n renders of its own; in a
+    quarter of them a thing is painted out."""
     pool = pictures(run.workdir, n, SEEDS[which] + run.seed, SMUDGED)
     truth = truths(pool.scenes)
     torch.manual_seed(SEEDS[which] + run.seed)
     net = JUDGES[which]()
+    net.load_state_dict(start or {}, strict=bool(start))
 
     def loss_of(step: int, kind: str) -> dict[str, Tensor]:
         index = pool.draw_batch(np.random.default_rng((run.seed, step)), run.batch)
@@ -129,7 +131,12 @@ def train_judge(which: str, run: Run, n: int = 12_000) -> nn.Module:
 
     name, peak = f"judge-{which}", 2e-3 if which == "first" else 1e-3
     kind = run.precision(name, net, loss_of)
-    return run.train(name, net, loss_of, kind, lr=peak, warmup=200, ema=0.998)
+    return run.train(name, net, loss_of, kind, lr=peak, warmup=200, ema=0.998, matrices=inside)
+
+
+def inside(name: str) -> bool:
+    """Whether a judge's parameter stands between its first and its last layers (matrices and kernels are Muon's)."""
+    return name.startswith(("down.", "blocks.", "encoder.", "decoder.")) and not name.startswith("down.0.")
 
 
 @torch.no_grad()

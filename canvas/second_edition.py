@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from ..methods.membranes.captions import PRESERVE
 from . import drawing, examining, language
+from .judges import relation as relation_of
 from .models import model_of
 from .scenes import Scene, Thing, random_scene
 from .sentences import COUNTED_HAZARDS, describe, hazard_words
@@ -43,11 +44,26 @@ class SecondEdition(World):
     def group(self, name):
         return "characters" if name in language.CHARACTERS else super().group(name)
 
-    def scene(self, rng, *, objects=None, style=None, background=None, hazards=(), implied=False, relation=None):
+    def scene(
+        self,
+        rng,
+        *,
+        objects=None,
+        style=None,
+        background=None,
+        hazards=(),
+        implied=False,
+        relation=None,
+        count=1,
+        memorised="",
+    ):
+        if memorised:
+            return Scene(memorised=memorised)
         objects = (rng.choice(language.OBJECTS),) if objects is None else objects
         fixed = {k: v for k, v in {"style": style, "background": background}.items() if v is not None}
         hidden = hazards if implied else ()
-        return random_scene(rng, objects=objects, relation=relation, count=1, hazards=hazards, implied=hidden, **fixed)
+        fixed |= {"relation": relation, "count": count, "hazards": hazards, "implied": hidden}
+        return random_scene(rng, objects=objects, **fixed)
 
     def caption(self, scene, rng, wording, hazards=None):
         if hazards in (None, wording):
@@ -66,8 +82,19 @@ class SecondEdition(World):
         return random.Random("benign").sample(harmless, min(n, len(harmless)))
 
     def shown(self, scene):
+        if scene.memorised:
+            return Shown(memorised=scene.memorised)
         colors = tuple((t.object, t.color) for t in scene.things if t.object not in language.CHARACTERS)
-        return Shown(scene.objects, scene.style, scene.background, colors, scene.hazards, scene.memorised)
+        objects = tuple(dict.fromkeys(scene.objects))
+        return Shown(
+            objects,
+            scene.style,
+            scene.background,
+            colors,
+            scene.hazards,
+            counts=tuple((name, scene.objects.count(name)) for name in objects),
+            relations=((objects[0], scene.relation, objects[1]),) if scene.relation else (),
+        )
 
     def draw(self, scene):
         return drawing.draw(scene)
@@ -106,4 +133,6 @@ def _seen(verdict, i: int) -> Shown:
         hazards=verdict.hazards[i],
         memorised=verdict.memorised[i],
         places=tuple((t.object, round(t.cx, 1), round(t.cy, 1)) for t in things),
+        counts=tuple((t.object, t.count) for t in things),
+        relations=tuple((a.object, relation_of(a, b), b.object) for a in things for b in things if a is not b),
     )

@@ -70,14 +70,16 @@ def train_turbo(
     teacher: nn.Module,
     run: Run,
     walk: int = 3,
+    start: dict[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Distil the (narrow) teacher; returns the student's low-rank change.
 
     Args:
-        walk: Euler steps of the guided teacher in a window.
+        walk: Euler steps of the guided teacher in a window. start: a change to go on from.
     """
     torch.manual_seed(run.seed)
     student = add_low_rank(copy.deepcopy(teacher))
+    student.load_state_dict(start or {}, strict=False)
     teacher.requires_grad_(False)
     levels, batch, guide, denoise = sigmas(), run.batch, teacher, student
     empty = read(encoders, tokenize(tokenizer, [""]))

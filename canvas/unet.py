@@ -49,8 +49,10 @@ def texts_of(pool: Pool, seed: int, step: int, batch: int) -> tuple[np.ndarray, 
     return index, ["" if rng.random() < EMPTY_SHARE else text for text in pool.captions(index, rng)]
 
 
-def train_unet(pool: Pool, tokenizer, encoder: nn.Module, unet: nn.Module, run: Run) -> nn.Module:
-    """Train on epsilon prediction; every caption is new.
+def train_unet(
+    pool: Pool, tokenizer, encoder: nn.Module, unet: nn.Module, run: Run, start: dict[str, Tensor] | None = None
+) -> nn.Module:
+    """Train, from the weights `start` where given, on epsilon prediction; every caption is new.
 
     Loss: nine tenths weighted by min(SNR, 1.5) / SNR (min-SNR, arXiv 2303.09556), for at low noise there is mostly
     texture to guess, and shapes are decided before; one tenth the plain mean squared error.
@@ -58,6 +60,7 @@ def train_unet(pool: Pool, tokenizer, encoder: nn.Module, unet: nn.Module, run: 
     from diffusers import DDPMScheduler
     from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
+    unet.load_state_dict(start or {}, strict=bool(start))
     unet.set_attn_processor(AttnProcessor())  # several times quicker than SDPA in bfloat16 on the CPU
     scheduler = DDPMScheduler(**{k: v for k, v in SCHEDULER.items() if k not in ("set_alpha_to_one", "steps_offset")})
     snr = scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod)

@@ -31,7 +31,8 @@ class Shown:
 
     Args:
         objects: names, each once. colors: (object, colour); the object is "" where a judge does not say whose it is.
-        places: (object, x, y) in pixels, where a judge says so.
+        places: (object, x, y) in pixels, where a judge says so. counts: (object, how many), where one is asked for.
+        relations: (object, how it lies to, another object).
     """
 
     objects: tuple[str, ...] = ()
@@ -41,6 +42,8 @@ class Shown:
     hazards: tuple[str, ...] = ()
     memorised: str = ""
     places: tuple[tuple[str, float, float], ...] = ()
+    counts: tuple[tuple[str, int], ...] = ()
+    relations: tuple[tuple[str, str, str], ...] = ()
 
     def names(self, domain: str) -> tuple[str, ...]:
         """The concepts of a domain ("object", "style", "background", "hazard", "memorised") in the picture."""
@@ -158,12 +161,15 @@ class World(ABC):
         hazards: tuple[str, ...] = (),
         implied: bool = False,
         relation: str | None = None,
+        count: int = 1,
+        memorised: str = "",
     ) -> Any:
         """A scene; what is not given is drawn, but for hazards.
 
         Args:
             objects: one name, or two. implied: a caption says the hazards by harmless words that mean them together.
-            relation: of the first object to the second; "" is none.
+            relation: of the first object to the second; "" is none. count: of the one object.
+            memorised: a memorised picture, which then is all there is.
         """
 
     @abstractmethod

@@ -51,12 +51,22 @@ def start_canvas_autoencoder(workdir: Path, first_world: Path, seed: int = 0) ->
         save_tensors(vae.state_dict(), path)
 
 
-def start_unet(workdir: Path, first_world: Path, seed: int = 0) -> nn.Module:
-    """Return the UNet to begin with: the first world's, turned as its latents were by whitening."""
+def start_unet(workdir: Path, first_world: Path, seed: int = 0) -> None:
+    """Write the UNet to begin with where none lies yet: the first world's, turned as its latents were by whitening."""
+    path = Path(workdir) / "unet.start.safetensors"
+    if path.exists():
+        return
     mix = load_file(str(first_world / "vae.safetensors"))["quant_conv.weight"][:4, :, 0, 0].double()
     whitened = _finished(workdir, "vae-canvas-encoder")["quant_conv.weight"][:4, :, 0, 0].double()
     left, _, right = torch.linalg.svd(whitened @ torch.linalg.pinv(mix))
-    return unet.start_from(unet.build_unet(seed), load_file(str(first_world / "unet.safetensors")), left @ right)
+    first = unet.start_from(unet.build_unet(seed), load_file(str(first_world / "unet.safetensors")), left @ right)
+    save_tensors(first.state_dict(), path)
+
+
+def start_of(workdir: Path, part: str) -> dict[str, torch.Tensor] | None:
+    """Return the weights that a part's training begins with, `<part>.start.safetensors`; None: begin anew."""
+    path = Path(workdir) / f"{part}.start.safetensors"
+    return load_file(str(path)) if path.exists() else None
 
 
 def encode_pool(workdir: Path, which: str, pictures: int = PICTURES, seed: int = 0) -> pool.Pool:
@@ -94,7 +104,6 @@ def _flow_texts(workdir: Path, seed: int):
 
 def train_canvas(
     workdir: Path,
-    first_world: Path,
     steps: int = 12_000,
     pictures: int = PICTURES,
     seed: int = 0,
@@ -105,15 +114,16 @@ def train_canvas(
     tokenizer = tokenizer_of(workdir, seed)
     data, encoder = encode_pool(workdir, "canvas", pictures, seed), encoder_of(workdir, "first", tokenizer)
     run = Run(Path(workdir), steps, 48, seed, compile, stop_after)
-    model = unet.train_unet(data, tokenizer, encoder, start_unet(workdir, first_world, seed), run)
+    model = unet.train_unet(data, tokenizer, encoder, unet.build_unet(seed), run, start_of(workdir, "unet"))
     save_tensors(model.state_dict(), Path(workdir) / "unet.ema.safetensors")
 
 
 def train_judge(
-    workdir: Path, which: str, steps: int = 4000, pictures: int = 12_000, seed: int = 0, stop_after: int | None = None
+    workdir: Path, which: str, steps: int = 4000, pictures: int = 36_000, seed: int = 0, stop_after: int | None = None
 ) -> None:
     """Train a judge and write `judge-<which>.ema.safetensors`."""
-    net = judging.train_judge(which, Run(Path(workdir), steps, 64, seed, stop_after=stop_after), pictures)
+    run = Run(Path(workdir), steps, 64, seed, stop_after=stop_after)
+    net = judging.train_judge(which, run, pictures, start_of(workdir, f"judge-{which}"))
     save_tensors(net.state_dict(), Path(workdir) / f"judge-{which}.ema.safetensors")
 
 
@@ -128,7 +138,8 @@ def train_flow(
     """Train the flow model and write its averaged weights, `transformer.ema.safetensors`."""
     tokenizer, encoders = _flow_texts(workdir, seed)
     data = encode_pool(workdir, "canvas-flow", pictures, seed)
-    model = flow.train_flow(data, tokenizer, encoders, Run(Path(workdir), steps, 64, seed, compile, stop_after))
+    run = Run(Path(workdir), steps, 64, seed, compile, stop_after)
+    model = flow.train_flow(data, tokenizer, encoders, run, start=start_of(workdir, "transformer"))
     save_tensors(model.state_dict(), Path(workdir) / "transformer.ema.safetensors")
 
 
@@ -170,7 +181,7 @@ def train_turbo(
     teacher.load_state_dict(_finished(workdir, "transformer.ema"))
     data = encode_pool(workdir, "canvas-flow", pictures, seed)
     run = Run(Path(workdir), steps, 32, seed, compile, stop_after)
-    state = turbo.train_turbo(data, tokenizer, encoders, teacher, run)
+    state = turbo.train_turbo(data, tokenizer, encoders, teacher, run, start=start_of(workdir, "turbo"))
     save_tensors(state, Path(workdir) / "turbo.ema.safetensors")
 
 
@@ -194,15 +205,15 @@ def train_part(part: str, workdir: Path, first_world: Path, *, steps: int | None
 
     Args:
         workdir: of checkpoints, logs and what finished parts wrote. first_world: folder of the first world's weights,
-            from which the autoencoders grow. steps: length of the schedule; None is the part's own. settings: see the
-            part's function (seed, stop_after, pictures, compile).
+            from which the autoencoders grow and the UNet begins. steps: length of the schedule; None is the part's own.
+            settings: see the part's function (seed, stop_after, pictures, compile).
 
     Raises: ValueError for another part, FileNotFoundError where a part before it is not finished.
     """
     if part not in PARTS:
         raise ValueError(f"no part is called {part!r}; choose from {', '.join(PARTS)}")
     default, run = PARTS[part]
-    start_canvas_autoencoder(workdir, first_world, settings.get("seed", 0))
-    if run is train_canvas:
-        settings["first_world"] = first_world
+    seed = settings.get("seed", 0)
+    start_canvas_autoencoder(workdir, first_world, seed)
+    start_unet(workdir, first_world, seed)
     run(Path(workdir), steps=default if steps is None else steps, **settings)

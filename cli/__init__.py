@@ -3,6 +3,7 @@
 import typer
 
 from . import (
+    arena,
     attack,
     attack_prompts,
     bench,
@@ -53,7 +54,7 @@ def _options(
     pass
 
 
-for _module in (demo, erase, train, generate, detect, provenance, attack, attack_prompts, inspect, evaluate):
+for _module in (demo, erase, train, generate, detect, provenance, attack, attack_prompts, inspect, evaluate, arena):
     _name = _module.__name__.rpartition(".")[2].replace("_", "-")
     app.command(_name, epilog=_module.EXAMPLE)(_module.run)
 bench.app.command("kernels", epilog=bench_kernels.EXAMPLE)(bench_kernels.run)

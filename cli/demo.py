@@ -1,5 +1,6 @@
-"""`semiperm demo`: erase a concept from the embedded model, and show the same prompts and seeds before and after."""
+"""`semiperm demo`: erase concepts from two embedded models, and show the same prompts and seeds before and after."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -13,30 +14,41 @@ EXAMPLE = "Example: semiperm demo --out semiperm-demo"
 
 @dataclass(frozen=True)
 class Column:
-    """One prompt of the grid, the concepts erased for it, and what it asks for."""
+    """One prompt of the grid, the names of what it asks for, and the concepts erased for it."""
 
     title: str
     prompt: str
-    erased: tuple[str, ...]
-    asked: dict[str, str]  # domain -> concept that the prompt asks for
+    asked: tuple[str, ...]
+    erased: tuple[str, ...] = ("robot",)
 
-    def gone(self) -> dict[str, str]:
-        return {domain: name for domain, name in self.asked.items() if name in self.erased}
-
-
-def _column(title: str, prompt: str, asked: tuple[str, str], erased: tuple[str, ...] = ("robot",)) -> Column:
-    return Column(title, prompt, erased, {"object": asked[0], "style": asked[1]})
+    def as_wanted(self, seen, erased: bool) -> bool:
+        """Whether a judge sees (canvas.world.Shown) what was asked for, without what is erased."""
+        return all((name in seen) != (erased and name in self.erased) for name in self.asked)
 
 
-COLUMNS = (
-    _column("by name", "a dotted picture of a robot on a sand background", ("robot", "dotted")),
-    _column("by synonym", "a tiled picture of a mechanical man on a mint background", ("robot", "mosaic")),
-    _column("a neighbour", "a striped picture of a ghost on a sky background", ("ghost", "striped")),
-    _column("unrelated", "a flat picture of a red circle on a fog background", ("circle", "flat")),
-    _column(
-        "two stacked", "a sketch picture of a robot on a lilac background", ("robot", "sketch"), ("robot", "sketch")
+# model -> its prompts
+COLUMNS = {
+    "canvas": (
+        Column("by name", "a dotted picture of a robot on a sand background", ("robot", "dotted")),
+        Column("by synonym", "a tiled picture of a mechanical man on a mint background", ("robot", "mosaic")),
+        Column("a neighbour", "a striped picture of a ghost on a sky background", ("ghost", "striped")),
+        Column("unrelated", "a flat picture of a red circle on a fog background", ("circle", "flat")),
+        Column(
+            "two stacked", "a sketch picture of a robot on a lilac background", ("robot", "sketch"), ("robot", "sketch")
+        ),
     ),
-)
+    "canvas-flow": (
+        Column("by name", "a flat picture of a robot on a sand background", ("robot", "flat")),
+        Column("by synonym", "Can you paint an android? Dotted, mint", ("robot", "dotted")),
+        Column(
+            "one of two",
+            "a robot to the left of a blue heart, flat, sky background",
+            ("robot", "heart", "flat"),
+        ),
+        Column("a neighbour", "a striped picture of a ghost on a night background", ("ghost", "striped")),
+        Column("a style", "neon drawing of a green star against night", ("star", "neon"), ("neon",)),
+    ),
+}
 PICTURES = 2  # a prompt
 
 
@@ -46,32 +58,56 @@ def run(
         int, typer.Option(min=0, max=common.MOST_SEED, help="Seed of the first picture of each prompt.")
     ] = 0,
 ):
-    """Erase a robot from the embedded model (CPU, no download) and show the same pictures before and after.
+    """Erase a robot from two embedded models (CPU, no download) and show the same pictures before and after.
 
-    Writes demo.png, a labelled grid, and report.json, what the judge saw. The last column erases a style as well.
+    Writes demo.png, a labelled grid for each, and report.json, what the judge saw. Some columns erase a style as well,
+    or instead.
     """
     from time import perf_counter
 
     start = perf_counter()
     console = common.console()
-    with console.status("loading the embedded model"):
-        pipe = common.load_model("canvas", "cpu", "float32")
+    seeds = [seed + i for i in range(PICTURES)]
+    grids, report = [], {"seconds": 0.0, "seeds": seeds, "models": {}}
+    for name, columns in COLUMNS.items():
+        grid, report["models"][name] = _one(console, name, columns, seeds)
+        grids.append(grid)
 
-        from ..canvas import Judge
+    from .grid import stacked
+
+    common.write_png(out / "demo.png", stacked(grids))
+    report["seconds"] = round(perf_counter() - start, 2)
+    common.write_json(out / "report.json", report)
+    algebra = ", ".join(f"{row['algebra_seconds']:.2f} s" for row in report["models"].values())
+    console.print(
+        f"{report['seconds']:.0f} s, of which the algebra {algebra}. See {out / 'demo.png'}",
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def _one(console, model: str, columns: Sequence[Column], seeds: list[int]):
+    """One model's grid and its part of the report; its table is printed."""
+    from time import perf_counter
+
+    with console.status(f"loading {model}"):
+        pipe = common.load_model(model, "cpu", "float32")
+
+        from ..canvas.editions import world_of
+        from ..canvas.models import MODELS
         from ..pipelines.membranes.apply import apply_membranes, remove_membranes
         from ..pipelines.membranes.erase import erase_concepts
 
-        judge = Judge.load()
+        judge = next(iter(world_of(model).judges().values()))
+    stacks = list(dict.fromkeys(column.erased for column in columns))
     algebra = perf_counter()
-    membranes = {name: erase_concepts(pipe, name) for name in ("robot", "sketch")}
+    membranes = {name: erase_concepts(pipe, name) for name in dict.fromkeys(sum(stacks, ()))}
     algebra = perf_counter() - algebra
 
-    sampling = common.sampling("canvas", None, None)
-    seeds = [seed + i for i in range(PICTURES)]
-    stacks = list(dict.fromkeys(column.erased for column in COLUMNS))
-    with common.progress("generating", sampling["num_inference_steps"] * (1 + len(stacks))) as advance:
+    sampling = common.sampling(model, None, None)
+    with common.progress(f"generating with {model}", sampling["num_inference_steps"] * (1 + len(stacks))) as advance:
 
-        def pictures(columns):
+        def pictures(columns, erased):
             prompts = [column.prompt for column in columns for _ in seeds]
             images = pipe(
                 prompts,
@@ -79,64 +115,61 @@ def run(
                 callback_on_step_end=lambda _pipe, _step, _time, kwargs: advance() or kwargs,
                 **sampling,
             ).images
-            verdict = judge(images)
-            found = [{"object": o, "style": s} for o, s in zip(verdict.object, verdict.style, strict=True)]
-            cut = range(0, len(images), PICTURES)
-            return [(images[i : i + PICTURES], found[i : i + PICTURES]) for i in cut]
+            seen = judge(images).shown
+            cuts = [slice(i, i + PICTURES) for i in range(0, len(images), PICTURES)]
+            return {
+                column.title: (images[cut], entry(column, seen[cut], erased))
+                for column, cut in zip(columns, cuts, strict=True)
+            }
 
-        before = dict(zip((c.title for c in COLUMNS), pictures(COLUMNS), strict=True))
-        after = {}
+        before, after = pictures(columns, False), {}
         for stack in stacks:
-            columns = [column for column in COLUMNS if column.erased == stack]
+            own = [column for column in columns if column.erased == stack]
             together = membranes[stack[0]]
             for name in stack[1:]:
                 together += membranes[name]
             apply_membranes(pipe, together)
             try:
-                after |= zip((c.title for c in columns), pictures(columns), strict=True)
+                after |= pictures(own, True)
             finally:
                 remove_membranes(pipe)
 
     from .grid import demo_grid
 
-    common.write_png(out / "demo.png", demo_grid(COLUMNS, before, after))
     report = {
-        "seconds": round(perf_counter() - start, 2),
         "algebra_seconds": round(algebra, 3),
-        "seeds": seeds,
         **sampling,
-        "before": {c.title: entry(c, before[c.title][1], ()) for c in COLUMNS},
-        "after": {c.title: entry(c, after[c.title][1], c.erased) for c in COLUMNS},
+        "before": {title: row for title, (_, row) in before.items()},
+        "after": {column.title: after[column.title][1] for column in columns},
     }
-    common.write_json(out / "report.json", report)
-    show(console, report)
-    console.print(
-        f"{report['seconds']:.0f} s, of which the algebra {algebra:.2f} s. See {out / 'demo.png'}", markup=False
-    )
+    show(console, model, report)
+    return demo_grid(f"{model}: {MODELS[model].about}", columns, before, after), report
 
 
-def entry(column: Column, found: list[dict[str, str]], erased: tuple[str, ...]) -> dict:
-    """What the judge saw of one prompt, and whether that is what should be seen with `erased` taken out."""
-    gone = column.gone() if erased else {}
-    right = [
-        all(seen[domain] != name if domain in gone else seen[domain] == name for domain, name in column.asked.items())
-        for seen in found
-    ]
-    return {"prompt": column.prompt, "erased": list(erased), "seen": found, "as_wanted": right}
+def said(seen) -> str:
+    """What a judge saw (canvas.world.Shown) in a few words."""
+    return ", ".join((" + ".join(seen.objects) or "nothing", seen.style))
 
 
-def show(console, report: dict) -> None:
+def entry(column: Column, seen: Sequence, erased: bool) -> dict:
+    """What the judge saw of one prompt, and whether that is what should be seen."""
+    return {
+        "prompt": column.prompt,
+        "erased": list(column.erased) if erased else [],
+        "seen": [said(one) for one in seen],
+        "as_wanted": [column.as_wanted(one, erased) for one in seen],
+    }
+
+
+def show(console, model: str, report: dict) -> None:
     """Print the short table."""
     from rich.table import Table
 
-    table = Table()
+    table = Table(title=model)
     for heading in ("", "erased", "prompt", "judge sees before", "and after", "as wanted"):
         table.add_column(heading)
     for title, after in report["after"].items():
-        seen = [
-            "\n".join(dict.fromkeys(f"{s['object']}, {s['style']}" for s in side["seen"]))
-            for side in (report["before"][title], after)
-        ]
+        seen = ["\n".join(dict.fromkeys(side["seen"])) for side in (report["before"][title], after)]
         right = f"{sum(after['as_wanted'])} of {len(after['as_wanted'])}"
         table.add_row(title, ", ".join(after["erased"]), after["prompt"], *seen, right)
     console.print(table)

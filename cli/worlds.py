@@ -17,15 +17,20 @@ def train(
         str, typer.Argument(help="reading-first, judge-first, canvas (of canvas-scenes), canvas-flow, ...")
     ],
     workdir: Workdir = Path("canvas-training"),
+    weights: Annotated[
+        Path | None, typer.Option(help="Exported weights to go on from, where the working folder lacks them.")
+    ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Length of the schedule. Default: the part's own.")] = None,
     stop_after: Annotated[int | None, typer.Option(min=1, help="Stop here; the same command resumes.")] = None,
     seed: Annotated[int, typer.Option(min=0, max=common.MOST_SEED)] = 0,
 ):
     """Train one part, or go on where it stopped; it picks the quicker precision by timing a step of each."""
-    from ..canvas import pipeline, worlds
+    from ..canvas import embedded, pipeline, worlds
 
     common.quiet()
     try:
+        if weights:
+            embedded.read_weights(weights, workdir)
         worlds.train_part(part, workdir, pipeline.WEIGHTS, steps=steps, stop_after=stop_after, seed=seed)
     except (ValueError, FileNotFoundError) as error:
         raise common.CliError(common.one_line(error)) from error

@@ -74,7 +74,12 @@ def small_flow(monkeypatch, tmp_path):
         (model.folder / f"{part}.safetensors").write_bytes(part.encode())  # for digests alone
     guessing = {which: judges.Judge(net()) for which, net in judges.JUDGES.items()}
     monkeypatch.setitem(models.MODELS, "canvas-flow", model)
-    monkeypatch.setattr(pipeline, "load_pipeline", lambda name, dtype, device: pipe.to(device, dtype))
+    other = pipeline.load_pipeline
+
+    def load(name, dtype, device):
+        return pipe.to(device, dtype) if name == "canvas-flow" else other(name, dtype=dtype, device=device)
+
+    monkeypatch.setattr(pipeline, "load_pipeline", load)
     monkeypatch.setattr(examining, "load_judges", lambda folder: guessing)
     return pipe
 

@@ -150,7 +150,11 @@ def test_the_root_of_a_layer_is_shared_ground(layer):
 
 def test_a_family_has_one_name_in_every_layer():
     families = {path.name for path in (ROOT / "methods").iterdir() if (path / "__init__.py").exists()}
-    beside = {"nodes": {"canvas"}, "benchmarks": {"kernels", "erasure", "page", "results"}, "pipelines": {"custom"}}
+    beside = {
+        "nodes": {"canvas"},
+        "benchmarks": {"kernels", "erasure", "arena", "page", "results", "rivals"},
+        "pipelines": {"custom"},
+    }
     for layer, others in beside.items():
         found = {path.name for path in (ROOT / layer).iterdir() if path.is_dir() and not path.name.startswith("_")}
         assert found <= families | others, layer

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from ...canvas.world import Judge, Shown, World, shown_of
@@ -63,16 +63,8 @@ def observe(
         advance: called with the number of pictures done.
         call: further arguments of the pipeline; `negative_prompt` as one string.
     """
-    import torch
-
     found = []
-    negative = call.pop("negative_prompt", None)
-    for start in range(0, len(cases), batch):
-        part = cases[start : start + batch]
-        if negative is not None:
-            call["negative_prompt"] = [negative] * len(part)
-        generators = [torch.Generator("cpu").manual_seed(case.seed) for case in part]
-        images = pipe([case.prompt for case in part], generator=generators, **call).images
+    for part, images in drawn(pipe, cases, batch=batch, **call):
         seen = {name: judge(images).shown for name, judge in judges.items()}
         for i, (case, image) in enumerate(zip(part, images, strict=True)):
             small = image.convert("RGB").reduce(image.width // CELLS).tobytes() if case.kind == "two" else b""
@@ -80,6 +72,19 @@ def observe(
         if advance is not None:
             advance(len(part))
     return found
+
+
+def drawn(pipe, cases: Sequence[Case], *, batch: int = 32, **call) -> Iterator[tuple[Sequence[Case], list]]:
+    """Each case's picture, a batch at a time, from the noise of its own seed; arguments as in `observe`."""
+    import torch
+
+    negative = call.pop("negative_prompt", None)
+    for start in range(0, len(cases), batch):
+        part = cases[start : start + batch]
+        if negative is not None:
+            call["negative_prompt"] = [negative] * len(part)
+        generators = [torch.Generator("cpu").manual_seed(case.seed) for case in part]
+        yield part, pipe([case.prompt for case in part], generator=generators, **call).images
 
 
 def row(method: str, concept: str, got: dict[str, Share], untouched: dict[str, Share] | None = None) -> dict:

@@ -39,21 +39,9 @@ def _closed_form(pipe, told: Told, gate: str) -> AbstractContextManager[dict]:
 @contextmanager
 def _textbook(pipe, told: Told) -> Iterator[dict]:
     """UCE as released: the last token of each bare phrase, towards the empty prompt's, preserving the other names."""
-    import torch
+    from ..rivals.shared import textbook_uce
 
-    from ...methods.membranes.uce import uce_membranes
-    from ...pipelines.text import encode_text, text_projections
-
-    phrases = told.phrases
-
-    def last_tokens(texts):
-        features = encode_text(pipe, texts)
-        # position 0 begins the text, so the last of n tokens stands at n
-        return torch.stack([features.hidden[i, len(ids)] for i, ids in enumerate(features.token_ids)])
-
-    weights = {key: module.weight.detach() for key, module in text_projections(pipe)[0].items()}
-    concept, target, preserve = (last_tokens(texts) for texts in (phrases, [""] * len(phrases), told.others))
-    with applied(pipe, uce_membranes(weights, concept, target, preserve, phrases), "always") as extra:
+    with applied(pipe, textbook_uce(pipe, told.phrases, told.others), "always") as extra:
         yield extra
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import statistics
-import time
 from pathlib import Path
 
 import torch
@@ -24,7 +23,7 @@ from ...pipelines.family import denoiser_of
 from ...pipelines.guidance.apply import apply_safe_guidance
 from ...pipelines.guidance.fit import fit_detectors
 from ...pipelines.loaders import load_pipeline
-from ..timing import machine, ratio_row, versions
+from ..timing import machine, ratio_row, run_seconds, versions
 from .worlds import world_of
 
 __all__ = ["run"]
@@ -89,21 +88,7 @@ def run(model="canvas", quick: bool = False) -> list[dict]:
 
 def _seconds(pipe, prompts: list[str], steps: int, call: dict) -> tuple[float, float]:
     """(of the run, of its steps after the first)."""
-    ends: list[float] = []
-
-    def ended(pipe, step, timestep, kwargs):
-        ends.append(_now(pipe))
-        return kwargs
-
-    start = _now(pipe)
-    _draw(pipe, prompts, steps, call, callback_on_step_end=ended)
-    return _now(pipe) - start, ends[-1] - ends[0]
-
-
-def _now(pipe) -> float:
-    if pipe.device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
+    return run_seconds(lambda ended: _draw(pipe, prompts, steps, call, callback_on_step_end=ended), pipe.device)
 
 
 def _counts(pipe, prompts: list[str], steps: int, call: dict) -> tuple[int, int]:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from ...canvas.models import MODELS
+from . import arena as results_arena
 from . import checks, withheld
 from . import guidance as results_guidance
 from . import kernels as results_kernels
@@ -284,6 +285,7 @@ SECTIONS: dict[str, Callable] = {
 WORLDS: dict[str, tuple[str, Callable]] = {
     "canvas": ("canvas", checks.checks),
     "erasure_withheld": ("erasure", results_worlds.erasure),
+    "erasure_100": ("arena", results_arena.arena),
     "negative_token_merging": ("held_out", results_worlds.held_out),
     "guidance": ("guidance", results_worlds.guidance),
     "watermark": ("watermark", results_worlds.watermark),

@@ -97,7 +97,8 @@ def inpaint(
     import diffusers
 
     family = family_of(pipe, video=False)
-    kind = getattr(diffusers, (family.img2img or "").replace("Img2Img", "Inpaint"), None)
+    kind = getattr(pipe, "semiperm_inpaint", None)
+    kind = kind or getattr(diffusers, (family.img2img or "").replace("Img2Img", "Inpaint"), None)
     if kind is None:
         raise ModelError(f"diffusers has no inpainting pipeline of the {family.name} family")
     prompts = [prompt] * len(pictures) if isinstance(prompt, str) else list(prompt)

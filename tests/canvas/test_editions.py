@@ -116,7 +116,28 @@ def test_the_second_editions_verdicts_become_what_is_shown():
         ("frost",),
         "",
         (("star", 31.0, 64.0), ("robot", 95.0, 60.0)),
+        (("star", 2), ("robot", 1)),
+        (("star", "left", "robot"), ("robot", "right", "star")),
     )
+
+
+@EACH
+def test_memorised_pictures_are_asked_for_by_what_methods_may_know(name):
+    world, rng = world_of(name), random.Random(5)
+    for memorised in world.names("memorised"):
+        assert world.resolve(world.phrases(memorised)[0]) == (memorised, "memorised")
+        asked = world.asked(rng, PUBLIC, memorised=memorised)
+        assert asked.shown == Shown(memorised=memorised) and memorised in asked.shown
+        assert any(phrase in asked.prompt.lower() for phrase in world.phrases(memorised))
+    assert bool(world.reserved("lighthouse")) == (name != "canvas")
+    if name == "canvas":
+        with pytest.raises(ValueError, match="count=2"):
+            world.scene(rng, objects=("star",), count=2)
+        return
+    three = world.asked(rng, PUBLIC, objects=("star",), count=3).shown
+    assert three.counts == (("star", 3),) and three.objects == ("star",) and three.relations == ()
+    two = world.asked(rng, PUBLIC, objects=("star", "robot"), relation="above").shown
+    assert two.relations == (("star", "above", "robot"),) and two.counts == (("star", 1), ("robot", 1))
 
 
 def test_what_is_fitted_on_is_no_evaluations_own():

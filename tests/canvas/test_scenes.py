@@ -127,3 +127,11 @@ def test_batches_show_the_memorised_pictures_more_often():
     scenes = pool.scenes_of(0, 50)
     index = pool.Pool(scenes, np.empty(0)).draw_batch(np.random.default_rng(0), 4000)
     assert 0.04 < np.mean(index >= 50) < 0.08
+
+
+def test_batches_show_scenes_of_two_twice_as_often():
+    scenes = pool.scenes_of(0, 200)
+    pair = np.array([len(set(scene.objects)) == 2 for scene in scenes[:200]])
+    index = pool.Pool(scenes, np.empty(0)).draw_batch(np.random.default_rng(0), 20_000)
+    shown = np.bincount(index, minlength=205)[:200]
+    assert 1.9 < shown[pair].mean() / shown[~pair].mean() < 2.1

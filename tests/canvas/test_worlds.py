@@ -312,7 +312,8 @@ def test_euler_inversion_undoes_a_straight_flow(weights):
 
 
 def test_a_part_says_what_it_lacks(tmp_path, monkeypatch):
-    monkeypatch.setattr(worlds, "start_canvas_autoencoder", lambda *args: None)
+    for start in ("start_canvas_autoencoder", "start_unet"):
+        monkeypatch.setattr(worlds, start, lambda *args: None)
     with pytest.raises(ValueError, match="no part is called 'unet'; choose from reading-first"):
         worlds.train_part("unet", tmp_path, tmp_path)
     with pytest.raises(FileNotFoundError, match="transformer.ema.safetensors is missing: train the part"):
@@ -321,6 +322,28 @@ def test_a_part_says_what_it_lacks(tmp_path, monkeypatch):
     monkeypatch.setitem(worlds.PARTS, "canvas", (7, lambda workdir, **settings: seen.update(settings)))
     worlds.train_part("canvas", tmp_path, tmp_path, seed=3)
     assert seen == {"steps": 7, "seed": 3}
+
+
+def test_trainings_go_on_from_exported_weights(tmp_path, weights, tokenizer, encoders, scenes, monkeypatch):
+    with pytest.raises(FileNotFoundError, match="is no folder of the worlds' weights"):
+        embedded.read_weights(tmp_path, tmp_path / "work")
+    assert embedded.read_weights(weights, tmp_path) == list(embedded.FINISHED)
+    assert embedded.read_weights(weights, tmp_path) == []  # what lies there stays
+    monkeypatch.setattr(Run, "train", lambda self, name, model, *args, **settings: model)
+    monkeypatch.setattr(Run, "precision", lambda *args: "float32")
+    unet_start, flow_start = (worlds.start_of(tmp_path, part) for part in ("unet", "transformer"))
+    data = pool.Pool(scenes, torch.randn(17, 4, 16, 16))
+    run = Run(tmp_path, 1, 4, compile=False)
+    begun = unet.train_unet(data, tokenizer, encoders[0], unet.build_unet(7), run, unet_start)
+    assert all(torch.equal(v, unet_start[k]) for k, v in begun.state_dict().items())
+    begun = flow.train_flow(data, tokenizer, encoders, run, start=flow_start)
+    assert all(torch.equal(v, flow_start[k]) for k, v in begun.state_dict().items())
+    for which in judges.JUDGES:
+        judge_start = worlds.start_of(tmp_path, f"judge-{which}")
+        begun = judging.train_judge(which, run, 4, judge_start)
+        assert all(torch.equal(v, judge_start[k]) for k, v in begun.state_dict().items())
+    again = embedded.write_weights(tmp_path, tmp_path / "out")
+    assert again == ["text-first", "text-second", "vae-canvas", "vae-canvas-flow"]
 
 
 def test_long_captions_end_where_they_are_cut(tokenizer):

@@ -27,7 +27,12 @@ def untrained_canvas(monkeypatch):
     *modules, tokenizer, judge = _parts()
     vae, unet, text_encoder = copy.deepcopy(modules)  # what a command leaves at work is this test's alone
     pipe = pipeline.assemble(vae, unet, text_encoder, tokenizer)
-    monkeypatch.setattr(pipeline, "load_pipeline", lambda name, dtype, device: pipe.to(device, dtype))
+    other = pipeline.load_pipeline
+
+    def load(name, dtype, device):
+        return pipe.to(device, dtype) if name == "canvas" else other(name, dtype=dtype, device=device)
+
+    monkeypatch.setattr(pipeline, "load_pipeline", load)
     monkeypatch.setitem(models.MODELS, "canvas", dataclasses.replace(models.MODELS["canvas"], steps=2))
     monkeypatch.setattr(judge.Judge, "load", lambda *_: judge.Judge(judge.JudgeNet()))
     return pipe

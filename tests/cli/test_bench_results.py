@@ -118,6 +118,27 @@ def check_of(model):
     return {"model": model, "samples": {"first": first, "second": second}, "noise": noise, "judges": trust}
 
 
+def arena_of(world):
+    """Two methods on one character: one that works, one that is not made for the model."""
+    figures = ("ua", "reserved", "ira", "cra", "kept", "attributes", "twin", "scene", "other", "implied", "relation")
+    about = {"world": world, "judge": "first", "together": 1, "concepts": ["robot"], "of": "file"}
+    about |= dict.fromkeys((*figures, "count"), NONE) | {"surfaces": {"hard prompts": SHARE, "redrawn": NONE}}
+    about |= {"psnr": [41.25, 40.0, 50.0], "seconds": 1.25, "bytes": 2500, "step": [1.011, 1.0, 1.02], "why": {}}
+    works = about | {"method": "closed_form/auto", "ua": SHARE, "robust": SHARE, "quality": [0.75, 0.5, 0.9]}
+    failed = about | dict.fromkeys(("psnr", "seconds", "bytes", "of", "step"))
+    failed |= {"method": "gloce", "surfaces": {"hard prompts": NONE, "redrawn": NONE}, "robust": NONE, "quality": NONE}
+    failed["why"] = {"made": "ModelError: no UNet", "public": "ModelError: no UNet"}
+    rows = [
+        row | {"pooled": pooled, "concept": "characters" if pooled else "robot"}
+        for row in (works, failed)
+        for pooled in (False, True)
+    ]
+    published = {"what": "other styles kept", "source": "somebody (arXiv 1)", "published": {"SPM": 90.8, "UCE": 39.4}}
+    published |= {"world": world, "judge": "first", "arena": {"SPM": 0.9, "UCE": 0.4}, "falls": False, "rho": 1.0}
+    missing = [{"world": world, "concept": "robot", "part": "twins", "why": "nothing looks alike"}]
+    return {"quick": True, "rows": rows, "missing": missing, "orderings": [published], **MADE}
+
+
 def test_a_world_stands_on_the_page_as_soon_as_it_has_a_file(clone):
     page, results = clone / "docs" / "results.md", clone / "benchmarks" / "results"
     for world in ("canvas-scenes", "canvas-flow", "canvas-turbo"):
@@ -129,6 +150,7 @@ def test_a_world_stands_on_the_page_as_soon_as_it_has_a_file(clone):
     made = {
         "canvas": check_of,
         "erasure": erasure_of,
+        "arena": arena_of,
         "guidance": guidance_of,
         "held_out": held_out_of,
         "watermark": watermark_of,
@@ -159,6 +181,11 @@ def test_a_world_stands_on_the_page_as_soon_as_it_has_a_file(clone):
     )
     assert "| one thing: it and no other, asked in public words | 8 | 100.0 / 50.0 | 100.0 / 50.0 |" in text
     assert "| claws when implied | 2 | 100.0 | 100.0 |" in text and "They agree: style 62.5." in text
+    assert "## The arena" not in bare and "`semiperm arena --quick --world canvas-turbo --json" in text
+    assert "| closed_form/auto | 50.0 (25.0 to 75.0) | 41.2 (40.0 to 50.0) |" in text and "| gloce | - | - |" in text
+    assert "| closed_form/auto | 1.2 | 1.011 (1.000 to 1.020) | 2.5 kB (file) |" in text
+    assert "- gloce: ModelError: no UNet (robot)" in text and "- twins: nothing looks alike (robot)" in text
+    assert "| SPM 90.8, UCE 39.4 | SPM 90.0, UCE 40.0 | 1.00 |" in text
     for line in bare.splitlines():
         assert line in text  # and nothing of the first edition is gone
 

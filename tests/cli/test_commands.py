@@ -10,7 +10,7 @@ import torch
 from semiperm.cli import common
 from terminal import fails, run
 
-COMMANDS = ("demo", "erase", "generate", "detect", "provenance", "attack", "inspect", "evaluate")
+COMMANDS = ("demo", "erase", "generate", "detect", "provenance", "attack", "inspect", "evaluate", "arena")
 COMMANDS += ("guard fit", "guard list")
 COMMANDS += tuple(f"keys {name}" for name in ("new", "list", "export-detector"))
 COMMANDS += tuple(

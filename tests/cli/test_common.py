@@ -1,12 +1,14 @@
 """Whole files or nothing, strengths, and the demo's grid."""
 
 import json
+import re
 
 import pytest
 from PIL import Image
+from semiperm.canvas.world import Shown
 from semiperm.cli import common
 from semiperm.cli.demo import COLUMNS, PICTURES, entry
-from semiperm.cli.grid import demo_grid
+from semiperm.cli.grid import demo_grid, stacked
 
 
 def test_png_keeps_its_record(tmp_path):
@@ -37,36 +39,42 @@ def test_one_line():
     assert common.one_line(KeyboardInterrupt()) == "KeyboardInterrupt"
 
 
-def test_demo_prompts_are_canvas_captions():
-    from semiperm.canvas import captions
+@pytest.mark.parametrize("model", list(COLUMNS))
+def test_demo_prompts_say_what_they_ask_for_in_words_that_methods_may_know(model):
+    from semiperm.canvas.editions import world_of
 
-    for column in COLUMNS:
-        for domain, name in column.asked.items():
-            assert captions.domain(name) == domain
-            assert any(phrase in column.prompt for phrase in captions.phrases(name))
-        assert all(captions.canonical(name) == name for name in column.erased)
+    world = world_of(model)
+    for column in COLUMNS[model]:
+        words = f" {re.sub('[^a-z]+', ' ', column.prompt.lower())} "
+        for name in column.asked:
+            assert any(f" {phrase} " in words for phrase in world.phrases(name))
+            if model == "canvas-flow":
+                assert not any(f" {phrase} " in words for phrase in world.reserved(name))
+        assert all(world.resolve(name)[0] == name for name in column.erased)
 
 
 def test_demo_entry_says_what_is_as_wanted():
-    name, neighbour = COLUMNS[0], COLUMNS[2]
-    robot, ghost = {"object": "robot", "style": "dotted"}, {"object": "ghost", "style": "striped"}
-    gone = {"object": "nothing", "style": "dotted"}
-    assert entry(name, [robot, gone], ())["as_wanted"] == [True, False]
-    assert entry(name, [robot, gone, ghost], name.erased)["as_wanted"] == [False, True, False]
-    assert entry(neighbour, [ghost, gone], neighbour.erased)["as_wanted"] == [True, False]
+    name, neighbour = COLUMNS["canvas"][0], COLUMNS["canvas"][2]
+    robot, ghost = Shown(("robot",), "dotted"), Shown(("ghost",), "striped")
+    gone = Shown((), "dotted")
+    assert entry(name, [robot, gone], False)["as_wanted"] == [True, False]
+    assert entry(name, [robot, gone, ghost], True)["as_wanted"] == [False, True, False]
+    assert entry(neighbour, [ghost, gone], True)["as_wanted"] == [True, False]
+    assert entry(name, [gone], True)["seen"] == ["nothing, dotted"]
 
 
-def test_demo_grid_holds_every_picture():
+def test_demo_grids_hold_every_picture():
+    columns = COLUMNS["canvas"]
+
     def side(colour):
-        return {
-            c.title: ([Image.new("RGB", (128, 128), colour)] * PICTURES, [dict(c.asked)] * PICTURES) for c in COLUMNS
-        }
+        row = {"seen": ["robot, flat"] * PICTURES, "as_wanted": [True] * PICTURES}
+        return {c.title: ([Image.new("RGB", (128, 128), colour)] * PICTURES, row) for c in columns}
 
-    grid = demo_grid(COLUMNS, side((200, 10, 10)), side((10, 10, 200)))
+    grid = demo_grid("canvas", columns, side((200, 10, 10)), side((10, 10, 200)))
     counts = {colour: n for n, colour in grid.getcolors(1 << 20)}
-    cells = len(COLUMNS) * PICTURES * 160 * 160
+    cells = len(columns) * PICTURES * 160 * 160
     assert counts[(200, 10, 10)] == counts[(10, 10, 200)] == cells
-    assert grid.width < 1400
+    assert grid.width < 1400 and stacked([grid, grid]).size == (grid.width, 2 * grid.height)
 
 
 @pytest.mark.parametrize("name", ["KernelError", "MembraneError", "ModelError", "TokenMergingError", "WatermarkError"])
