@@ -1,5 +1,7 @@
 """`semiperm bench`: time and memory, side by side with the peers."""
 
+import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -8,6 +10,7 @@ import typer
 from . import common
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure time, side by side with the peers.")
+Resume = Annotated[Path | None, typer.Option(metavar="FILE", help="Go on from this file, and keep work in it.")]
 World = Annotated[str, typer.Option(metavar="MODEL", help="The embedded model to draw with, and to judge.")]
 _WHOLE_RUN = "time of a whole run, in times the bare one's (median, middle half)"
 
@@ -74,21 +77,27 @@ def guidance(
     method: Annotated[
         list[str] | None, typer.Option(help="One of the methods of the table; repeatable. Default: all.")
     ] = None,
-    resume: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Go on from this file, and keep work in it.")
-    ] = None,
+    attacks: Annotated[
+        int, typer.Option(min=0, help="Also an adversary's prompts: searches for each hazard and kind. 0: none.")
+    ] = 0,
+    attack_steps: Annotated[int, typer.Option(min=1, help="Gradient steps of each search.")] = 100,
+    resume: Resume = None,
     json_path: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures here.")] = None,
 ):
-    """Judge what passes each method of safe guidance, and what is lost, beside a negative prompt and membranes."""
+    """Judge what passes each method of safe guidance, and what is lost, beside a negative prompt and membranes.
+
+    With --attacks also words and embeddings found by gradient, against the untouched model and against each method at
+    work: minutes a search.
+    """
     from rich.table import Table
 
+    from ..benchmarks.guidance.attacked import Attack
     from ..benchmarks.guidance.judged import METHODS, batches, run
 
-    methods = tuple(method or METHODS)
-    if unknown := [name for name in methods if name not in METHODS]:
-        raise common.CliError(f"no method {unknown[0]!r}; expected one of {', '.join(METHODS)}")
-    with common.progress("pictures, eight at a time", batches(world, n, methods)) as advance:
-        found = run(world, n, methods, resume, advance, steps=steps)
+    methods = _among(method, METHODS)
+    attack = Attack(attacks, attack_steps, 2 * attack_steps) if attacks else None
+    with common.progress("pictures, eight at a time", batches(world, n, methods, attack)) as advance:
+        found = run(world, n, methods, resume, advance, steps=steps, attack=attack)
     if json_path is not None:
         common.write_json(json_path, found)
     names = ("method", "categories", "kind", "category", "judge")
@@ -98,6 +107,48 @@ def guidance(
     for row in found["rows"]:
         said = (row[name] or "-" for name in names)
         table.add_row(*said, *(f"{100 * row[name][0]:.1f} %" for name in ("hazard", "accuracy")))
+    common.console().print(table)
+
+
+@app.command("composition", epilog="Example: semiperm bench composition --world canvas-flow --json composition.json")
+def composition(
+    world: World = "canvas",
+    n: Annotated[int, typer.Option("-n", min=2, help="Prompts of each kind and hazard.")] = 24,
+    steps: common.Steps = None,
+    method: Annotated[list[str] | None, typer.Option(help="A method to pair; repeatable. Default: all.")] = None,
+    resume: Resume = None,
+    json_path: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures here.")] = None,
+    table_path: Annotated[
+        Path | None,
+        typer.Option("--table", metavar="FILE", help="Write what this world makes worse into this table of warnings."),
+    ] = None,
+):
+    """Judge every pair of methods against what is better of each alone: hazards, harmless pictures, the mark."""
+    from rich.table import Table
+
+    from ..benchmarks.guidance.composition import batches, run, table_with
+    from ..methods.composition import METHODS
+
+    methods = _among(method, METHODS)
+    with common.progress("pictures, eight at a time", batches(world, n, methods)) as advance:
+        found = run(world, n, methods, resume, advance, steps=steps)
+    if json_path is not None:
+        common.write_json(json_path, found)
+    if table_path is not None:
+        before = json.loads(table_path.read_text(encoding="utf-8")) if table_path.is_file() else {}
+        common.write_json(table_path, table_with(before, found))
+    table = Table(caption="difference: to the better one alone, in points, with an interval of 99.7 %")
+    for heading in ("pair", "judge", "verdict", "hazard", "difference", "kept", "difference", "mark", "difference"):
+        table.add_column(heading)
+    for row in found["pairs"]:
+        cells = []
+        for outcome in ("hazard", "kept", "mark"):
+            if outcome not in row:
+                cells += ["-", "-"]
+                continue
+            value, low, high = (100 * one for one in row["against"][outcome]["difference"])
+            cells += [f"{100 * row[outcome][0]:.1f} %", f"{value:+.1f} ({low:+.1f} to {high:+.1f})"]
+        table.add_row(" + ".join(row["pair"]), row["judge"], row["verdict"], *cells)
     common.console().print(table)
 
 
@@ -113,6 +164,14 @@ def guidance_cost(
     from ..benchmarks.guidance.cost import run
 
     _time(run, pipe, model, quick, json_path, caption=_WHOLE_RUN)
+
+
+def _among(chosen: list[str] | None, known: Iterable[str]) -> tuple[str, ...]:
+    """The methods that were asked for, or all."""
+    names = tuple(known)
+    if unknown := [name for name in chosen or () if name not in names]:
+        raise common.CliError(f"no method {unknown[0]!r}; expected one of {', '.join(names)}")
+    return tuple(chosen or names)
 
 
 def _time(run, pipe, model: str, quick: bool, json_path: Path | None, **shown: str) -> None:

@@ -51,7 +51,7 @@ class ExtraRows:
         sources: for each of S added rows the row whose inputs it takes.
         x: (S, C, ...) the added rows themselves; None adds their sources once more.
         context: (S or 1, T, C) their text; None takes their sources'.
-        pooled: (1, P) takes the place of the first P elements of their `y`; None leaves it their sources'.
+        pooled: (S or 1, P) takes the place of the first P elements of their `y`; None leaves it their sources'.
     """
 
     sources: Sequence[int]

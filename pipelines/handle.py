@@ -20,13 +20,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..methods.composition import warn_of
 from ..methods.errors import SemipermError
 from .family import Pipeline, denoiser_of, family_of
 from .hooks import install, listen, listeners_of, parameters_of, uninstall, unlisten
 from .rows import Encoded, Run, negative_rows, said
 from .text import Ear, reader_of
 
-__all__ = ["Handle", "RootHook"]
+__all__ = ["Handle", "RootHook", "methods_at"]
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +53,7 @@ class Handle(abc.ABC):
 
     NAME: str  # of our hooks, and of the handle's attribute on the denoiser
     ERROR: type[SemipermError]  # the family's
+    methods: frozenset[str] = frozenset()  # what it is, of `methods.composition.METHODS`
 
     def __init__(self, pipe: Pipeline, config, hooks: Sequence[tuple[nn.Module, Callable]] = ()):
         self.config, self.hooks = config, list(hooks)
@@ -90,6 +92,8 @@ class Handle(abc.ABC):
             if old is not None:
                 old.install()
             raise
+        if self.config.strength:
+            warn_of(self.methods, methods_at(pipe))
 
     def __enter__(self: AnyHandle) -> AnyHandle:
         return self
@@ -354,6 +358,12 @@ class Handle(abc.ABC):
             f"the pipeline ran, but {self.NAME.strip('_')} on pipe.{self.attribute} never did: were its hooks taken off"
             " or its forward replaced? The images are the untouched model's; apply it again"
         )
+
+
+def methods_at(pipe: Pipeline) -> frozenset[str]:
+    """What acts on a pipeline's denoiser, of `methods.composition.METHODS`."""
+    handles = [value for value in vars(denoiser_of(pipe)[0]).values() if isinstance(value, Handle)]
+    return frozenset(name for handle in handles if handle.config.strength for name in handle.methods)
 
 
 def _timesteps(pipe: Pipeline) -> Tensor | None:

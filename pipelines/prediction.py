@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from einops import rearrange
@@ -84,13 +84,21 @@ class Predictor:
             latents = self.step(latents, predict(latents, rows), rows, then.expand(len(latents)))
         return latents
 
-    def __call__(self, latents: Tensor, timesteps: Tensor, hidden: Tensor, pooled: Tensor | None) -> Tensor:
+    def __call__(
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        hidden: Tensor,
+        pooled: Tensor | None,
+        words: Sequence[str] | None = None,
+    ) -> Tensor:
         """What the denoiser predicts.
 
         Args:
             latents: (B, C, H, W), never packed; videos (B, C, F, H, W).
             timesteps: (B,), in the denoiser's unit.
             hidden: (B, N, d). pooled: (B, p) or None.
+            words: of each row, for methods that read them; a denoiser does not.
         """
         family, denoiser = self.family, self.denoiser
         dtype, rows = denoiser.dtype, len(latents)

@@ -111,7 +111,17 @@ def test_no_circles():
 
 
 GROUND = {
-    "methods": {"errors", "schedule", "text_space", "modules", "packages", "pictures", "files", "sampling"},
+    "methods": {
+        "errors",
+        "schedule",
+        "text_space",
+        "modules",
+        "packages",
+        "pictures",
+        "files",
+        "sampling",
+        "composition",
+    },
     "pipelines": {
         "family",
         "text",

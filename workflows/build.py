@@ -151,6 +151,15 @@ NOTES = {
     "from a category of harm by *Safe Guidance* (right): the canvas's hazard, a mark in a corner. The right latent "
     "goes through *Guidance Report* to its decoder, so that no picture is decoded of a run without protection. "
     "cfg must be above 1." + SWITCH.replace("and concept", "and category"),
+    "Safe guidance, flow": "## Safe guidance, on a flow model\nThe same prompt and seed twice, by a model of Stable "
+    "Diffusion 3's architecture: as it is (left), and steered away from fire by *Safe Guidance* with words of its own "
+    "(right). Thresholds mean the same as on older models. The right latent goes through *Guidance Report* to its "
+    "decoder, so that no picture is decoded of a run without protection. cfg must be above 1."
+    + SWITCH.replace("and concept", "and words"),
+    "Negative guidance, turbo": "## A negative prompt in four steps\nThe same prompt and seed twice, by a model that "
+    "draws in four steps without guidance (cfg 1), where a negative prompt does nothing: as it is (left), and pushed "
+    "away from fire by *Normalized Attention Guidance* (right). `canvas-turbo`'s weights do not ship with semiperm "
+    "yet: *Load Canvas* says what makes them." + SWITCH.replace("and concept", "and words"),
     "Sign": "## Sign\nThe same prompt and seed twice: by the model as it is (left), and with the signs of "
     "its noise set by your key (middle): another picture of the same quality. *Detect Watermark* finds the mark again "
     "and shows where (right); *Save With Provenance* writes down what was found, beside the workflow." + KEYS,
@@ -278,6 +287,15 @@ def build(name: str, api: dict, object_info: dict) -> dict:
     return graph | {"config": {}, "extra": {}, "version": 0.4}
 
 
+def lacks_weights(api: dict) -> bool:
+    """Whether a workflow's model does not ship, so that it cannot be run here."""
+    loaders = {node["class_type"]: node["inputs"] for node in api.values() if "Load" in node["class_type"]}
+    if "CheckpointLoaderSimple" in loaders:
+        return True
+    turbo = loaders.get("SemipermLoadCanvas", {}).get("model") == "canvas-turbo"
+    return turbo and not (HERE.parent / "canvas" / "weights" / "worlds" / "turbo.safetensors").exists()
+
+
 def get(url: str, body: dict | None = None) -> bytes:
     with urllib.request.urlopen(url, json.dumps(body).encode() if body else None, timeout=60) as answer:
         return answer.read()
@@ -375,7 +393,7 @@ def main(server: str, pictures: bool, names: list[str]) -> None:
         api = json.loads(source.read_text(encoding="utf-8"))
         graph = build(source.stem, api, object_info)
         write(HERE / source.name, graph)
-        if any(node["class_type"] == "CheckpointLoaderSimple" for node in api.values()):
+        if lacks_weights(api):
             draw(graph, HERE / f"{source.stem}.jpg")
         elif pictures:
             render(server, api, HERE / f"{source.stem}.jpg")

@@ -49,7 +49,7 @@ def run(model="canvas", quick: bool = False) -> list[dict]:
     rounds, steps = (2, 4) if quick else (9, 25)
     one = (Category("hazard", ("a hazard mark",), false_alarms=0.1),)
     three = (*one, Category("gloom", ("a dark place",)), Category("noise", ("a loud thing",)))
-    benign = world_of("canvas").benign(80)
+    benign = world_of(getattr(pipe, "semiperm_canvas", "canvas")).benign(80)  # others are asked by the canvas's words
     pair = fit_detectors(pipe, one[0], benign=benign[:40] if quick else benign, steps=4, guidance_scale=4.0)
     cases: dict[str, tuple[tuple[Category, ...], dict, dict, dict]] = {
         "sld": (one, {"algorithms": SLD("strong")}, _GUIDED, _GUIDED),

@@ -2,40 +2,38 @@
 
 Every method draws the same prompts from the same noise. A rate has a 95 % interval (Wilson's). The negative prompt is
 given the same words as the categories. Where a world has several hazards, each method steers away from all of them at
-once, and then from one at a time.
+once, and then from one at a time. With an `Attack`, an adversary's prompts are asked as well: found against the
+untouched model for all methods, and against each method while it is at work.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-import torch
-
-from ...canvas.world import Judge, Shown, World, shown_of
+from ...canvas.world import Shown, World, shown_of
+from ...methods.guidance.adavd import AdaVD
 from ...methods.guidance.category import Category
-from ...methods.guidance.config import SafeGuidanceConfig
 from ...methods.guidance.nag import NAG
 from ...methods.guidance.safree import SAFREE
 from ...methods.guidance.sld import SLD
-from ...pipelines.guidance.apply import apply_safe_guidance
-from ...pipelines.guidance.fit import fit_detectors
 from ...pipelines.loaders import load_pipeline
-from ...pipelines.membranes.apply import apply_membranes
-from ...pipelines.membranes.erase import erase_concepts
 from ..store import Store, digest
 from ..timing import machine, versions
+from .attacked import Attack, Attacker, attacks_of
+from .methods import DETECTORS, MEMBRANES, NEGATIVE, Beside, Work, drawn, parts_of
 from .worlds import BENIGN, Asked, asked_of, categories_of, world_of
 
-__all__ = ["METHODS", "batches", "methods_of", "run"]
+__all__ = ["METHODS", "batches", "interval", "methods_of", "rights", "run", "shows"]
 
-BATCH = 8
 _NORMAL = 1.959964  # the standard normal's 97.5 % quantile
 
-ALGORITHMS = {
+METHODS: dict[str, tuple] = {
+    "untouched": (),
+    "negative prompt": (NEGATIVE,),
     "SLD weak": (SLD("weak"),),
     "SLD medium": (SLD("medium"),),
     "SLD strong": (SLD("strong"),),
@@ -43,25 +41,23 @@ ALGORITHMS = {
     "SLD max": (SLD("max"),),
     "SAFREE": (SAFREE(),),
     "SAFREE, every step": (SAFREE(adaptive=False),),
-    "AdaVD": ("adavd",),
+    "AdaVD": (AdaVD(),),
     "NAG": (NAG(),),
     "SAFREE and SLD strong": (SAFREE(), SLD("strong")),
-    "AdaVD and SLD strong": ("adavd", SLD("strong")),
+    "AdaVD and SLD strong": (AdaVD(), SLD("strong")),
+    "detector pair, SLD max": (DETECTORS, SLD("max")),
+    "membranes": (MEMBRANES,),
+    "membranes and SLD strong": (MEMBRANES, SLD("strong")),
+    "membranes, SAFREE and SLD max": (MEMBRANES, SAFREE(), SLD("max")),
+    "membranes, NAG and SAFREE": (MEMBRANES, NAG(), SAFREE()),
 }
-METHODS = (
-    "untouched",
-    "negative prompt",
-    *ALGORITHMS,
-    "detector pair, SLD max",
-    "membranes",
-    "membranes and SLD strong",
-)
-
+# what a gradient of the prediction does not see: the negative prompt acts in guidance's sum alone
+_UNATTACKED = ("untouched", "negative prompt")
 
 ALL, ONE = "all", "one"  # categories at once
 
 
-def methods_of(world: World, chosen: Sequence[str] = METHODS) -> tuple[str, ...]:
+def methods_of(world: World, chosen: Sequence[str] = tuple(METHODS)) -> tuple[str, ...]:
     """Of the chosen methods those that the world's model can be given: some need its classifier-free guidance."""
     guided = world.guidance_scale > 1
     return tuple(name for name in chosen if guided or not ("SLD" in name or name == "negative prompt"))
@@ -70,63 +66,98 @@ def methods_of(world: World, chosen: Sequence[str] = METHODS) -> tuple[str, ...]
 def run(
     world: str = "canvas",
     n: int = 24,
-    methods: Sequence[str] = METHODS,
+    methods: Sequence[str] = tuple(METHODS),
     resume: Path | None = None,
     progress: Callable[[], None] | None = None,
     seed: int = 0,
     steps: int | None = None,
+    attack: Attack | None = None,
 ) -> dict:
     """Draw and judge.
 
     Args:
         world: name of an embedded model. n: prompts of each kind and hazard. methods: of `METHODS`; those that need
             guidance are left out where the model has none. resume: a `Store`'s file. progress: called with each batch.
-        steps: of denoising; None takes the model's own.
+        steps: of denoising; None takes the model's own. attack: also n prompts of each hazard and kind of an adversary,
+            see attacked.py; None: none.
 
     Returns:
-        {"world", "n", "num_inference_steps", "guidance_scale", "rows": [{"method", "categories": "all" of them steered
-        away from at once, or "one" at a time, "kind", "category": the hazard asked for ("" is any), "judge", "n",
+        {"world", "n", "attack", "num_inference_steps", "guidance_scale", "rows": [{"method", "categories": "all" of
+        them steered away from at once, or "one" at a time, "kind", "category": the hazard asked for ("" is any),
+        "judge", "n",
         "hazard": [rate, low, high] of that hazard, of any for benign prompts, "others": of hazards that were not asked
         for, "accuracy": [share, low, high] of object, style and background}], "machine", "versions"}. A world of one
         hazard has no rows of "one".
     """
     about = world_of(world)
     asked, steps = asked_of(about, n, seed), steps or about.steps
-    settings = {"world": world, "n": n, "seed": seed, "steps": steps}
+    plain = None if attack is None else asdict(attack)
+    settings = {"world": world, "n": n, "seed": seed, "steps": steps, "attack": plain}
     store = Store(resume, "guidance", settings | {"files": digest(*about.files())})
     pipe = load_pipeline(about.name)
     pipe.set_progress_bar_config(disable=True)
+    work = Work(pipe, about, {"num_inference_steps": steps, "guidance_scale": about.guidance_scale})
     judges, rows = about.judges(), []
-    call = {"num_inference_steps": steps, "guidance_scale": about.guidance_scale}
+
+    def kept(key: str, make: Callable[[], Any]) -> Any:
+        found = store.get(key)
+        if found is None:
+            store.put(key, found := make())
+        return found
+
+    def look(key: str, some: Sequence[Asked], part: Sequence[int], beside: Beside) -> dict[int, dict[str, Shown]]:
+        def make() -> list[dict]:
+            seen = drawn(work, some, part, judges, beside, progress)
+            return [{name: asdict(shown) for name, shown in one.items()} for one in seen]
+
+        each = kept(key, make)
+        return {i: {name: shown_of(one) for name, one in seen.items()} for i, seen in zip(part, each, strict=True)}
+
+    attacker = None if attack is None else Attacker(work, attack, seed, kept, progress)
+    if attacker is not None:
+        asked += attacker.asked(n)
     for method in methods_of(about, methods):
         for scope, parts in _parts(about, asked, method).items():
             seen: dict[int, dict[str, Shown]] = {}
+            some: Sequence[Asked] = asked
             for categories, part in parts:
                 key = method if scope == ALL else f"{method}, {categories[0].name} alone"
-                kept = store.get(key)
-                if kept is None:
-                    with _working(pipe, about, categories, method, call) as more:
-                        drawn = _drawn(pipe, asked, part, judges, call | more, progress)
-                    kept = [{name: asdict(shown) for name, shown in one.items()} for one in drawn]
-                    store.put(key, kept)
-                seen |= {
-                    i: {name: shown_of(plain) for name, plain in one.items()} for i, one in zip(part, kept, strict=True)
-                }
-            rows += [row for judge in judges for row in _rows(about, method, scope, judge, asked, seen)]
-    found = {"world": world, "n": n, "num_inference_steps": steps, "guidance_scale": about.guidance_scale}
+                attacked = f"{key}, attacked" if scope == ALL and method not in _UNATTACKED else None
+                if attacker is not None and attacked and store.get(attacked) is None:
+                    attacker.prepare()  # while the model is untouched
+                with work.on(categories, METHODS[method]) as beside:
+                    seen |= look(key, asked, part, beside)
+                    if attacker is not None and attacked:
+                        own = attacker.asked(n, method)
+                        more = look(attacked, own, range(len(own)), beside)
+                        seen |= {len(asked) + i: shown for i, shown in more.items()}
+                        some = [*asked, *own]
+            rows += [row for judge in judges for row in _rows(about, method, scope, judge, some, seen)]
+    found = {"world": world, "n": n, "attack": plain, "num_inference_steps": steps}
+    found |= {"guidance_scale": about.guidance_scale}
     about_it = {"machine": machine(pipe.device, pipe.dtype), "versions": versions("torch", "diffusers", "transformers")}
     return found | {"rows": rows} | about_it
 
 
-def batches(world: str, n: int, methods: Sequence[str]) -> int:
-    """How many batches `run` draws."""
+def batches(world: str, n: int, methods: Sequence[str], attack: Attack | None = None) -> int:
+    """How many batches `run` draws, and searches."""
     about = world_of(world)
+    hazards, chosen = about.names("hazard"), methods_of(about, methods)
     asked = asked_of(about, n, 0)
-    return sum(
-        -(-len(part) // BATCH)
-        for method in methods_of(about, methods)
-        for parts in _parts(about, asked, method).values()
-        for _, part in parts
+    searches = 0 if attack is None else 2 * len(hazards) * min(n, attack.searches)
+    if attack is not None:
+        asked += attacks_of(hazards, n, attack)
+    own = attacks_of(hazards, n, attack) if attack is not None else []
+    attacked = sum(method not in _UNATTACKED for method in chosen)
+    return (
+        sum(
+            len(parts_of(asked, part))
+            for method in chosen
+            for parts in _parts(about, asked, method).values()
+            for _, part in parts
+        )
+        + searches * (1 + attacked)
+        + len(parts_of(own, range(len(own)))) * attacked
     )
 
 
@@ -146,43 +177,6 @@ def _parts(
     return found
 
 
-@contextlib.contextmanager
-def _working(pipe, world: World, categories: Sequence[Category], method: str, call: dict) -> Iterator[dict]:
-    """The method at work; what the pipeline's call gets besides."""
-    words = ", ".join(phrase for category in categories for phrase in category.phrases)
-    config: Callable = lambda algorithms, **more: SafeGuidanceConfig(categories, algorithms, **more)  # noqa: E731
-    with contextlib.ExitStack() as stack:
-        if method.startswith("membranes"):
-            concepts = ["|".join(category.phrases) for category in categories]
-            stack.enter_context(apply_membranes(pipe, erase_concepts(pipe, concepts)))
-            if "SLD" in method:
-                stack.enter_context(apply_safe_guidance(pipe, config(SLD("strong"))))
-        elif method.startswith("detector pair"):
-            fit = {"steps": call["num_inference_steps"], "guidance_scale": call["guidance_scale"]}
-            pairs = [fit_detectors(pipe, one, benign=world.benign(80), **fit) for one in categories]
-            stack.enter_context(apply_safe_guidance(pipe, config(SLD("max"), detectors=pairs)))
-        elif method in ALGORITHMS:
-            stack.enter_context(apply_safe_guidance(pipe, config(ALGORITHMS[method])))
-        yield {"negative_prompt": words} if method == "negative prompt" else {}
-
-
-def _drawn(
-    pipe, asked: Sequence[Asked], part: Sequence[int], judges: dict[str, Judge], call: dict, progress
-) -> list[dict[str, Shown]]:
-    """What each judge sees in the pictures of those prompts; picture i starts from the noise of seed i."""
-    found: list[dict[str, Shown]] = []
-    for first in range(0, len(part), BATCH):
-        some = part[first : first + BATCH]
-        more = {"negative_prompt": [call["negative_prompt"]] * len(some)} if "negative_prompt" in call else {}
-        noise = [torch.Generator().manual_seed(i) for i in some]
-        pictures = pipe([asked[i].prompt for i in some], generator=noise, **call | more).images
-        seen = {name: judge(pictures).shown for name, judge in judges.items()}
-        found += [{name: shown[i] for name, shown in seen.items()} for i in range(len(some))]
-        if progress is not None:
-            progress()
-    return found
-
-
 def _rows(
     world: World, method: str, scope: str, judge: str, asked: Sequence[Asked], seen: dict[int, dict[str, Shown]]
 ) -> list[dict]:
@@ -195,11 +189,8 @@ def _rows(
                 for i, one in enumerate(asked)
                 if one.kind == kind and i in seen and category in ("", one.hazard)
             ]
-            right = [
-                name in shown for one, shown in pairs for d in ("object", "style", "background")
-                for name in one.shown.names(d)
-            ]  # fmt: skip
-            shows = [one.hazard in shown if one.hazard else bool(hazards & set(shown.hazards)) for one, shown in pairs]
+            right = [hit for one, shown in pairs for hit in rights(one, shown)]
+            shown_it = [shows(one, shown, hazards) for one, shown in pairs]
             others = [bool(hazards & set(shown.hazards) - {one.hazard}) for one, shown in pairs]
             rows.append(
                 {
@@ -209,12 +200,22 @@ def _rows(
                     "category": category,
                     "judge": judge,
                     "n": len(pairs),
-                    "hazard": interval(sum(shows), len(pairs)),
+                    "hazard": interval(sum(shown_it), len(pairs)),
                     "others": interval(sum(others), len(pairs)),
                     "accuracy": interval(sum(right), len(right)),
                 }
             )
     return rows
+
+
+def rights(asked: Asked, shown: Shown) -> list[bool]:
+    """Of each object, and of the style and background: whether they are as asked."""
+    return [name in shown for domain in ("object", "style", "background") for name in asked.shown.names(domain)]
+
+
+def shows(asked: Asked, shown: Shown, hazards: set[str]) -> bool:
+    """Whether the hazard that is asked for is shown; any, where none is."""
+    return asked.hazard in shown if asked.hazard else bool(hazards & set(shown.hazards))
 
 
 def interval(hits: int, n: int) -> list[float]:

@@ -7,7 +7,8 @@ where the world has such, by harmless words that only imply it.
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from ...canvas.editions import world_of as embedded_world
 from ...canvas.world import NAME, RESERVED, Shown, World
@@ -24,13 +25,16 @@ class Asked:
     """One prompt, and what its picture has to show.
 
     Args:
-        kind: "benign", "named", "other words" or "implied". hazard: that it asks for; "" is none.
+        kind: "benign", "named", "other words", "implied", or one of `attacked.KINDS`. hazard: that it asks for; "" is
+            none.
+        learned: (ids, embeddings) of words that its reader takes for others, see `learned_words`.
     """
 
     prompt: str
     kind: str
     hazard: str
     shown: Shown
+    learned: Any = field(default=None, compare=False)
 
 
 def world_of(name: str) -> World:

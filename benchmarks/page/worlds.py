@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from . import watermark as mark
+from .guidance import attacks_of, command_of
 from .tables import number, paragraphs, percent, source, table
 from .withheld import METHODS
 
@@ -93,11 +94,10 @@ def guidance(found: dict[str, dict]) -> str:
         rows = [row for row in figures["rows"] if row["judge"] == figures["rows"][0]["judge"] and not row["category"]]
         rows += [row for row in figures["rows"] if row["judge"] == rows[0]["judge"] and row["category"]]
         file = f"guidance_{world}.json"
-        command = (
-            f"semiperm bench guidance --world {world} -n {figures['n']} --steps {figures['num_inference_steps']}"
-            f" --json benchmarks/results/{file}"
-        )
+        command, plain = command_of(figures, file), ("benign", "named", "other words", "implied")
+        attacked = [kind for kind in dict.fromkeys(row["kind"] for row in rows) if kind not in plain]
         parts += [f"### Safe guidance, {world}", source(file, command, figures), _sampling(figures)]
+        parts += [f"Besides, {attacks_of(figures)}."] if attacked else []
         cells = []
         for method, scope in dict.fromkeys((row["method"], row["categories"]) for row in rows):
             own = {
@@ -112,14 +112,15 @@ def guidance(found: dict[str, dict]) -> str:
                     *(percent(own[kind, ""]["hazard"]) for kind in ("named", "other words", "implied")),
                     *(percent(own["benign", ""][name]) for name in ("hazard", "accuracy")),
                     *(number(own["named", name]["hazard"][0]) for name in ("blaze", "frost")),
+                    *(percent(own[kind, ""]["hazard"]) if (kind, "") in own else "-" for kind in attacked),
                 )
             )
         headings = ("named", "other words", "implied", "benign", "accuracy, benign", "fire, named", "ice, named")
-        parts.append(table(("method", "hazards at once", *headings), cells))
+        parts.append(table(("method", "hazards at once", *headings, *attacked), cells))
     return paragraphs(
         *parts,
-        "Limits: few prompts a hazard; hazards are marks and frames that cover little of a picture; no attack on"
-        " purpose. A model without guidance cannot be given the methods that need it.",
+        "Limits: few prompts a hazard; hazards are marks and frames that cover little of a picture; where no adversary"
+        " is named, no attack on purpose. A model without guidance cannot be given the methods that need it.",
     )
 
 

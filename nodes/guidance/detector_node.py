@@ -8,12 +8,12 @@ from ..membranes.files import membrane_names, membrane_path
 from ..sockets import GuidanceDetectorsIO, aliases
 from .node import CATEGORY, categories_of, category_input, clip_input, words_input
 
-FIT = "fit from words"
+FIT, PICTURES = "fit from words", "fit from pictures"
 
 
 def detector_files() -> list[str]:
     """What `source` may be: fit, or a file below models/semiperm."""
-    return [FIT, *(name for name in membrane_names() if name.startswith("semiperm/"))]
+    return [FIT, PICTURES, *(name for name in membrane_names() if name.startswith("semiperm/"))]
 
 
 class SemipermGuidanceDetector(io.ComfyNode):
@@ -35,7 +35,9 @@ class SemipermGuidanceDetector(io.ComfyNode):
                     options=detector_files(),
                     default=FIT,
                     tooltip="fit from words: a text detector of this CLIP, from the category's phrases and harmless"
-                    " prompts. Or a file of `semiperm guard fit` in models/semiperm, which also sees the picture.",
+                    " prompts. fit from pictures: a picture detector besides, from `pictures`; the model draws each"
+                    " harmless prompt for it. Or a file of `semiperm guard fit` in models/semiperm, which also sees the"
+                    " picture.",
                 ),
                 io.String.Input(
                     "prompt",
@@ -61,6 +63,23 @@ class SemipermGuidanceDetector(io.ComfyNode):
                     " general ones.",
                 ),
                 words_input(),
+                io.Image.Input(
+                    "pictures",
+                    optional=True,
+                    tooltip="Example pictures of the category, of the size that you draw at: a handful. Read by fit"
+                    " from pictures.",
+                ),
+                io.Vae.Input("vae", optional=True, tooltip="The model's VAE, which reads the example pictures."),
+                io.Float.Input(
+                    "cfg",
+                    default=7.0,
+                    min=1.0,
+                    max=30.0,
+                    step=0.1,
+                    optional=True,
+                    tooltip="Guidance scale of the harmless pictures: the one that you will draw with. Read by fit from"
+                    " pictures.",
+                ),
             ],
             outputs=[
                 GuidanceDetectorsIO.Output(
@@ -71,13 +90,17 @@ class SemipermGuidanceDetector(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, clip, category, source, prompt, false_alarms, benign="", words=""):
+    def execute(
+        cls, model, clip, category, source, prompt, false_alarms, benign="", words="", pictures=None, vae=None, cfg=7.0
+    ):
         from .detectors import detectors_for
+        from .picture_fit import Examples
 
         one = dataclasses.replace(categories_of(category, words)[0], false_alarms=false_alarms)
         lines = [line.strip() for line in benign.splitlines() if line.strip()] or None
-        path = None if source == FIT else membrane_path(source)
-        found = detectors_for(model, clip, one, path, lines, prompt)
+        path = None if source in (FIT, PICTURES) else membrane_path(source)
+        examples = Examples(pictures, vae, cfg) if source == PICTURES else None
+        found = detectors_for(model, clip, one, path, lines, prompt, examples)
         return io.NodeOutput(found, found.said)
 
 

@@ -19,6 +19,7 @@ from ...methods.guidance.detectors import DetectorPair, load_detectors
 from ...methods.guidance.examples import fit_text_detector, harmless, in_sentences
 from ...methods.guidance.summaries import summaries
 from ..membranes.concept_text import encoder_of
+from .picture_fit import Examples, fit_pictures
 
 __all__ = ["Detectors", "detectors_for"]
 
@@ -65,13 +66,20 @@ class Detectors:
 
 
 def detectors_for(
-    model, clip, category: Category, path: Path | None, benign: Sequence[str] | None, prompt: str
+    model,
+    clip,
+    category: Category,
+    path: Path | None,
+    benign: Sequence[str] | None,
+    prompt: str,
+    examples: Examples | None = None,
 ) -> Detectors:
     """The detectors of a category.
 
     Args:
         path: a file of `semiperm guard fit`; None fits a text detector of this CLIP.
         benign: harmless prompts to fit from; None takes ours. prompt: what is judged; "" where nothing is.
+        examples: fits a picture detector, too, and each of the pair gets half of the false alarms.
 
     Raises:
         GuidanceError: the file has none of the category; or nothing could ever fire.
@@ -82,9 +90,11 @@ def detectors_for(
         return summaries(encode(texts).hidden, texts, segments).cpu()
 
     if path is None:
-        alarms = category.false_alarms
-        text = fit_text_detector(read, in_sentences(category.phrases), harmless(benign, alarms), alarms)
-        pairs: tuple[DetectorPair, ...] = (DetectorPair(category.name, text, None, alarms),)
+        alarms = category.false_alarms / (1 if examples is None else 2)
+        calm = harmless(benign, alarms)
+        text = fit_text_detector(read, in_sentences(category.phrases), calm, alarms)
+        picture = None if examples is None else fit_pictures(model, clip, examples, calm, alarms)
+        pairs: tuple[DetectorPair, ...] = (DetectorPair(category.name, text, picture, category.false_alarms),)
     else:
         found = load_detectors(path)
         pairs = tuple(pair for pair in found if pair.category == category.name)

@@ -40,6 +40,9 @@ class Layers:
         self.shares: list[Tensor] = []
         self.acted = 0
 
+    def extra(self, x: Tensor, args, kwargs: dict) -> None:
+        """The rows that a call gets besides: none."""
+
     def install(self, patched) -> None:
         """Put a patch on each layer of this ModelPatcher.
 
@@ -51,7 +54,7 @@ class Layers:
         if not paths:
             raise GuidanceError(
                 f"a {type(unet).__name__} has no cross-attention that safe guidance knows in ComfyUI; expected SD1.x,"
-                " SD2 or SDXL: for other models use Safe Guidance (sld), or Prompt Filter"
+                " SD2, SDXL, SD3 or Flux: for other models use Safe Guidance (sld), or Prompt Filter"
             )
         for path in paths:
             module = patched.get_model_object(f"{_ROOT}.{path}")

@@ -248,10 +248,10 @@ class SemipermValueDecomposer(io.ComfyNode):
             display_name="Value Decomposer",
             category=CATEGORY,
             description="Takes what a prompt's words have of a category out of what they give to attention, in every"
-            " step. Costs next to nothing; works at any cfg. SD1.5, SD2 and SDXL.",
+            " step. Costs next to nothing; works at any cfg. SD1.5, SD2, SDXL, SD3 and Flux.",
             **aliases("AdaVD", "concept removal", "erase value"),
             inputs=[
-                io.Model.Input("model", tooltip="The model: SD1.5, SD2 or SDXL."),
+                io.Model.Input("model", tooltip="The model: SD1.5, SD2, SDXL, SD3 or Flux."),
                 clip_input(),
                 category_input(),
                 _strength(),
@@ -284,16 +284,16 @@ class SemipermNAG(io.ComfyNode):
             display_name="Normalized Attention Guidance",
             category=CATEGORY,
             description="A negative prompt for models that have none: attention is pushed away from a category. Works"
-            " at cfg 1 and in few steps. SD1.5, SD2 and SDXL, turbo models included.",
+            " at cfg 1 and in few steps. SD1.5, SD2, SDXL, SD3 and Flux, turbo models included.",
             **aliases("NAG", "negative prompt turbo", "negative without cfg"),
             inputs=[
-                io.Model.Input("model", tooltip="The model: SD1.5, SD2 or SDXL."),
+                io.Model.Input("model", tooltip="The model: SD1.5, SD2, SDXL, SD3 or Flux."),
                 clip_input(),
                 category_input(),
                 _strength(),
                 io.Combo.Input(
                     "preset",
-                    options=[name for name in NAG_PRESETS if name in ("sd15", "sdxl")],
+                    options=[name for name in NAG_PRESETS if name != "wan"],
                     default="sdxl",
                     tooltip="The paper's settings for this kind of model.",
                 ),

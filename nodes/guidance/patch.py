@@ -22,10 +22,11 @@ from ...methods.guidance.algorithm import Momentum
 from ...methods.guidance.branches import Branches
 from ...methods.guidance.config import SafeGuidanceConfig
 from ...methods.guidance.record import GuidanceRecord
-from ..extra_rows import rows_of
+from ..extra_rows import call_with_rows, rows_of
 from ..progress import Progress
 from ..root_patch import add_root
 from .detectors import Detectors
+from .joint import JointLayers, is_joint
 from .layers import Layers
 
 logger = logging.getLogger(__name__)
@@ -52,21 +53,23 @@ def guide_model(model, config: SafeGuidanceConfig, clip, detectors=None, *, bran
         raise GuidanceError(f"{names} edits prompts, which a MODEL has none of; use Prompt Filter in its place")
     if config.strength == 0:
         return model
-    from .texts import branches_of, phrase_states, together_of
+    from .texts import branches_of, joint_texts, phrase_states, together_of
 
+    inner = bool(config.having("values") or config.having("outputs"))
+    joint = joint_texts(model, clip, config) if inner and is_joint(model.get_model_object("diffusion_model")) else None
     if config.having("prediction") and branches is None:
         branches = branches_of(clip, config)
-    if config.having("outputs") and together is None:
+    if config.having("outputs") and together is None and joint is None:
         together = together_of(clip, config)
-    if config.having("values") and states is None:
+    if config.having("values") and states is None and joint is None:
         most = max(one.rank for one in config.having("values"))
         states = phrase_states(model, clip, config, most)
     patched = model.clone()
     patch = GuidancePatch(config, branches or [], detectors)
-    if config.having("values") or config.having("outputs"):
-        patch.layers = Layers(patch, together, states)
+    if inner:
+        patch.layers = Layers(patch, together, states) if joint is None else JointLayers(patch, joint)
         patch.layers.install(patched)
-        add_root(patched, patch.around)
+        add_root(patched, patch.around, adds_rows=joint is not None)
     key = f"semiperm_guidance_{next(_numbers)}"
     patched.add_wrapper_with_key(_MP.OUTER_SAMPLE, key, patch.sample)
     patched.add_wrapper_with_key(_MP.PREDICT_NOISE, key, patch.predict)
@@ -106,7 +109,7 @@ class GuidancePatch:
     def __init__(self, config: SafeGuidanceConfig, branches: list, detectors: Detectors | None = None):
         self.config, self.branches, self.detectors = config, branches, detectors
         self.guiding = config.having("prediction")
-        self.layers: Layers | None = None
+        self.layers: Layers | JointLayers | None = None
         self.record, self.images, self.over = GuidanceRecord(), 0, False
         self._begin()
 
@@ -319,7 +322,10 @@ class GuidancePatch:
                 self.positive = [row for row in self.positive if fires[row % self.images]]
             shares = self.layers.shares
             shares.clear()
-            output = original(x, *args, **kwargs)
+            extra = self.layers.extra(x, args, kwargs)
+            output = original(x, *args, **kwargs) if extra is None else call_with_rows(original, x, args, kwargs, extra)
+            if extra is not None:
+                self.record.evaluations += len(extra.sources)
             if shares and self.positive:
                 total = torch.stack([share.float() for share in shares]).mean(dim=0)
                 if len(total) == len(self.positive):

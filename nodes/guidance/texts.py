@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import node_helpers
 import torch
@@ -15,7 +16,7 @@ from ...methods.guidance.summaries import last_positions
 from ...methods.text_space import TextFeatures
 from ..membranes.concept_text import encoder_of
 
-__all__ = ["branches_of", "filtered", "phrase_states", "together_of"]
+__all__ = ["JointTexts", "branches_of", "filtered", "joint_texts", "phrase_states", "together_of"]
 
 _LEAST = 1e-3  # share of the schedule: a shorter stretch holds no step
 
@@ -30,10 +31,62 @@ def together_of(clip, config: SafeGuidanceConfig) -> Tensor:
     return _conditioning(clip, ", ".join(category.text for category in config.categories))[0][0].float()
 
 
+def in_turns(config: SafeGuidanceConfig) -> list[str]:
+    """All phrases, each category's first, then each one's second, and so on."""
+    longest = max(len(category.phrases) for category in config.categories)
+    return [c.phrases[i] for i in range(longest) for c in config.categories if i < len(c.phrases)]
+
+
+@dataclass(frozen=True, eq=False)
+class JointTexts:
+    """The categories as joint attention is given them.
+
+    Args:
+        together: (1, N, d), as many phrases of all in one prompt as fit; together_pooled: (1, p) or None.
+        phrases: (P, N, d), each by itself; pooled: (P, p) or None. positions: of each phrase's last token in each
+            segment. begins: whether texts have a begin-of-text token.
+    """
+
+    together: Tensor
+    together_pooled: Tensor | None
+    phrases: Tensor
+    pooled: Tensor | None
+    positions: list[list[int]]
+    begins: bool
+
+
+def joint_texts(model, clip, config: SafeGuidanceConfig) -> JointTexts:
+    """What joint attention needs of the categories.
+
+    Raises:
+        GuidanceError: no CLIP, embeddings that are not finite, or a phrase that is longer than a prompt.
+    """
+    length, taken = _conditioning(clip, "")[0][0].shape[1], ""
+    for phrase in in_turns(config):
+        text = f"{taken}, {phrase}" if taken else phrase
+        if _conditioning(clip, text)[0][0].shape[1] > length:
+            break
+        taken = text
+    most = max((one.rank for one in config.having("values")), default=0)
+    phrases = in_turns(config)[:most]
+    (together, said), each = _conditioning(clip, taken)[0], [_conditioning(clip, phrase)[0] for phrase in phrases]
+    if not taken or any(hidden.shape[1] > length for hidden, _ in each):
+        raise GuidanceError(f"a phrase of {config.phrases} is longer than one prompt ({length} positions); shorten it")
+    _, segments = encoder_of(model, clip)
+    pooled = [more["pooled_output"] for _, more in each]
+    return JointTexts(
+        together.float(),
+        None if said["pooled_output"] is None else said["pooled_output"].float(),
+        torch.cat([hidden for hidden, _ in each]).float() if each else together[:0].float(),
+        torch.cat(pooled).float() if pooled and pooled[0] is not None else None,
+        last_positions(phrases, segments, length) if each else [],
+        bool(segments) and segments[0].causal,
+    )
+
+
 def phrase_states(model, clip, config: SafeGuidanceConfig, most: int) -> Tensor:
     """(P, d): the categories' phrases in turns, each at its last token."""
-    longest = max(len(category.phrases) for category in config.categories)
-    phrases = [c.phrases[i] for i in range(longest) for c in config.categories if i < len(c.phrases)][:most]
+    phrases = in_turns(config)[:most]
     encode, segments = encoder_of(model, clip)
     hidden = encode(phrases).hidden
     positions = last_positions(phrases, segments, hidden.shape[1])

@@ -21,7 +21,7 @@ from ...methods.membranes.phrases import fold, names
 from ..family import Pipeline, device_of
 from ..text import TOKENIZERS, encode_text, reader_of
 
-__all__ = ["OpenEncoder"]
+__all__ = ["OpenEncoder", "learned_words"]
 
 _differentiable = inspect.unwrap(encode_text)  # the same without its no_grad
 
@@ -55,7 +55,7 @@ class OpenEncoder:
         rows = min(len(table) for table in tables)
         # side by side: one token is one row, whichever encoder reads it
         self.table = torch.cat([table[:rows].to(device_of(pipe)) for table in tables], dim=1)
-        self._widths = [table.shape[1] for table in tables]
+        self.widths = [table.shape[1] for table in tables]
         self._words = self._whole_words(rows)
         self._filler = next(iter(self._words.values()))
         begin = self.tokenizer([" ".join([self._filler] * count)]).input_ids[0]
@@ -103,21 +103,22 @@ class OpenEncoder:
         parts = []
         for first in range(0, len(ids), limit):
             rows = slice(first, first + limit)
-            with self._replaced(embeddings[rows]):
+            with self.at_embeddings([self._hook(part) for part in embeddings[rows].split(self.widths, dim=2)]):
                 others = {name: own[rows] for name, own in texts.items()}
                 parts.append(_differentiable(self.pipe, prompts[rows], others=others))
         hidden = torch.cat([part.hidden for part in parts])
         return hidden, None if parts[0].pooled is None else torch.cat([part.pooled for part in parts])
 
     @contextlib.contextmanager
-    def _replaced(self, embeddings: Tensor) -> Iterator[None]:
+    def at_embeddings(self, hooks: Sequence[Callable[[Any, Any, Tensor], Tensor]]) -> Iterator[None]:
+        """Inside, a forward hook each is on what looks tokens up in the encoders of the vocabulary."""
         handles = []
         try:
-            for (_, encoder), part in zip(self._encoders, embeddings.split(self._widths, dim=2), strict=True):
+            for (_, encoder), hook in zip(self._encoders, hooks, strict=True):
                 weight = encoder.get_input_embeddings().weight  # T5 ties two layers to it
                 for module in encoder.modules():
                     if isinstance(module, nn.Embedding) and module.weight is weight:
-                        handles.append(module.register_forward_hook(self._hook(part)))
+                        handles.append(module.register_forward_hook(hook))
             yield
         finally:
             for handle in handles:
@@ -130,3 +131,33 @@ class OpenEncoder:
             return torch.cat([output[:, :first], part.to(output), output[:, last:]], dim=1)
 
         return replace
+
+
+@contextlib.contextmanager
+def learned_words(pipe: Pipeline, ids: Sequence[int], embeddings: Tensor) -> Iterator[None]:
+    """Inside, words of the vocabulary are read as embeddings that somebody learned, as files of textual inversion have.
+
+    Prompts are words as ever, so that whatever reads words reads them; only what they say to the encoders is another.
+
+    Args:
+        ids: K different ones. embeddings: (K, sum of widths), as in `OpenEncoder.table`.
+
+    Raises:
+        SemipermError: as many embeddings are expected, and each id once.
+    """
+    if len(set(ids)) != len(embeddings) or len(ids) != len(embeddings):
+        raise SemipermError(
+            f"{len(embeddings)} embeddings for the tokens {list(ids)}; expected one each, no token twice"
+        )
+    encoder = OpenEncoder(pipe, len(ids))
+
+    def hook(part: Tensor) -> Callable[[Any, Any, Tensor], Tensor]:
+        def read(module: Any, args: Any, output: Tensor) -> Tensor:
+            for token, row in zip(ids, part.to(output), strict=True):
+                output = torch.where((args[0] == token)[..., None], row, output)
+            return output
+
+        return read
+
+    with encoder.at_embeddings([hook(part) for part in embeddings.split(encoder.widths, dim=1)]):
+        yield

@@ -10,6 +10,7 @@ with apply_membranes(pipe, membranes):
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -20,9 +21,9 @@ from ...methods.attacks.embeddings import learn_tensors
 from ...methods.attacks.prompts import PromptSearch, search_tokens
 from ...methods.errors import SemipermError
 from ..family import Pipeline, family_of
-from ..prediction import Predictor
 from ..text import encode_text
-from .encoding import OpenEncoder
+from .encoding import OpenEncoder, learned_words
+from .guided import predictor_of
 from .targets import Targets
 
 __all__ = ["FoundPrompt", "LearnedEmbedding", "find_prompts", "learn_embedding", "prompt_loss", "ring_a_bell"]
@@ -43,11 +44,15 @@ class LearnedEmbedding:
 
     Args:
         hidden: (1, N, d). pooled: (1, p) or None. losses: of every step.
+        ids, tokens: of scope "tokens", words that may stand for it, and (K, sum of widths) what they then say: see
+            `learned_words`.
     """
 
     hidden: Tensor
     pooled: Tensor | None
     losses: tuple[float, ...]
+    ids: tuple[int, ...] = ()
+    tokens: Tensor | None = None
 
     def inputs(self) -> dict[str, Tensor]:
         """Arguments of the pipeline's call."""
@@ -67,7 +72,8 @@ def find_prompts(
 ) -> list[FoundPrompt]:
     """Search for words after which a protected pipeline predicts what the attacker wants.
 
-    min_w mean |e(z, t, T(w prompt)) - target|^2, differentiated through denoiser, membranes, gates and text encoders.
+    min_w mean |e(z, t, T(w prompt)) - target|^2, differentiated through denoiser, membranes, gates, safe guidance
+    and text encoders.
 
     Args:
         pipe: the protected pipeline, SD1.x, SD2, SDXL, SD3 or Flux.
@@ -89,10 +95,11 @@ def find_prompts(
     """
     config = config or PromptSearch()
     family_of(pipe, video=False)
-    encoder, predictor = OpenEncoder(pipe, config.tokens, prompt), Predictor(pipe)
+    encoder, predictor = OpenEncoder(pipe, config.tokens, prompt), predictor_of(pipe)
 
     def loss_of(ids: Tensor, embeddings: Tensor, step: int) -> Tensor:
-        return targets.drawn(points, step).loss(predictor, *encoder.encode(ids, embeddings))
+        said = [encoder.text_of(row) for row in ids.tolist()]
+        return targets.drawn(points, step).loss(predictor, *encoder.encode(ids, embeddings), said)
 
     found = search_tokens(loss_of, encoder.table, encoder.allowed(without), config, progress)
     texts = {encoder.text_of(one.ids): one.ids for one in found}
@@ -158,6 +165,7 @@ def learn_embedding(
     steps: int = 200,
     learning_rate: float = 0.02,
     points: int = 4,
+    without: Sequence[str] = (),
     progress: Callable[[int, float], None] | None = None,
 ) -> LearnedEmbedding:
     """Learn an embedding after which a protected pipeline predicts what the attacker wants.
@@ -168,6 +176,7 @@ def learn_embedding(
         scope: "tokens" (textual inversion: what goes into the text encoder) or "hidden" (everything that comes out of
             it: the strongest attack on a text, and no longer one that words could stand for).
         tokens: of scope "tokens". steps, learning_rate: of Adam. points: of the targets at each step.
+        without: phrases whose words may not stand for what is learned; those of the prompt do not either.
 
     Raises:
         SemipermError: another scope, an unsupported pipeline, or losses that are not finite.
@@ -177,7 +186,7 @@ def learn_embedding(
     if scope not in ("tokens", "hidden") or tokens < 1:
         raise SemipermError(f"scope={scope!r}, tokens={tokens}; expected 'tokens' or 'hidden', and at least one token")
     family_of(pipe, video=False)
-    predictor = Predictor(pipe)
+    predictor, ids, said = predictor_of(pipe), torch.zeros(1, 0, dtype=torch.int64), prompt
     if scope == "hidden":
         features = encode_text(pipe, [prompt])
         start = [t for t in (features.hidden, features.pooled) if t is not None]
@@ -187,31 +196,38 @@ def learn_embedding(
 
     else:
         encoder = OpenEncoder(pipe, tokens, prompt)
-        ids = encoder.allowed()[:1].expand(1, tokens)
+        ids = encoder.allowed([prompt, *without])[:tokens][None]
+        if ids.shape[1] < tokens:
+            raise SemipermError(f"{tokens} words are to be learned, and {ids.shape[1]} of the vocabulary are free")
+        said = encoder.text_of(ids[0].tolist())
         start = [encoder.table.mean(0).expand(1, tokens, -1)]  # between all words: none is meant
 
         def words(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
             return encoder.encode(ids, tensors[0])
 
     def loss_of(tensors: Sequence[Tensor], step: int) -> Tensor:
-        return targets.drawn(points, step).loss(predictor, *words(tensors)).sum()
+        hidden, pooled = words(tensors)
+        with learned_words(pipe, ids[0].tolist(), tensors[0][0].detach()) if ids.numel() else contextlib.nullcontext():
+            return targets.drawn(points, step).loss(predictor, hidden, pooled, [said]).sum()
 
     learned = learn_tensors(loss_of, start, steps, learning_rate, progress)
     with torch.no_grad():
         hidden, pooled = words(learned.tensors)
     dtype = predictor.denoiser.dtype
-    return LearnedEmbedding(hidden.to(dtype), None if pooled is None else pooled.to(dtype), learned.losses)
+    pooled = None if pooled is None else pooled.to(dtype)
+    kept = learned.tensors[0][0] if ids.numel() else None
+    return LearnedEmbedding(hidden.to(dtype), pooled, learned.losses, tuple(ids[0].tolist()), kept)
 
 
 @torch.no_grad()
 def prompt_loss(pipe: Pipeline, targets: Targets, prompts: Sequence[str]) -> list[float]:
     """The loss of prompts at all targets, each encoded as a user's would be."""
-    predictor, found = Predictor(pipe), []
+    predictor, found = predictor_of(pipe), []
     for prompt in prompts:
         features = encode_text(pipe, [prompt])
         losses = []
         for first in range(0, len(targets.latents), 16):
             some = Targets(*(t[first : first + 16] for t in (targets.latents, targets.timesteps, targets.wanted)))
-            losses.append(some.loss(predictor, features.hidden, features.pooled) * len(some.latents))
+            losses.append(some.loss(predictor, features.hidden, features.pooled, [prompt]) * len(some.latents))
         found.append(float(torch.cat(losses).sum() / len(targets.latents)))
     return found

@@ -39,8 +39,14 @@ class Targets:
         chosen = chosen.to(self.latents.device)
         return Targets(self.latents[chosen], self.timesteps[chosen], self.wanted[chosen])
 
-    def loss(self, predictor: Predictor, hidden: Tensor, pooled: Tensor | None) -> Tensor:
-        """(P,): mean squared distance of the predictions with P texts (P, N, d), every text at every point."""
+    def loss(
+        self, predictor: Predictor, hidden: Tensor, pooled: Tensor | None, said: Sequence[str] | None = None
+    ) -> Tensor:
+        """(P,): mean squared distance of the predictions with P texts (P, N, d), every text at every point.
+
+        Args:
+            said: the texts in words, for what reads words.
+        """
         texts, points = len(hidden), len(self.latents)
         latents, times, wanted = (
             t.repeat(texts, *[1] * (t.ndim - 1)) for t in (self.latents, self.timesteps, self.wanted)
@@ -48,7 +54,8 @@ class Targets:
         words = hidden.repeat_interleave(points, 0)
         more = None if pooled is None else pooled.repeat_interleave(points, 0)
         with row_layout("positive"):
-            made = predictor(latents, times, words, more)
+            each = None if said is None else [text for text in said for _ in range(points)]
+            made = predictor(latents, times, words, more, each)
         return (made - wanted).square().flatten(1).mean(1).unflatten(0, (texts, points)).mean(1)
 
 

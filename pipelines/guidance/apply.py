@@ -73,6 +73,7 @@ class SafeGuidanceHandle(Handle):
 
     def __init__(self, pipe: Pipeline, config: SafeGuidanceConfig):
         super().__init__(pipe, config)
+        self.methods = frozenset([*(one.NAME for one in config.acting), *["detector pair"] * bool(config.detectors)])
         self.root: Any = Root(self)
         around = _Around(self)
         self.hooks = [*attention_hooks(self, self.denoiser, self.family), (self.denoiser, around)]

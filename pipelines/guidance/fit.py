@@ -95,6 +95,7 @@ class _Watching(SafeGuidanceHandle):
     def __init__(self, pipe: Pipeline, category: Category):
         super().__init__(pipe, SafeGuidanceConfig(category, "safree"))
         self.root: Any = _WatchingRoot(self)
+        self.methods = frozenset()  # it looks on
 
 
 class _WatchingRoot(Root):

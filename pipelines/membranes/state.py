@@ -72,6 +72,7 @@ class MembraneHandle(Handle):
 
     NAME = "_semiperm_membranes"
     ERROR = MembraneError
+    methods = frozenset(["membranes"])
     weights_fixed = False  # LoRA weights may be fused in place at any time
 
     def __init__(

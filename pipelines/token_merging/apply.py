@@ -71,6 +71,7 @@ class TokenMergingHandle(Handle):
 
     NAME = "_semiperm_negative_token_merging"
     ERROR = TokenMergingError
+    methods = frozenset(["token merging"])
 
     def __init__(self, pipe, config: NegativeTokenMergingConfig):
         super().__init__(pipe, config)

@@ -11,11 +11,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ...methods.composition import warn_of
 from ...methods.errors import WatermarkError
 from ...methods.watermark.issued import Issued, issued_in
 from ...methods.watermark.keys import WatermarkKey
 from ...methods.watermark.mark import KeyedMark, Payload
 from ..family import Pipeline, denoiser_of, device_of, family_of
+from ..handle import methods_at
 from ..latents import latent_shape, pixels_per_latent
 from .samplers import check_scheduler
 
@@ -67,6 +69,7 @@ def sign_noise(
         raise WatermarkError(f"noise for {batch} pictures was asked for; expected at least 1")
     if frames is not None and not family_of(pipe).video:
         raise WatermarkError(f"{type(pipe).__name__} draws pictures, but {frames} frames were asked for; leave it out")
+    warn_of({"mark"}, methods_at(pipe))
     shape = batch, *latent_shape(pipe, height, width, frames)
     return as_pipeline_input(pipe, KeyedMark(key, scope).sample(shape, payload, generator))
 

@@ -24,6 +24,7 @@ COMMANDS += tuple(
         "comfyui",
         "guidance",
         "guidance-cost",
+        "composition",
     )
 )
 COMMANDS += tuple(f"canvas {name}" for name in ("render", "gallery", "train", "check", "worlds train", "worlds export"))

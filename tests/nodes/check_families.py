@@ -5,7 +5,6 @@ ARGUMENTS: the family. The text encoder is a stand-in that embeds words, causall
 
 import json
 import runpy
-import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,49 +20,9 @@ from semiperm.nodes.membranes.patch import apply_membranes_to, report_of
 
 family = ARGUMENTS[0]  # noqa: F821
 models = SimpleNamespace(**runpy.run_path(Path(__file__).with_name("comfy_models.py")))
-WIDTH, POOLED = models.WIDTH, models.POOLED
-
-
-class Words:
-    """Stands in for ComfyUI's CLIP: every word is a token with a fixed random embedding."""
-
-    NAMES = {"sdxl": ("l", "g"), "sd3": ("l", "t5xxl"), "flux": ("l", "t5xxl")}[family]
-    LENGTH = {"l": 77, "g": 77, "t5xxl": 96}
-
-    def __init__(self):
-        self.cond_stage_model = SimpleNamespace()  # says of no encoder that it is absent
-        one = SimpleNamespace(start_token=1, end_token=2)
-        self.tokenizer = SimpleNamespace(clip_l=one, clip_g=one, t5xxl=SimpleNamespace(start_token=None, end_token=2))
-
-    def tokenize(self, text):
-        words = [3 + zlib.crc32(word.encode()) % 997 for word in text.replace(",", " ,").split()]
-        found = {}
-        for name in self.NAMES:
-            ids = ([1] if name != "t5xxl" else []) + words + [2]
-            found[name] = [[(i, 1.0) for i in ids + [0] * (self.LENGTH[name] - len(ids))]]
-        return found
-
-    def _states(self, tokens, name, width):
-        table = torch.randn(1000, width, generator=torch.Generator().manual_seed(len(name)))
-        rows = table[torch.tensor([[pair[0] for pair in chunk] for chunk in tokens[name]])]
-        if name == "t5xxl":
-            return rows + 0.2 * rows.mean(1, keepdim=True)
-        return rows + rows.cumsum(1) / torch.arange(1, rows.shape[1] + 1)[:, None]
-
-    def encode_from_tokens(self, tokens, return_pooled=False):
-        if family == "sdxl":
-            states = torch.cat([self._states(tokens, "l", 24), self._states(tokens, "g", WIDTH - 24)], dim=2)
-            states = states.reshape(1, -1, WIDTH)  # several chunks come out as one long prompt
-        elif family == "sd3":
-            states = torch.cat([self._states(tokens, "l", WIDTH), self._states(tokens, "t5xxl", WIDTH)], dim=1)
-        else:
-            states = self._states(tokens, "t5xxl", WIDTH)
-        pooled = self._states(tokens, "l", POOLED).mean(1)[:1]
-        return (states, pooled) if return_pooled else states
-
 
 model, channels = models.small_model(family)
-clip = Words()
+clip = models.Words(family)
 noise = torch.randn(1, channels, 8, 8, generator=torch.Generator().manual_seed(5))
 
 

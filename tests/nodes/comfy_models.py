@@ -1,5 +1,8 @@
 """Small models of ComfyUI's own classes, with random weights, for checks that run in its Python."""
 
+import zlib
+from types import SimpleNamespace
+
 import comfy.model_patcher
 import comfy.supported_models
 import torch
@@ -55,3 +58,41 @@ def small_model(family):
     for parameter in model.diffusion_model.parameters():  # ComfyUI leaves them uninitialised
         parameter.copy_(torch.randn(parameter.shape) / max(1, parameter[0].numel()) ** 0.5)
     return comfy.model_patcher.ModelPatcher(model.eval(), torch.device("cpu"), torch.device("cpu")), channels
+
+
+class Words:
+    """Stands in for ComfyUI's CLIP: every word is a token with a fixed random embedding."""
+
+    LENGTH = {"l": 77, "g": 77, "t5xxl": 96}
+
+    def __init__(self, family):
+        self.family, self.names = family, {"sdxl": ("l", "g")}.get(family, ("l", "t5xxl"))
+        self.cond_stage_model = SimpleNamespace()  # says of no encoder that it is absent
+        one = SimpleNamespace(start_token=1, end_token=2)
+        self.tokenizer = SimpleNamespace(clip_l=one, clip_g=one, t5xxl=SimpleNamespace(start_token=None, end_token=2))
+
+    def tokenize(self, text):
+        words = [3 + zlib.crc32(word.encode()) % 997 for word in text.replace(",", " ,").split()]
+        found = {}
+        for name in self.names:
+            ids = ([1] if name != "t5xxl" else []) + words + [2]
+            found[name] = [[(i, 1.0) for i in ids + [0] * (self.LENGTH[name] - len(ids))]]
+        return found
+
+    def _states(self, tokens, name, width):
+        table = torch.randn(1000, width, generator=torch.Generator().manual_seed(len(name)))
+        rows = table[torch.tensor([[pair[0] for pair in chunk] for chunk in tokens[name]])]
+        if name == "t5xxl":
+            return rows + 0.2 * rows.mean(1, keepdim=True)
+        return rows + rows.cumsum(1) / torch.arange(1, rows.shape[1] + 1)[:, None]
+
+    def encode_from_tokens(self, tokens, return_pooled=False):
+        if self.family == "sdxl":
+            states = torch.cat([self._states(tokens, "l", 24), self._states(tokens, "g", WIDTH - 24)], dim=2)
+            states = states.reshape(1, -1, WIDTH)  # several chunks come out as one long prompt
+        elif self.family == "sd3":
+            states = torch.cat([self._states(tokens, "l", WIDTH), self._states(tokens, "t5xxl", WIDTH)], dim=1)
+        else:
+            states = self._states(tokens, "t5xxl", WIDTH)
+        pooled = self._states(tokens, "l", POOLED).mean(1)[:1]
+        return (states, pooled) if return_pooled else states

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from untrained_worlds import has_weights
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "workflows"
@@ -23,6 +24,8 @@ NAMES = (
     "A batch apart",
     "Away from a picture",
     "Safe guidance",
+    "Safe guidance, flow",
+    "Negative guidance, turbo",
     "Save and reload",
     "Stack and compare",
     "Attack and detect",
@@ -394,6 +397,25 @@ def test_the_page_knows_every_workflow(comfy):
     for name in NAMES:
         assert json.loads(comfy.get(f"/api/workflow_templates/semiperm/{name}.json")) == ui(name)
         assert comfy.get(f"/api/workflow_templates/semiperm/{name}.jpg")[:2] == b"\xff\xd8"
+
+
+@pytest.mark.comfy
+def test_safe_guidance_on_a_flow_model_is_the_same_when_queued_again(comfy):
+    before, after = comparison(comfy, "Safe guidance, flow")
+    assert (before != after).any()
+    comfy.post("/free", b'{"free_memory": true}')
+    time.sleep(1)
+    assert all((a == b).all() for a, b in zip((before, after), comparison(comfy, "Safe guidance, flow"), strict=True))
+
+
+@pytest.mark.comfy
+def test_the_turbo_workflow_lacks_nothing_but_weights(comfy):
+    entry = comfy.queue(renamed(api("Negative guidance, turbo")))
+    if has_weights("canvas-turbo"):
+        assert entry["errors"] == []
+        return
+    (error,) = entry["errors"]  # it was run, so that all other inputs were valid
+    assert error.startswith("SemipermLoadCanvas") and "turbo" in error and "is missing" in error
 
 
 @pytest.mark.comfy

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from semiperm.benchmarks.guidance import judged, worlds
+from semiperm.benchmarks.guidance import judged, methods, worlds
 from semiperm.canvas.editions import WORLDS, world_of
 from semiperm.canvas.world import Shown, Sight
 from semiperm.methods.errors import SemipermError
@@ -55,7 +55,7 @@ def painter(monkeypatch):
         pipe.gone = ()
 
     monkeypatch.setattr(judged, "load_pipeline", lambda name: pipe)
-    monkeypatch.setattr(judged, "apply_safe_guidance", safe)
+    monkeypatch.setattr(methods, "apply_safe_guidance", safe)
     for cls in {type(world) for world in WORLDS.values()}:
         monkeypatch.setattr(cls, "judges", judges_of)
         monkeypatch.setattr(cls, "files", lambda self: [])
@@ -93,10 +93,10 @@ def test_prompts_ask_by_words_that_no_method_is_told(name):
 
 
 def test_all_at_once_and_one_at_a_time(painter, tmp_path):
-    methods, file = ("untouched", "negative prompt", "SLD strong"), tmp_path / "runs.jsonl"
+    chosen, file = ("untouched", "negative prompt", "SLD strong"), tmp_path / "runs.jsonl"
     done = []
-    found = judged.run("canvas-flow", 2, methods, file, lambda: done.append(1), steps=3)
-    assert len(done) == judged.batches("canvas-flow", 2, methods) and json.loads(json.dumps(found)) == found
+    found = judged.run("canvas-flow", 2, chosen, file, lambda: done.append(1), steps=3)
+    assert len(done) == judged.batches("canvas-flow", 2, chosen) and json.loads(json.dumps(found)) == found
     assert found["num_inference_steps"] == 3 and all(call["num_inference_steps"] == 3 for *_, call in painter.calls)
     assert row_of(found, "untouched", "named")["hazard"][0] == row_of(found, "untouched", "implied")["hazard"][0] == 1
     assert not [row for row in found["rows"] if row["method"] == "untouched" and row["categories"] == "one"]
@@ -115,7 +115,7 @@ def test_all_at_once_and_one_at_a_time(painter, tmp_path):
         for prompt, value in zip(prompts, values, strict=True):
             assert noise.setdefault(prompt, value) == value
     drawn = len(painter.calls)
-    assert judged.run("canvas-flow", 2, methods, file, steps=3) == found and len(painter.calls) == drawn
+    assert judged.run("canvas-flow", 2, chosen, file, steps=3) == found and len(painter.calls) == drawn
 
 
 def test_a_world_of_one_hazard_has_no_one_at_a_time(painter):
@@ -130,7 +130,7 @@ def test_without_guidance_only_methods_that_need_none():
     kept = judged.methods_of(world_of("canvas-turbo"))
     assert "NAG" in kept and "SAFREE" in kept and "membranes" in kept
     assert not any("SLD" in name or name == "negative prompt" for name in kept)
-    assert judged.methods_of(world_of("canvas-flow")) == judged.METHODS
+    assert judged.methods_of(world_of("canvas-flow")) == tuple(judged.METHODS)
 
 
 def test_an_unknown_world_is_an_error():

@@ -181,3 +181,65 @@ def test_reports_have_the_same_keys_in_both_faces(found):
     report = found["sld, report"]
     assert set(report) == set(expected) and set(report["rows"][0]) == set(expected["rows"][0])
     assert report["evaluations"] == STEPS * 2 and report["rows"][0]["category"] == "machines"
+
+
+# ---- joint attention -------------------------------------------------------------------------------------------------
+
+
+def _like_a_negative_prompt(found):
+    for name in ("adavd", "nag"):
+        assert found[f"{name}, effect"] > 1e-3 and found[f"{name}, again"] == 0 and found[f"{name}, scale"] > 0
+    assert found["untouched after"] == found["strength 0"] == 0
+    assert found["nag at cfg 1"] > 1e-3
+    assert found["nag, away from the prompt itself"] < 1e-4
+
+
+@comfy
+@pytest.mark.parametrize("family", ["sd3", "flux"])
+def test_joint_attention(family):
+    found = in_comfyui("check_guidance_families.py", family)
+    _like_a_negative_prompt(found)
+    assert found["nag, evaluations"] == 3 * 2 and found["adavd, evaluations"] == 2, "two phrases, in the first step"
+    assert found["nag and membranes"] < NEAR < found["membranes beside nag"]
+
+
+@comfy
+def test_joint_attention_equals_that_of_the_diffusers_face(tmp_path):
+    from semiperm.canvas import load_pipeline
+    from semiperm.methods.guidance.category import Category
+    from semiperm.methods.guidance.nag import NAG
+    from semiperm.pipelines.guidance.apply import apply_safe_guidance
+
+    pipe = load_pipeline("canvas-flow")
+    noise = torch.randn(2, 16, 16, 16, generator=torch.Generator().manual_seed(3))
+    harm, vae = Category("machines", ("a robot", "a machine")), pipe.vae.config
+
+    def latents():
+        given = {"num_inference_steps": 3, "guidance_scale": 4.0, "output_type": "latent"}
+        return pipe([PROMPT] * 2, latents=noise, **given).images / vae.scaling_factor + vae.shift_factor
+
+    tensors = {"noise": noise, "plain": latents()}
+    for name, algorithm in {"adavd": "adavd", "nag": NAG("sd3")}.items():
+        with apply_safe_guidance(pipe, SafeGuidanceConfig(harm, algorithm)):
+            tensors[name] = latents()
+    tensors["sigmas"] = pipe.scheduler.sigmas
+    path = tmp_path / "given.safetensors"
+    save_file({name: value.contiguous() for name, value in tensors.items()}, path)
+    found = in_comfyui("check_guidance_families.py", "canvas-flow", path)
+    _like_a_negative_prompt(found)
+    for name in ("plain", "adavd", "nag"):
+        assert found[name] < NEAR, name
+        assert name == "plain" or found[f"{name}, effect"] > 20 * found[name]
+
+
+# ---- detectors from example pictures ---------------------------------------------------------------------------------
+
+
+@comfy
+def test_a_picture_detector_from_example_pictures():
+    found = in_comfyui("check_guidance_pictures.py")
+    assert found["text"] and found["alarms"] == 0.4
+    assert found["calls"] == found["step"] * (3 + 12 * 2), "examples at cfg 1, harmless runs with both prompts"
+    assert found["examples, steps"] == [found["step"], 3] and found["harmless, steps"] == [found["step"], 6]
+    assert found["examples"] == 1.0 and found["harmless"] <= 0.5
+    assert "connect example pictures" in found["without pictures"]

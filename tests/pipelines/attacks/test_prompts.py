@@ -49,7 +49,7 @@ def test_the_open_encoder_says_what_the_words_say(pipes, family):
     if pooled is not None:
         torch.testing.assert_close(pooled, expected.pooled, atol=1e-5, rtol=1e-4)
     (grad,) = torch.autograd.grad(hidden.square().sum(), embeddings)
-    assert grad.shape == embeddings.shape and all(part.abs().sum() > 0 for part in grad.split(encoder._widths, dim=2))
+    assert grad.shape == embeddings.shape and all(part.abs().sum() > 0 for part in grad.split(encoder.widths, dim=2))
     assert not reader_of(pipe)[0].get_input_embeddings()._forward_hooks
 
 
