@@ -192,10 +192,10 @@ PARTS: dict[str, tuple[int, Callable]] = {
     "vae-canvas-flow": (900, functools.partial(train_autoencoder, which="canvas-flow")),
     "decoder-canvas": (500, functools.partial(train_autoencoder, which="canvas")),
     "decoder-canvas-flow": (500, functools.partial(train_autoencoder, which="canvas-flow")),
-    "judge-first": (2000, functools.partial(train_judge, which="first")),
-    "judge-second": (2000, functools.partial(train_judge, which="second")),
-    "canvas": (6000, train_canvas),
-    "canvas-flow": (5000, train_flow),
+    "judge-first": (4500, functools.partial(train_judge, which="first")),
+    "judge-second": (4500, functools.partial(train_judge, which="second")),
+    "canvas": (16_000, train_canvas),
+    "canvas-flow": (9000, train_flow),
     "canvas-turbo": (500, train_turbo),
 }
 
