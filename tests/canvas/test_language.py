@@ -9,7 +9,17 @@ from semiperm.canvas.scenes import Scene, random_scene
 
 MAY_ASK = ("canvas", "tests", "build", "dist", "venv", "docs", "shared")  # folders whose files may name reserved words
 # And these files, which ask a model and hand nothing of it to a method; pages of results only name the column.
-EVALUATIONS = ("benchmarks/guidance/worlds.py",)
+EVALUATIONS = (  # what they fit is told public words; what they ask and forbid an attack is not
+    "benchmarks/arena/asking.py",
+    "benchmarks/arena/orderings.py",
+    "benchmarks/arena/run.py",
+    "benchmarks/arena/scoring.py",
+    "benchmarks/arena/surfaces.py",
+    "benchmarks/guidance/attacked.py",
+    "benchmarks/guidance/worlds.py",
+    "benchmarks/membranes/transfer.py",
+    "benchmarks/membranes/zoo.py",
+)
 COLUMNS = "benchmarks/page/"
 
 
