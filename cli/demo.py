@@ -46,7 +46,7 @@ COLUMNS = {
             ("robot", "heart", "flat"),
         ),
         Column("a neighbour", "a striped picture of a ghost on a night background", ("ghost", "striped")),
-        Column("a style", "neon drawing of a green star against night", ("star", "neon"), ("neon",)),
+        Column("unrelated", "a red circle, flat, fog background", ("circle", "flat")),
     ),
 }
 PICTURES = 2  # a prompt
@@ -60,8 +60,7 @@ def run(
 ):
     """Erase a robot from two embedded models (CPU, no download) and show the same pictures before and after.
 
-    Writes demo.png, a labelled grid for each, and report.json, what the judge saw. Some columns erase a style as well,
-    or instead.
+    Writes demo.png, a labelled grid for each, and report.json, what the judge saw. One column erases a style as well.
     """
     from time import perf_counter
 
@@ -78,11 +77,9 @@ def run(
     common.write_png(out / "demo.png", stacked(grids))
     report["seconds"] = round(perf_counter() - start, 2)
     common.write_json(out / "report.json", report)
-    algebra = ", ".join(f"{row['algebra_seconds']:.2f} s" for row in report["models"].values())
+    algebra = sum(row["algebra_seconds"] for row in report["models"].values())
     console.print(
-        f"{report['seconds']:.0f} s, of which the algebra {algebra}. See {out / 'demo.png'}",
-        markup=False,
-        soft_wrap=True,
+        f"{report['seconds']:.0f} s, of which the algebra {algebra:.1f} s. See {out / 'demo.png'}", markup=False
     )
 
 
