@@ -220,7 +220,11 @@ def test_whether_the_hub_answers_is_known_in_time(monkeypatch):
         monkeypatch.delenv(name.upper(), raising=False)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(loaders, "_PATIENCE", 0.2)
-    monkeypatch.setattr(socket, "create_connection", lambda *_, **__: time.sleep(30))
+    def no_answer(*_, **__):
+        time.sleep(30)
+        raise TimeoutError
+
+    monkeypatch.setattr(socket, "create_connection", no_answer)
     assert not loaders.hub_answers(), "a look-up that hangs is no answer"
     with socket.create_server(("127.0.0.1", 0)) as server:
         monkeypatch.undo()

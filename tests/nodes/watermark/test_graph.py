@@ -112,7 +112,7 @@ def test_the_sampler_that_draws_is_the_one_that_was_checked(graph):
 
 
 def test_a_graph_that_loses_the_mark_is_refused(graph, monkeypatch):
-    prompt = {key: {"class_type": kind, "inputs": inputs} for key, (kind, inputs) in HIRES.items()}
+    prompt = {key: {"class_type": kind, "inputs": dict(inputs)} for key, (kind, inputs) in HIRES.items()}
     monkeypatch.setattr(graph, "node_types", lambda kind: TYPES[kind])
     monkeypatch.setattr(graph, "queued_prompt", lambda: prompt)
     hidden = type("Hidden", (), {"prompt": prompt, "unique_id": "sign"})
