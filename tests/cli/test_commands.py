@@ -220,6 +220,7 @@ def test_whether_the_hub_answers_is_known_in_time(monkeypatch):
         monkeypatch.delenv(name.upper(), raising=False)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(loaders, "_PATIENCE", 0.2)
+
     def no_answer(*_, **__):
         time.sleep(30)
         raise TimeoutError
