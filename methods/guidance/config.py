@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from torch import Tensor
+
 from ..errors import GuidanceError
 from ..schedule import Window
 from .adavd import AdaVD
@@ -109,6 +111,21 @@ class SafeGuidanceConfig:
     def having(self, seam: str) -> tuple[Algorithm, ...]:
         """The algorithms that act at a seam."""
         return tuple(one for one in self.acting if seam in one.SEAMS)
+
+    def combine(self, positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
+        """What attention over the prompt and over the harm gives, combined by every algorithm of that seam.
+
+        Args:
+            positive, negative: (B, N, C).
+
+        Returns:
+            (B, N, C), and (B,) how much that is changed: |combined - positive| / |positive|.
+        """
+        combined = positive
+        for algorithm in self.having("outputs"):
+            combined = algorithm.combine(combined.contiguous(), negative.contiguous(), self.strength)
+        norm = positive.float().flatten(1).norm(dim=1).clamp_min(1e-12)
+        return combined, (combined.float() - positive.float()).flatten(1).norm(dim=1) / norm
 
     def digest(self) -> str:
         """Of all settings but the categories', for records."""

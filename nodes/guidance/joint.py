@@ -188,12 +188,8 @@ class JointLayers:
             if not self._harm or not rows:
                 return original(x, *args, **kwargs)
             image, width = self._image(site), slice(0, site.width)
-            positive, negative = (x[some, image, width] for some in (rows, self._harm))
-            combined = positive
-            for algorithm in self.config.having("outputs"):
-                combined = algorithm.combine(combined.contiguous(), negative.contiguous(), self.config.strength)
-            norm = positive.float().flatten(1).norm(dim=1).clamp_min(1e-12)
-            self._acted((combined.float() - positive.float()).flatten(1).norm(dim=1) / norm)
+            combined, share = self.config.combine(*(x[some, image, width] for some in (rows, self._harm)))
+            self._acted(share)
             x = x.clone()
             x[rows, image, width] = combined
             x[self._harm, image, width] = combined  # the same image from here on

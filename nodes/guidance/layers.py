@@ -105,12 +105,8 @@ class Layers:
             query, rows = self.queries.pop(path, None), self.patch.positive
             if query is None or not rows:
                 return original(x, *args, **kwargs)
-            positive, negative = x[rows], self._over_harm(path, module, query[rows])
-            combined = positive
-            for algorithm in self.config.having("outputs"):
-                combined = algorithm.combine(combined.contiguous(), negative.contiguous(), self.config.strength)
-            norm = positive.float().flatten(1).norm(dim=1).clamp_min(1e-12)
-            self._acted((combined.float() - positive.float()).flatten(1).norm(dim=1) / norm)
+            combined, share = self.config.combine(x[rows], self._over_harm(path, module, query[rows]))
+            self._acted(share)
             x = x.clone()
             x[rows] = combined
             return original(x, *args, **kwargs)

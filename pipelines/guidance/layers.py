@@ -206,8 +206,8 @@ class CrossOutputs:
         if not rows:
             return original(x, *args, **kwargs)
         negative = self._over_harm(query[rows])
-        combined = combine_rows(self.handle, x[rows], negative)
-        self.handle.acted(self.path, rows, change_of(combined, x[rows]))
+        combined, share = self.handle.config.combine(x[rows], negative)
+        self.handle.acted(self.path, rows, share)
         call.outputs += 1
         x = x.clone()
         x[rows] = combined
@@ -282,25 +282,13 @@ def output_rows(handle) -> tuple[list[int], list[int]]:
 
 def _with_combined(handle, path: str, x: Tensor, rows: list[int], sources: list[int], stretch: slice) -> Tensor:
     positive = x[sources][:, stretch]
-    combined = combine_rows(handle, positive, x[rows][:, stretch])
-    handle.acted(path, sources, change_of(combined, positive))
+    combined, share = handle.config.combine(positive, x[rows][:, stretch])
+    handle.acted(path, sources, share)
     handle.call.outputs += 1
     x = x.clone()
     x[sources, stretch] = combined
     x[rows, stretch] = combined  # the same image from here on
     return x
-
-
-def combine_rows(handle, positive: Tensor, negative: Tensor) -> Tensor:
-    for algorithm in handle.config.having("outputs"):
-        positive = algorithm.combine(positive.contiguous(), negative.contiguous(), handle.config.strength)
-    return positive
-
-
-def change_of(after: Tensor, before: Tensor) -> Tensor:
-    """(B,): |after - before| / |before|."""
-    norm = before.float().flatten(1).norm(dim=1).clamp_min(1e-12)
-    return (after.float() - before.float()).flatten(1).norm(dim=1) / norm
 
 
 def joint_of(family: Family, config: Any) -> bool:
