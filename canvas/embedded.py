@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from . import autoencoders, denoiser, flow, turbo, unet, vocabulary
-from .loop import save_tensors
+from .loop import load_tensors, save_tensors
 from .models import model_of, weights_of
 
 
@@ -60,9 +60,7 @@ def read_states(name: str, folder: Path | None = None) -> dict[str, dict[str, Te
         raise ValueError(f"{name} is of the first edition; semiperm.canvas.load_pipeline loads it")
     where = weights_of(name, folder)
     state = {
-        "vae" if part.startswith("vae") else part: {
-            k: v.float() for k, v in load_file(str(where / f"{part}.safetensors")).items()
-        }
+        "vae" if part.startswith("vae") else part: load_tensors(where / f"{part}.safetensors")
         for part in model_of(name).parts
     }
     if "transformer" in state:
@@ -212,7 +210,7 @@ def read_weights(folder: Path, workdir: Path) -> list[str]:
             names = [f"{part}-encoder", finished]
         missing = [path for name in names if not (path := workdir / f"{name}.safetensors").exists()]
         if missing:
-            state = {k: v.float() for k, v in load_file(str(folder / f"{part}.safetensors")).items()}
+            state = load_tensors(folder / f"{part}.safetensors")
             for path in missing:
                 save_tensors(state, path)
             read.append(part)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..methods.files import save_safetensors
@@ -14,6 +15,11 @@ from ..methods.training.loop import TrainingLog, learning_rate, load_checkpoint,
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     """Write safetensors; a stopped run leaves the previous file whole."""
     save_safetensors(tensors, path, metadata)
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Read safetensors as float32, which weights are in while they learn or draw."""
+    return {name: tensor.float() for name, tensor in load_file(str(path)).items()}
 
 
 def train(

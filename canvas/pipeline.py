@@ -4,11 +4,10 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 from . import autoencoder, denoiser, embedded, text
-from .loop import save_tensors
+from .loop import load_tensors, save_tensors
 from .models import MODELS, WEIGHTS, model_of, weights_of
 
 __all__ = ["DEFAULT_GUIDANCE", "DEFAULT_STEPS", "WEIGHTS", "assemble", "load_pipeline", "save_weights"]
@@ -64,7 +63,7 @@ def load_pipeline(
         "text_encoder": text.build_text_encoder(tokenizer),
     }
     for name, module in parts.items():
-        module.load_state_dict({k: v.float() for k, v in load_file(str(folder / f"{name}.safetensors")).items()})
+        module.load_state_dict(load_tensors(folder / f"{name}.safetensors"))
         module.to(device=device, dtype=dtype).eval()
     pipe = assemble(parts["vae"], parts["unet"], parts["text_encoder"], tokenizer)
     pipe.set_progress_bar_config(disable=True)

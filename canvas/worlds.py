@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from . import autoencoders, flow, judging, pool, precision, reading, turbo, unet, vocabulary
-from .loop import save_tensors
+from .loop import load_tensors, save_tensors
 from .precision import Run
 
 TOKENIZER = "tokenizer"
@@ -46,7 +46,7 @@ def start_canvas_autoencoder(workdir: Path, first_world: Path, seed: int = 0) ->
     path = Path(workdir) / "vae-canvas-encoder.safetensors"
     if not path.exists():
         vae = autoencoders.build("canvas")
-        vae.load_state_dict({k: v.float() for k, v in load_file(str(first_world / "vae.safetensors")).items()})
+        vae.load_state_dict(load_tensors(first_world / "vae.safetensors"))
         autoencoders.whiten(vae, "canvas", pool.pictures(workdir, pool.CHUNK, seed).data[:600])
         save_tensors(vae.state_dict(), path)
 

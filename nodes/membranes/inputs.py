@@ -2,6 +2,8 @@
 
 from comfy_api.latest import io
 
+from ..sockets import MembranesIO
+
 CATEGORY = "semiperm/membranes"
 
 
@@ -35,3 +37,19 @@ def concept_inputs() -> list[io.Input]:
             " particular.",
         ),
     ]
+
+
+def lines_input(name: str, placeholder: str, tooltip: str) -> io.Input:
+    """Texts of the user's own, one per line; none where a general list serves."""
+    return io.String.Input(
+        name, optional=True, multiline=True, default="", placeholder=f"{placeholder}, one per line", tooltip=tooltip
+    )
+
+
+def membranes_output() -> MembranesIO.Output:
+    """The membranes that a node makes."""
+    return MembranesIO.Output(
+        "made",
+        display_name="membranes",
+        tooltip="One membrane for each line, for Apply Membranes, Save Membrane or Load Membrane's stack.",
+    )

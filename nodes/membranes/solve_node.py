@@ -6,7 +6,7 @@ from comfy_api.latest import io
 from ...methods.membranes.closed_form import METHODS, ClosedFormConfig
 from ...methods.membranes.visual_fit import VisualConfig
 from ..sockets import MembranesIO, aliases
-from .inputs import CATEGORY, concept_inputs, strength_input
+from .inputs import CATEGORY, concept_inputs, lines_input, membranes_output, strength_input
 
 LINK = {"rawLink": True}  # the node is given where its input comes from, not what it is
 PRESETS = {"selective": {"gate": "auto"}, "strict": {"gate": "always"}}
@@ -81,13 +81,10 @@ class SemipermSolveMembranes(io.ComfyNode):
                 io.Model.Input("model", tooltip="The model to erase from; its LoRAs are not looked at."),
                 io.Clip.Input("clip", tooltip="The text encoder that also encodes your prompts."),
                 *concept_inputs(),
-                io.String.Input(
+                lines_input(
                     "preserve",
-                    optional=True,
-                    multiline=True,
-                    default="",
-                    placeholder="captions to keep, one per line",
-                    tooltip="Captions that must not change, one per line, in place of a general list: give at least 50."
+                    "captions to keep",
+                    "Captions that must not change, one per line, in place of a general list: give at least 50."
                     " Those that name an erased concept are left out.",
                 ),
                 io.Combo.Input(
@@ -127,13 +124,7 @@ class SemipermSolveMembranes(io.ComfyNode):
                     " exactly and erases less.",
                 ),
             ],
-            outputs=[
-                MembranesIO.Output(
-                    "made",
-                    display_name="membranes",
-                    tooltip="One membrane for each line, for Apply Membranes, Save Membrane or Load Membrane's stack.",
-                )
-            ],
+            outputs=[membranes_output()],
             **aliases("unlearn", "unlearning", "erase concept advanced", "UCE", "RECE", "closed form", "null space"),
         )
 
@@ -199,32 +190,20 @@ class SemipermSolveImageMembranes(io.ComfyNode):
                     optional=True,
                     tooltip="Directions of one concept at each layer; 2 also takes what a part of the picture shows.",
                 ),
-                io.String.Input(
+                lines_input(
                     "preserve",
-                    optional=True,
-                    multiline=True,
-                    default="",
-                    placeholder="captions of other pictures, one per line",
-                    tooltip="Captions whose pictures do not show the concept, one per line, in place of a general list."
+                    "captions of other pictures",
+                    "Captions whose pictures do not show the concept, one per line, in place of a general list."
                     " They set the thresholds.",
                 ),
-                io.String.Input(
+                lines_input(
                     "others",
-                    optional=True,
-                    multiline=True,
-                    default="",
-                    placeholder="words for other things, one per line",
-                    tooltip="What stands in the concept's place in pictures without it, one per line, in place of a"
+                    "words for other things",
+                    "What stands in the concept's place in pictures without it, one per line, in place of a"
                     " general list: other animals for an animal, other styles for a style.",
                 ),
             ],
-            outputs=[
-                MembranesIO.Output(
-                    "made",
-                    display_name="membranes",
-                    tooltip="One membrane for each line, for Apply Membranes, Save Membrane or Load Membrane's stack.",
-                )
-            ],
+            outputs=[membranes_output()],
             **aliases("unlearn by picture", "visual eraser", "CASteer", "robust erase", "steering", "image gate"),
         )
 

@@ -3,8 +3,8 @@
 from comfy_api.latest import io
 
 from ...methods.training.config import LAYERS, OBJECTIVES, TrainingConfig
-from ..membranes.inputs import CATEGORY, concept_inputs
-from ..sockets import MembranesIO, aliases
+from ..membranes.inputs import CATEGORY, concept_inputs, lines_input, membranes_output
+from ..sockets import aliases
 
 
 class SemipermTrainMembranes(io.ComfyNode):
@@ -118,13 +118,10 @@ class SemipermTrainMembranes(io.ComfyNode):
                     tooltip="Steps of a search for texts that bring the concept back, which are then erased, too. Each"
                     " costs as much as a step without. 0: no search. Not with the objective trajectory.",
                 ),
-                io.String.Input(
+                lines_input(
                     "preserve",
-                    optional=True,
-                    multiline=True,
-                    default="",
-                    placeholder="captions to keep, one per line",
-                    tooltip="Captions that must not change, one per line, in place of a general list.",
+                    "captions to keep",
+                    "Captions that must not change, one per line, in place of a general list.",
                 ),
                 io.Int.Input(
                     "validate_every",
@@ -152,11 +149,7 @@ class SemipermTrainMembranes(io.ComfyNode):
                 ),
             ],
             outputs=[
-                MembranesIO.Output(
-                    "made",
-                    display_name="membranes",
-                    tooltip="One membrane for each line, for Apply Membranes, Save Membrane or Load Membrane's stack.",
-                ),
+                membranes_output(),
                 io.Image.Output(
                     "course",
                     display_name="course",
