@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-__all__ = ["Segment", "TextFeatures", "TextSpace", "Wording"]
+__all__ = ["Segment", "TextFeatures", "TextSpace", "Wording", "live_columns"]
 
 
 @dataclass(frozen=True)
@@ -68,3 +69,12 @@ class TextSpace:
     segments: Sequence[Segment]
     tokens: dict[str, Tensor]
     pooled: dict[str, Tensor]
+
+
+def live_columns(*rows: Tensor) -> Tensor:
+    """(n,) indices of the columns (last axis) that are not zero everywhere; all of them if none is.
+
+    SD3 pads CLIP's embeddings with zeros to the width of T5, and no fit needs to solve for these.
+    """
+    live = torch.stack([(r != 0).flatten(0, -2).any(dim=0).cpu() for r in rows if r.numel()]).any(dim=0)
+    return (live if live.any() else torch.ones_like(live)).nonzero()[:, 0]

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ..errors import MembraneError
+from ..text_space import live_columns
 from .base_model import base_model_hash
 from .types import LowRank, Membrane
 
@@ -130,6 +131,19 @@ def closed_form_edits(
     """
     config = config or ClosedFormConfig()
     rows, aims, preserve = _checked(concepts, targets, preserve)
+    width, live = preserve.shape[1], live_columns(*rows, *aims, preserve)
+    if len(live) < width and config.method != "rece":  # RECE's attack may use columns that no caption does
+        share = len(live) / width  # a mean over the live columns is so much larger than one over all of them
+        config = replace(config, ridge=config.ridge * share, null_threshold=config.null_threshold * share)
+        rows, aims, preserve = [r[:, live] for r in rows], [a[:, live] for a in aims], preserve[:, live]
+    else:
+        live = torch.arange(width)
+    edits = _solved(rows, aims, preserve, config, gram)
+    return [(u.new_zeros(width, u.shape[1]).index_copy(0, live, u), v.new_zeros(len(v), width).index_copy(1, live, v))
+            for u, v in edits]  # fmt: skip
+
+
+def _solved(rows, aims, preserve, config, gram):
     moved = preserve.T @ preserve / max(len(preserve), 1)
     basis = _null_basis(moved, config.null_threshold) if config.method == "null_space" else None
     if config.method == "rece":

@@ -7,12 +7,14 @@ gate "probe" in closed form.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
 from ..errors import MembraneError
+from ..text_space import live_columns
 from .types import GateProbe
 
 GATES = ("probe", "paper", "official", "always")
@@ -149,6 +151,10 @@ def fit_probe(
     concept, other = (h.detach().cpu().double() for h in (concept_hidden, other_hidden))
     if not (torch.isfinite(concept).all() and torch.isfinite(other).all()):
         raise MembraneError("the hidden states hold NaN or Inf; encode in float32, or check the text encoder")
+    width, live = concept.shape[2], live_columns(concept, other)
+    if len(live) < width:
+        ridge *= len(live) / width  # of a mean over all columns
+        concept, other = concept[..., live], other[..., live]
     background = other.flatten(0, 1)
     spread = background.T @ background / len(background), background.mean(dim=0)
     rows = torch.arange(len(concept))
@@ -164,7 +170,7 @@ def fit_probe(
         if positions is None:
             chosen = concept[rows, on.argmax(dim=1)]
         hard = torch.cat((hard, other[torch.arange(len(other)), off.argmax(dim=1)]))
-    return best
+    return replace(best, weight=best.weight.new_zeros(width).index_copy(0, live, best.weight))
 
 
 def _discriminant(chosen: Tensor, hard: Tensor, spread: tuple[Tensor, Tensor], ridge: float) -> Tensor:

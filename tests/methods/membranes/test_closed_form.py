@@ -112,6 +112,24 @@ def test_full_rank_edits_solve_the_normal_equations(count, push):
         assert relative(u @ v, best) < 1e-10
 
 
+def wide(x, beside=0.0):
+    """Padded with columns of zeros, or of nearly zeros, that a solver has to count among the others."""
+    return torch.cat((x[..., :5], torch.full_like(x[..., :8], beside), x[..., 5:]), dim=-1)
+
+
+@pytest.mark.parametrize("method", ["uce", "null_space"])
+def test_columns_of_zeros_are_left_out_exactly(method):
+    given = [randn(9, 24, seed=1)], [randn(9, 24, seed=2)], 0.01 * randn(60, 24, seed=3) * torch.linspace(1, 9, 24)
+    config = ClosedFormConfig(method=method, rank=9, ridge=0.05, null_threshold=2.0)
+    found = []
+    for beside in (0.0, 1e-14):
+        concepts, targets, preserve = ([wide(t, beside) for t in g] if isinstance(g, list) else wide(g, beside)
+                                       for g in given)  # fmt: skip
+        ((u, v),) = closed_form_edits(concepts, targets, preserve, config)
+        found.append(u @ v)
+    assert relative(*found) < 1e-8 and not found[0][5:13].any() and not found[0][:, 5:13].any()
+
+
 def test_one_embedding_per_concept_is_uce():
     d, weight = 23, randn(6, 23, seed=5)
     concepts, targets, preserve = [randn(1, d)], [randn(1, d, seed=1)], randn(10, d, seed=2)
@@ -336,6 +354,13 @@ def test_probe_separates_its_fit_set_exactly_and_generalises():
     ).all()
     assert (probe_gate(captions(300, False, 4), probe) == 0).float().mean() > 0.98
     assert (probe_gate(captions(300, True, 3), probe) == 1).float().mean() > 0.95
+
+
+def test_probes_leave_columns_of_zeros_out_exactly():
+    on, off = captions(40, True, 1), captions(80, False, 2)
+    short, full = (fit_probe(wide(on, beside), wide(off, beside)) for beside in (0.0, 1e-12))
+    assert relative(short.weight, full.weight) < 1e-5 and not short.weight[5:13].any()
+    assert (short.low, short.high, short.separation) == pytest.approx((full.low, full.high, full.separation), rel=1e-4)
 
 
 def test_probe_thresholds_lie_low_in_the_gap():
