@@ -109,7 +109,7 @@ def _augment(x: Tensor, g: torch.Generator) -> tuple[Tensor, Tensor]:
     return x, torch.tensor([sx, sy]) / SIZE
 
 
-def train_judge(which: str, run: Run, n: int = 36_000, start: dict[str, Tensor] | None = None) -> nn.Module:
+def train_judge(which: str, run: Run, n: int, start: dict[str, Tensor] | None = None) -> nn.Module:
     """Train the "first" or the "second" judge, from the weights `start` where given, on n renders of its own; in a
     quarter of them a thing is painted out."""
     pool = pictures(run.workdir, n, SEEDS[which] + run.seed, SMUDGED)

@@ -32,7 +32,7 @@ def tokenizer_of(workdir: Path, seed: int = 0):
     return vocabulary.load_tokenizer(folder)
 
 
-def train_reading(workdir: Path, which: str, steps: int = 3000, seed: int = 0, stop_after: int | None = None) -> None:
+def train_reading(workdir: Path, which: str, steps: int, seed: int = 0, stop_after: int | None = None) -> None:
     """Train a text encoder ("first" or "second") and write `text-<which>.safetensors`."""
     tokenizer = tokenizer_of(workdir, seed)
     encoder = vocabulary.build_encoder(which, len(tokenizer), seed)
@@ -104,7 +104,7 @@ def _flow_texts(workdir: Path, seed: int):
 
 def train_canvas(
     workdir: Path,
-    steps: int = 12_000,
+    steps: int,
     pictures: int = PICTURES,
     seed: int = 0,
     compile: bool = True,
@@ -119,7 +119,7 @@ def train_canvas(
 
 
 def train_judge(
-    workdir: Path, which: str, steps: int = 4000, pictures: int = 36_000, seed: int = 0, stop_after: int | None = None
+    workdir: Path, which: str, steps: int, pictures: int = 36_000, seed: int = 0, stop_after: int | None = None
 ) -> None:
     """Train a judge and write `judge-<which>.ema.safetensors`."""
     run = Run(Path(workdir), steps, 64, seed, stop_after=stop_after)
@@ -129,7 +129,7 @@ def train_judge(
 
 def train_flow(
     workdir: Path,
-    steps: int = 12_000,
+    steps: int,
     pictures: int = PICTURES,
     seed: int = 0,
     compile: bool = True,
@@ -169,7 +169,7 @@ def train_autoencoder(workdir: Path, which: str, steps: int, seed: int = 0, stop
 
 def train_turbo(
     workdir: Path,
-    steps: int = 2000,
+    steps: int,
     pictures: int = PICTURES,
     seed: int = 0,
     compile: bool = True,

@@ -22,6 +22,8 @@ _FLAT = 2.5 / 255  # pixels that differ by less in a window are one colour
 _WINDOW = 9  # pixels along the window
 _RIPPLE = 20 / 255  # how far from that colour pixels beside it may lie: JPEG leaves ripples at its edges
 _SHARES = 0.005, 0.8  # of the picture: less is not worth filling, more leaves too little to fill it with
+_MARGIN = 12 / 255  # how far from its colour the pixels of a margin may lie: JPEG at quality 75 leaves up to that
+_WITHIN = 0.25  # share of each side that a margin has to leave: less is a mark or a letter on a page; chosen by hand
 _QUANTA = 4  # finest angles to a coarse step: the first finer moves, by 1 and 2 of them, reach all
 
 
@@ -102,6 +104,23 @@ def without_flats(picture: Tensor) -> tuple[Tensor, Tensor]:
         return picture, torch.ones_like(picture[0])
     rows, columns = ndimage.distance_transform_edt(flat.numpy(), return_distances=False, return_indices=True)
     return picture[:, torch.from_numpy(rows).long(), torch.from_numpy(columns).long()], (~flat).float()
+
+
+def within_margin(picture: Tensor) -> Tensor | None:
+    """(3, H, W) -> what lies within a margin of one colour, as screenshots have; None where there is none.
+
+    The margin has to run along two opposite sides at least, and to leave a part of each side (`_WITHIN`).
+    """
+    alike = ((picture - picture[:, :1, :1]).abs().amax(0) < _MARGIN).numpy()
+    rows, columns = (np.flatnonzero(~alike.all(axis=axis)) for axis in (1, 0))
+    if not len(rows):
+        return None  # of one colour altogether
+    (top, bottom), (left, right) = (rows[0], rows[-1] + 1), (columns[0], columns[-1] + 1)
+    height, width = picture.shape[-2:]
+    opposite = (top > 0 and bottom < height) or (left > 0 and right < width)
+    if not opposite or bottom - top < _WITHIN * height or right - left < _WITHIN * width:
+        return None
+    return picture[:, top:bottom, left:right]
 
 
 def cells_inside(valid: Tensor, cells: tuple[int, int]) -> Tensor:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from semiperm.methods.watermark.config import DetectionConfig
 from semiperm.methods.watermark.detection import detect_in
+from semiperm.methods.watermark.edits import within_margin
 from semiperm.methods.watermark.keys import WatermarkKey
 from semiperm.methods.watermark.mark import KeyedMark, Payload, read
 from semiperm.methods.watermark.search import Search
@@ -71,6 +72,36 @@ def test_both_readings_of_an_orientation(key, signed):
     (result,) = look([four], key)
     assert result.verdict == "valid" and result.transform == "turned as its EXIF says, resized to 64 x 64"
     assert result.log10_p == pytest.approx(look([four[1]], key, size=(64, 64))[0].log10_p + math.log10(4))  # 2 bits
+
+
+def paged(picture, margin=(6, 9, 4, 12), color=0.96):
+    left, right, top, bottom = margin
+    page = torch.full((3, picture.shape[1] + top + bottom, picture.shape[2] + left + right), color)
+    page[:, top : top + picture.shape[1], left : left + picture.shape[2]] = picture
+    return page
+
+
+def test_pictures_on_a_page_are_found_without_their_place(key, signed):
+    """Screenshots: enlarged by 5 / 4, with a margin of the page around them, or on two sides alone."""
+    shown = scaled(signed, (80, 80))
+    known = look([shown], key, size=(64, 64))[0]
+    for margin in ((6, 9, 4, 12), (30, 30, 0, 0)):
+        (result,) = look([paged(shown, margin)], key)
+        assert result.verdict == "valid" and result.transform == "cut out of its margin, resized to 64 x 64"
+        assert result.log10_p == pytest.approx(known.log10_p + math.log10(4))  # two sizes of each
+    turned = paged(shown).rot90(1, (-2, -1))
+    (result,) = look([(turned, paged(shown))], key)
+    assert result.verdict == "valid" and result.transform.startswith("turned as its EXIF says, cut out of its margin")
+    assert look([paged(shown)], key, None)[0].verdict == "absent"  # the size that it had is not known
+
+
+def test_what_is_no_margin():
+    drawn = torch.rand(3, 40, 40, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(within_margin(paged(drawn)), drawn)
+    noisy = paged(drawn) + 0.02 * torch.randn(3, 56, 55, generator=torch.Generator().manual_seed(1)).clamp(-1, 1)
+    assert within_margin(noisy).shape == drawn.shape  # as JPEG leaves it
+    for other in (drawn, paged(drawn, (5, 0, 0, 5)), paged(drawn, (70, 70, 70, 70)), torch.full((3, 8, 8), 0.5)):
+        assert within_margin(other) is None
 
 
 def test_a_picture_is_only_looked_at_until_it_is_found(key, signed):
