@@ -25,6 +25,7 @@ from .places import LADDER, SIZE, place_of
 
 ATTACKS = ("regenerate:0.14", "regenerate:0.3", "grey")
 PICTURES, QUICK_PICTURES, UNIT = 48, 4, 4
+FIRST = 1_000  # picture: how far lists are read was chosen on the 48 from 0 on
 DATABASE = 1_000  # marks that were issued, the picture's own among them
 LOOK = 5  # inversion steps of the single looks
 SINGLE, LISTS, READ, LADDERS, WITH_READER = (
@@ -41,7 +42,8 @@ def plan(quick: bool, name: str = "canvas") -> list[dict]:
     """All units."""
     count = QUICK_PICTURES if quick else PICTURES
     return [
-        {"task": "repaint", "world": name, "start": i, "count": min(UNIT, count - i)} for i in range(0, count, UNIT)
+        {"task": "repaint", "world": name, "start": FIRST + i, "count": min(UNIT, count - i)}
+        for i in range(0, count, UNIT)
     ]
 
 
