@@ -36,10 +36,12 @@ from .visual import VisualSide, VisualSite
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["VisualConfig", "calibrated", "fit_side", "way_gone"]
+__all__ = ["VisualConfig", "calibrated", "fit_side", "way_gone", "without_showing"]
 
 _RAMP = 1.25  # thresholds high over low, so that a picture at the edge is no switch; chosen by hand
 _OPEN = (0.99, 0.999)  # quantiles of others' tokens between which a token's gate opens; chosen by hand on the canvas
+_SPARE = 5  # one picture more for so many; a concept that others' captions draw more often is not told from them
+_USUAL = 0.95  # of other pictures: beyond may lie some that show the concept unasked
 _FLOOR = 0.25  # of a layer's mean scale: below it a knot's scale is taken for chance
 
 
@@ -53,8 +55,8 @@ class VisualConfig:
         steps: of these runs, and the knots of what is found.
         rank: directions of one concept at one layer, 1 or 2.
         shrinkage: lambda of the discriminant; large leaves the mean difference.
-        false_open: share of pictures without the concept in which a gate may open; 1 / false_open - 1 pictures are
-            drawn to set the thresholds.
+        false_open: share of pictures without the concept in which a gate may open; 1 / false_open - 1 pictures set the
+            thresholds, of a fifth more that are drawn.
         validation: pictures with the concept, kept out of the fit, on which `beta` is found and openings are counted; 0
             draws none.
         beta: how far beyond its own share a direction is taken out; None finds the smallest of 1, 2 and 3 after which
@@ -102,6 +104,11 @@ class VisualConfig:
     def calibration(self) -> int:
         """Pictures without the concept that set the thresholds: the fewest that can promise `false_open`."""
         return math.ceil(1.0 / self.false_open) - 1
+
+    @property
+    def spare(self) -> int:
+        """More of them than that, since some may show the concept unasked."""
+        return self.calibration // _SPARE if self.validation else 0
 
 
 def fit_side(
@@ -171,6 +178,20 @@ def calibrated(side: VisualSide, scores: Tensor, config: VisualConfig) -> Visual
     )
 
 
+def without_showing(scores: Tensor, shown: Tensor, config: VisualConfig) -> Tensor:
+    """The scores of other pictures less those of pictures that show the concept although no caption says so.
+
+    A score nearer to that of pictures with the concept than to the others' (by medians) is taken for one: where a model
+    draws the concept by itself now and then, such a picture would set a threshold that no picture passes. Where these
+    are more than the spare ones, the directions do not tell the concept from others, and all are kept.
+
+    Args:
+        scores: (n,) of pictures whose captions do not name it. shown: (m,) of pictures with it, out of the fit.
+    """
+    unlike = scores[scores < (scores.median() + shown.median()) / 2] if len(shown) else scores
+    return unlike if len(unlike) >= config.calibration else scores
+
+
 def way_gone(on: Tensor, off: Tensor, edited: Tensor) -> float:
     """How far edited predictions have gone from the untouched ones of a prompt to those of another, on average.
 
@@ -221,8 +242,8 @@ def _biorthogonal(write: Tensor, solver: Tensor) -> Tensor:
 def _scales(
     shown: Tensor, without: Tensor, background: Tensor, config: VisualConfig
 ) -> tuple[Tensor, Tensor, Tensor, float]:
-    """(J, R) low and high of others' tokens, the strongest response of other pictures, and how many times that the
-    concept's pictures reach: in halves of the pictures that the directions were not made from."""
+    """(J, R) low and high of others' tokens, the strongest response of most other pictures, and how many times that
+    the concept's pictures reach: in halves of the pictures that the directions were not made from."""
     tops: list[Tensor] = []
     reached: list[Tensor] = []
     answered: list[Tensor] = []
@@ -243,6 +264,6 @@ def _scales(
     top, most = torch.cat(tops), torch.cat(reached)  # (P, J, R)
     scale = top.mean(dim=0)
     scale = scale.clamp_min(_FLOOR * float(scale.mean().clamp_min(1e-6)))
-    scale = scale * (top / scale).amax()
+    scale = scale * (top / scale).amax(dim=(1, 2)).quantile(_USUAL)
     low, high = torch.cat(answered).quantile(torch.tensor(_OPEN), dim=0).clamp_min(0.0)
     return low, torch.maximum(high, low + 1e-3 * scale), scale, float((most / scale).amax(dim=(1, 2)).median())

@@ -19,7 +19,7 @@ from .concept_fit import checked, fill, kept_captions, phrases_of
 from .phrases import fold, names
 from .types import Membrane, Membranes
 from .visual import VisualSide
-from .visual_fit import VisualConfig, calibrated, fit_side
+from .visual_fit import VisualConfig, calibrated, fit_side, without_showing
 
 logger = logging.getLogger(__name__)
 
@@ -111,8 +111,13 @@ def fit_looks(
     """
     fitted = fitted or {}
     sides = [fitted[n] if n in fitted else _fitted(drawing, own, asked, config) for n, own in asked.phrases.items()]
-    scores = drawing.scores(sides, _cycled(asked.kept, config.calibration))
-    sides = [calibrated(side, own, config) for side, own in zip(sides, scores.T, strict=True)]
+    scores = drawing.scores(sides, _cycled(asked.kept, config.calibration + config.spare))
+    for number, (name, own) in enumerate(asked.phrases.items()):
+        others = scores[:, number]
+        if name not in fitted and config.validation:
+            on, _ = _pairs(own, asked, _spare(asked, config))
+            others = without_showing(others, drawing.scores([sides[number]], on)[:, 0], config)
+        sides[number] = calibrated(sides[number], others, config)
     made = []
     for (name, own), side in zip(asked.phrases.items(), sides, strict=True):
         side = replace(side, beta=_DEFAULT_BETA if config.beta is None else config.beta)
@@ -135,6 +140,11 @@ def _pairs(phrases: Sequence[str], asked: Wanted, templates: Sequence[str]) -> t
     return on, [fill(text, asked.others[(i * 5) % len(asked.others)]) for i, text in enumerate(templates)]
 
 
+def _spare(asked: Wanted, config: VisualConfig) -> list[str]:
+    """Templates for pictures with the concept that are kept out of the fit."""
+    return _cycled([*asked.templates[config.samples :], *asked.templates], config.validation)
+
+
 def _fitted(drawing: Drawing, phrases: Sequence[str], asked: Wanted, config: VisualConfig) -> VisualSide:
     on, off = _pairs(phrases, asked, _cycled(asked.templates, config.samples))
     shares, without = drawing.tokens(off, True)
@@ -146,8 +156,8 @@ def _fitted(drawing: Drawing, phrases: Sequence[str], asked: Wanted, config: Vis
 def _validated(drawing: Drawing, membrane: Membrane, asked: Wanted, config: VisualConfig) -> VisualSide:
     """With the share of new pictures in which no gate opens, and the smallest beta that serves: with which the edited
     prediction of these pictures lies nearer to that of other things than to the concept's own. No judge is needed."""
-    side, spare = membrane.visual, [*asked.templates[config.samples :], *asked.templates]
-    on, off = _pairs(membrane.phrases, asked, spare[: config.validation])
+    side = membrane.visual
+    on, off = _pairs(membrane.phrases, asked, _spare(asked, config))
     scores, ways = drawing.validate(membrane, on, off, _BETAS if config.beta is None else ())
     closed = float((scores <= 0).float().mean())  # thresholds are set: a count above 0 is an open gate
     side = replace(side, false_closed=closed, checked=len(scores))

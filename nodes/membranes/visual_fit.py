@@ -96,8 +96,8 @@ class _Drawing:
                 " SDXL, SD3 or Flux"
             )
         self._known: dict[tuple, Any] = {}
-        count = concepts * (config.samples + config.validation) + config.samples + config.background
-        self.bar = comfy.utils.ProgressBar(count + config.calibration)
+        count = concepts * (config.samples + 2 * config.validation) + config.samples + config.background
+        self.bar = comfy.utils.ProgressBar(count + config.calibration + config.spare)
 
     def _conditioning(self, prompt: str) -> list:
         states, pooled = self.clip.encode_from_tokens(self.clip.tokenize(prompt), return_pooled=True)

@@ -8,7 +8,7 @@ from semiperm.methods.errors import MembraneError
 from semiperm.methods.membranes.image_site import ImageSite, Openings, knot_weights, opened_row
 from semiperm.methods.membranes.types import Membrane
 from semiperm.methods.membranes.visual import VisualSide, VisualSite
-from semiperm.methods.membranes.visual_fit import VisualConfig, calibrated, fit_side
+from semiperm.methods.membranes.visual_fit import VisualConfig, calibrated, fit_side, without_showing
 
 CONFIG = VisualConfig(samples=8, background=8, steps=2, false_open=0.1, tokens=12)
 SHARES = (0.25, 0.75)
@@ -75,6 +75,17 @@ def test_thresholds_hold_the_promised_rate_on_new_pictures():
     assert 0.03 < sum(rates) / len(rates) < 0.13
     assert bool((highest(set_, tokens(300, 20, 4.0)) > 0).all()), "and the concept's own pictures are seen"
     assert set_.false_open == 0.1 and set_.calibrated == 39
+
+
+def test_pictures_that_show_the_concept_unasked_set_no_threshold():
+    others, shown = torch.linspace(0, 2, 23), torch.linspace(8, 10, 8)
+    config = VisualConfig(false_open=0.05)
+    assert config.calibration == 19 and config.spare == 3
+    assert torch.equal(without_showing(torch.cat([others, torch.tensor([9.0, 6.0])]), shown, config), others)
+    few = torch.cat([others[:18], torch.tensor([9.0, 8.5, 9.5])])  # too few are left to promise the rate
+    assert torch.equal(without_showing(few, shown, config), few)
+    assert torch.equal(without_showing(few, shown[:0], config), few)
+    assert VisualConfig(validation=0).spare == 0
 
 
 def test_the_edit_is_the_formula_and_leaves_other_pictures_alone():

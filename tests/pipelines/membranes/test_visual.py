@@ -46,7 +46,7 @@ def test_fitted_from_a_name_saved_and_applied(family, tmp_path):
     side = made[0].visual
     assert made.concepts == (name,) and made[0].method == "visual/words" and made[0].modules == {}
     assert side.false_open == 0.3 and side.calibrated == 3 and side.checked == 2 and side.beta in (1.0, 2.0, 3.0)
-    assert len(side.shares) == 2 and sum(drawn) == 4 + 4 + 4 + 3 + 2
+    assert len(side.shares) == 2 and sum(drawn) == 4 + 4 + 4 + 3 + 2 + 2
     assert torch.equal(run(pipe), untouched), "fitting leaves nothing behind"
     loaded = load_membranes(save_membranes(made, tmp_path / "looks.safetensors"))
     with apply_membranes(pipe, made) as handle:
