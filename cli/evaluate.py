@@ -54,7 +54,10 @@ def run(
     resume: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Keep finished runs here and go on from them.")
     ] = None,
-    gate: common.Gate = "auto",
+    gate: Annotated[
+        list[str] | None,
+        typer.Option(help="auto (the default), probe, paper, official or always; repeatable, to compare them."),
+    ] = None,
     negative_rows: common.NegativeRows = False,
     repeats: Annotated[int, typer.Option(min=1, help="Built-in prompts for each pair of object and style.")] = 3,
     batch: Annotated[int, typer.Option(min=1, help="Pictures made at once.")] = 32,
@@ -94,13 +97,21 @@ def run(
     if negative and not guided:
         raise common.CliError("--negative asks with a negative prompt, which changes nothing at a guidance scale of 1")
     pipe = common.load_model(model, device, dtype)
+    stacked: list[str] = []
     if suite:
         methods, main = methods_of(guided), erasure.MAIN_METHOD
         sets = [(name,) for name in names] or list(about.suite)
     else:
         stack = common.load_stack(pipe, membrane, concept or [], text_encoder=text_encoder, bias=bias)
         names = names or [name for name, _ in asking.check_asked(about, cases[modes[0]], stack.concepts)]
-        methods, main = {"membrane": lambda pipe, *_: applied(pipe, stack, gate, negative_rows)}, "membrane"
+        gates = dict.fromkeys(gate or ("auto",))
+        methods = {
+            "membrane" if len(gates) == 1 else f"membrane/{one}": lambda pipe, _, one=one: applied(
+                pipe, stack, one, negative_rows
+            )
+            for one in gates
+        }
+        main, stacked = next(iter(methods)), list(stack.concepts)
         sets = [tuple(dict.fromkeys(names))]
     judges, found = about.judges(), []
     for words in modes:
@@ -118,6 +129,7 @@ def run(
     made = {"machine": machine(pipe.device, pipe.dtype), "versions": versions("torch", "diffusers")}
     whole = found[0] if len(found) == 1 else {k: found[0][k] for k in ("n", "method")}
     asked = {"withhold": withhold, "negative": negative, "repeats": repeats, "each": each, "concepts": concept or []}
+    asked |= {"stack": stacked} if stacked else {}
     result = {"model": model, "world": about.name, "asked": asked, **sampling, **made, **whole}
     result["rows"] = [row for part in found for row in part["rows"]]
     if json_path is not None:

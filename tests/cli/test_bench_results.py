@@ -61,6 +61,19 @@ def erasure_of(world):
     return {"world": world, "asked": asked, "rows": rows, **MADE}
 
 
+def at_once_of(world):
+    rows = [
+        {"method": method, "concept": "robot", "words": words, "judge": judge, "n": 4}
+        | dict.fromkeys(("ua", "ira", "cra", "kept", "attributes", "negative"), NONE)
+        | {"ua": [0.9 if method == "membrane/always" else 0.1, 0.0, 1.0]}
+        for words in ("public", "reserved")
+        for method in ("untouched", "membrane/auto", "membrane/always")
+        for judge in ("first", "second")
+    ]
+    asked = {"each": 8, "repeats": 1, "concepts": ["robot"], "stack": ["robot", *"abcdefghi"]}
+    return {"world": world, "asked": asked, "rows": rows, **MADE}
+
+
 def guidance_of(world):
     rows = [
         {"method": method, "categories": scope, "kind": kind, "category": category, "judge": judge, "n": 2}
@@ -168,6 +181,7 @@ def test_a_world_stands_on_the_page_as_soon_as_it_has_a_file(clone):
     made = {
         "canvas": check_of,
         "erasure": erasure_of,
+        "erasure_10": at_once_of,
         "arena": arena_of,
         "guidance": guidance_of,
         "held_out": held_out_of,
@@ -188,6 +202,9 @@ def test_a_world_stands_on_the_page_as_soon_as_it_has_a_file(clone):
     assert "| method | UA | other object kept | outside | UA, second judge |" in text
     assert "| membranes, gate always | 90.0 (10.0 to 100.0) | 50.0 (25.0 to 75.0) | 1.5 | 80.0 |" in text
     assert "| method | UA | UA, implied | UA, second judge |" in text
+    assert "canvas-flow --membrane 10.safetensors --withhold --gate auto --gate always --steps 7 --each 8" in text
+    assert "and 9 words that this world does not draw (a, b, c, d, e, f, ...)." in text
+    assert text.count("| 10 membranes, gate always | 90.0 (0.0 to 100.0) |") == 4  # two worlds, two kinds of words
     assert "guidance --world canvas-flow -n 2 --steps 7 --attacks 3 --attack-steps 11 --json" in text
     assert "found 3 prefixes of 5 words for each hazard in 11 steps" in text
     assert "fire, named | ice, named | found words | found words, adaptive |" in text

@@ -51,6 +51,10 @@ def test_erase_then_evaluate(untrained_canvas, tmp_path):
     run(*arguments, "--concept", "circle", "--resume", tmp_path / "runs.jsonl")
     assert json.loads(figures.read_text())["rows"][0]["concept"] == "circle"
     assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == 3  # a header, and two runs
+    run(*arguments, "--gate", "auto", "--gate", "always")
+    got = json.loads(figures.read_text())
+    assert [row["method"] for row in got["rows"]] == ["untouched", "membrane/auto", "membrane/always"]
+    assert got["method"] == "membrane/auto" and got["asked"]["stack"] == ["robot"]
 
 
 def test_suite(untrained_canvas, tmp_path):
