@@ -36,7 +36,8 @@ ALL = (*SUITE, "vae-reencode", "regenerate:0.14", "regenerate:0.3")
 QUICK = (CLEAN, "jpeg:50", "noise:0.05", "flip")
 GUIDANCES = (1.0, 2.5, 5.0, 7.5)
 SHARE = {PLAIN: 1, OURS: 1, SEARCHING: 4}  # of the pictures, 1 in so many; 1 in 2 of the others
-FORGERIES = ("as drawn", "jpeg:50", "reprompt", "transplant:0.5", "transplant:0.7", "imprint")
+GENUINE = ("as drawn", "jpeg:50")
+FORGERIES = (*GENUINE, "reprompt", "transplant:0.5", "transplant:0.7", "imprint")
 NULL_KEYS = 50  # that each plain picture is read with
 UNIT = 8
 
@@ -61,7 +62,11 @@ def plan(quick: bool, name: str = "canvas") -> list[dict]:
             units += [unit for unit in more if unit["start"] >= pictures]
     for guidance in GUIDANCES[: 1 if quick else None] if own > 1 else ():
         units += cut(4 if quick else 24, 4, task="pictures", mark=OURS, guidance=guidance, attacks=[CLEAN])
-    units += cut(2 if quick else 32, 2, task="forgery")
+    forged = 2 if quick else 32
+    units += cut(forged, 2, task="forgery", attacks=list(FORGERIES))
+    if not quick:  # false alarms are rare: more pictures that are what they say
+        more = cut(128, 4, task="forgery", attacks=list(GENUINE))
+        units += [unit for unit in more if unit["start"] >= forged]
     if not quick:
         units += cut(12, 4, task="decoder", steps=60)
         units += [
@@ -177,7 +182,7 @@ def _forgery(unit: dict, place: Place) -> dict:
         result["draws"].append(bound.draws[0])
         pixels = torch.stack(pixels_of(pipe, bound.images))
         cover = place.draw([wanted.prompt], place.noise(PLAIN, 20_000 + i, 1))
-        for text in FORGERIES:
+        for text in unit["attacks"]:
             name, _, strength = text.partition(":")
             generator = seeded("forgery", text, i)
             if name == "reprompt":

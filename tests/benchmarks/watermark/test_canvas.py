@@ -47,7 +47,8 @@ def test_two_pictures_are_drawn_attacked_and_found():
 def test_the_other_units():
     decoder = bench.compute(dict(task="decoder", world="canvas", start=0, count=2, steps=20))
     assert np.mean(decoder["decoder"]["agreement"]) > 0.7 and len(decoder["encoder"]["p"]) == 2
-    forgery = bench.compute(dict(task="forgery", world="canvas", start=0, count=1))
+    about = dict(task="forgery", world="canvas", start=0, count=1)
+    forgery = bench.compute(about | {"attacks": canvas.FORGERIES})
     assert forgery["unbound"] or set(forgery["verdicts"]) == set(canvas.FORGERIES)
     average = bench.compute(dict(task="average", world="canvas", mark=SHADING, start=0, count=2, n=8))
     assert set(average["found"]["average removal, 8"]) == {SHADING, SOFT}
