@@ -49,9 +49,7 @@ def erasure(found: dict[str, dict]) -> str:
         parts += [f"### Erasure, {world}", source(file, command, figures), _sampling(figures)]
         for words in dict.fromkeys(row["words"] for row in rows):
             for group, title in GROUPS.items():
-                some = [
-                    row for row in rows if row["words"] == words and group in (row["concept"], f"{row['concept']}s")
-                ]
+                some = [row for row in rows if row["words"] == words and row["concept"] == group and "concepts" in row]
                 if some:
                     parts += [f"{title} ({', '.join(some[0]['concepts'])}), {ASKED[words]}:", _scores(some)]
     return paragraphs(
