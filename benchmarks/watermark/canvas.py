@@ -64,10 +64,9 @@ def plan(quick: bool, name: str = "canvas") -> list[dict]:
         units += cut(4 if quick else 24, 4, task="pictures", mark=OURS, guidance=guidance, attacks=[CLEAN])
     forged = 2 if quick else 32
     units += cut(forged, 2, task="forgery", attacks=list(FORGERIES))
-    if not quick:  # false alarms are rare: more pictures that are what they say
-        more = cut(128, 4, task="forgery", attacks=list(GENUINE))
-        units += [unit for unit in more if unit["start"] >= forged]
     if not quick:
+        genuine = cut(128, 4, task="forgery", attacks=list(GENUINE))  # false alarms are rare: more of them
+        units += [unit for unit in genuine if unit["start"] >= forged]
         units += cut(12, 4, task="decoder", steps=60)
         units += [
             unit
@@ -181,7 +180,9 @@ def _forgery(unit: dict, place: Place) -> dict:
             continue
         result["draws"].append(bound.draws[0])
         pixels = torch.stack(pixels_of(pipe, bound.images))
-        cover = place.draw([wanted.prompt], place.noise(PLAIN, 20_000 + i, 1))
+        cover = None  # what forgers put the mark on; genuine pictures need none
+        if set(unit["attacks"]) - set(GENUINE):
+            cover = place.draw([wanted.prompt], place.noise(PLAIN, 20_000 + i, 1))
         for text in unit["attacks"]:
             name, _, strength = text.partition(":")
             generator = seeded("forgery", text, i)
@@ -196,7 +197,7 @@ def _forgery(unit: dict, place: Place) -> dict:
             shown = in_bytes(shown)
             config = DetectionConfig(ladder=LADDER, **place.channels)
             verdict = detect_in(list(shown), place.inverter, [key], config)[0].verdict
-            expected = wanted if name in ("reprompt", "transplant", "imprint") else own
+            expected = own if text in GENUINE else wanted
             result["verdicts"].setdefault(text, []).append(verdict)
             result["shown"].setdefault(text, []).append(expected.shown.objects[0] in place.judge(shown).shown[0])
     return result
