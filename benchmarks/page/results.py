@@ -229,9 +229,9 @@ SECTIONS: dict[str, Callable] = {
 WORLDS: dict[str, dict[str, Callable]] = {
     "canvas": {"canvas": checks.checks},
     "erasure_withheld": {"erasure": results_worlds.erasure},
-    "erasure_10": {"erasure_10": withheld.at_once_of_worlds(10)},
-    "erasure_30": {"erasure_30": withheld.at_once_of_worlds(30)},
-    "erasure_100": {"erasure_100": withheld.at_once_of_worlds(100), "arena": results_arena.arena},
+    "erasure_10": {"erasure_10": results_worlds.at_once(10)},
+    "erasure_30": {"erasure_30": results_worlds.at_once(30)},
+    "erasure_100": {"erasure_100": results_worlds.at_once(100), "arena": results_arena.arena},
     "negative_token_merging": {
         "negative_token_merging": results_token_merging.worlds,
         "held_out": results_worlds.held_out,

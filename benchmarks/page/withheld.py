@@ -42,7 +42,11 @@ def withheld(figures: dict) -> str:
     for label in ("objects", "styles"):
         pooled = {row["method"]: row for row in rows if row["concept"] == label}
         concepts, n = pooled["untouched"]["concepts"], pooled["untouched"]["n"]
-        parts += [f"### Withheld, {label}: {', '.join(concepts)}", f"{n} pictures ask for one of them.", _table(pooled)]
+        parts += [
+            f"### Withheld, {label}: {', '.join(concepts)}",
+            f"{n} pictures ask for one of them.",
+            scores_table(pooled),
+        ]
     parts += [
         "Limits: phrasings that this world's text encoder learnt as synonyms, so that a withheld word lies close to the"
         " name; words that only imply a concept are not among them. On this encoder, which never saw English captions,"
@@ -68,7 +72,7 @@ def at_once(count: int) -> Callable[[dict], str]:
             source(name, command, figures),
             f"{count} membranes of one `semiperm erase`, by name alone: {', '.join(names)}, and {count - len(names)}"
             " common nouns that the canvas does not draw. Asked in withheld words; columns as above.",
-            _table(rows, {"untouched": "untouched", "membrane": f"{count} membranes, gate auto"}),
+            scores_table(rows, {"untouched": "untouched", "membrane": f"{count} membranes, gate auto"}),
             "Limits: this world's text encoder never learnt most of these nouns, so that its detectors cannot tell and"
             " the gates stay open: whatever is asked for passes every membrane. It is the worst case for a stack, and"
             " no figure for encoders that know the words.",
@@ -77,39 +81,8 @@ def at_once(count: int) -> Callable[[dict], str]:
     return section
 
 
-def at_once_of_worlds(count: int) -> Callable[[dict], str]:
-    """The same on the models of the second edition, with both gates: a table a world."""
-
-    def section(found: dict[str, dict]) -> str:
-        parts = []
-        for world, figures in found.items():
-            asked, file = figures["asked"], f"erasure_{count}_{world}.json"
-            names, gates = asked["concepts"], ("auto", "always")
-            command = (
-                f"semiperm evaluate {world} --membrane {count}.safetensors --withhold"
-                f" {' '.join(f'--gate {gate}' for gate in gates)} --steps {figures['num_inference_steps']}"
-                f" --each {asked['each']} --repeats {asked['repeats']} {' '.join(f'--concept {one}' for one in names)}"
-                f" --json benchmarks/results/{file}"
-            )
-            more = [name for name in asked["stack"] if name not in names]
-            parts += [f"### {count} at once, {world}", source(file, command, figures)]
-            parts += [
-                f"{count} membranes of one `semiperm erase`, by name alone: {', '.join(asked['stack'][: len(names)])},"
-                f" and {len(more)} words that this world does not draw ({', '.join(more[:6])}"
-                f"{', ...' if len(more) > 6 else ''})."
-            ]
-            first = figures["rows"][0]["judge"]
-            for words, title in (("public", "Asked in public words"), ("reserved", "Asked in reserved words")):
-                rows = [row for row in figures["rows"] if row["words"] == words and row["judge"] == first]
-                labels = {"untouched": METHODS["untouched"]}
-                labels |= {f"membrane/{gate}": f"{count} membranes, gate {gate}" for gate in gates}
-                parts += [f"{title}:", _table({row["method"]: row for row in rows}, labels)]
-        return paragraphs(*parts)
-
-    return section
-
-
-def _table(rows: dict[str, dict], methods: dict[str, str] = METHODS) -> str:
+def scores_table(rows: dict[str, dict], methods: dict[str, str] = METHODS) -> str:
+    """A line for each method that has a row; columns that were measured."""
     scores = [name.lower() for name in _COLUMNS]
     used = [key for key in scores if any(row[key][0] is not None for row in rows.values())]
     cells = [(methods[name], *(percent(rows[name][key]) for key in used)) for name in methods if name in rows]

@@ -5,12 +5,12 @@ Each section is a function of {model: content of its file}, in the order of the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from . import watermark as mark
 from .guidance import attacks_of, command_of
 from .tables import number, paragraphs, percent, source, table
-from .withheld import METHODS
+from .withheld import METHODS, scores_table
 
 GROUPS = {"objects": "Objects", "characters": "Characters", "styles": "Styles", "hazards": "Hazards"}
 ASKED = {
@@ -58,6 +58,40 @@ def erasure(found: dict[str, dict]) -> str:
         " the names. In the second edition's pictures the judges were right on held-out renders, not on every picture"
         " that a model draws.",
     )
+
+
+def at_once(count: int) -> Callable[[dict], str]:
+    """The section of `count` concepts erased together, under both gates."""
+
+    gates = ("auto", "always")
+    labels = {"untouched": METHODS["untouched"]}
+    labels |= {f"membrane/{gate}": f"{count} membranes, gate {gate}" for gate in gates}
+
+    def section(found: dict[str, dict]) -> str:
+        parts = []
+        for world, figures in found.items():
+            asked, file = figures["asked"], f"erasure_{count}_{world}.json"
+            names = asked["concepts"]
+            command = (
+                f"semiperm evaluate {world} --membrane {count}.safetensors --withhold"
+                f" {' '.join(f'--gate {gate}' for gate in gates)} --steps {figures['num_inference_steps']}"
+                f" --each {asked['each']} --repeats {asked['repeats']} {' '.join(f'--concept {one}' for one in names)}"
+                f" --json benchmarks/results/{file}"
+            )
+            more = [name for name in asked["stack"] if name not in names]
+            parts += [f"### {count} at once, {world}", source(file, command, figures)]
+            parts += [
+                f"{count} membranes of one `semiperm erase`, by name alone: {', '.join(asked['stack'][: len(names)])},"
+                f" and {len(more)} words that this world does not draw ({', '.join(more[:6])}"
+                f"{', ...' if len(more) > 6 else ''})."
+            ]
+            first = figures["rows"][0]["judge"]
+            for words, title in (("public", "Asked in public words"), ("reserved", "Asked in reserved words")):
+                rows = [row for row in figures["rows"] if row["words"] == words and row["judge"] == first]
+                parts += [f"{title}:", scores_table({row["method"]: row for row in rows}, labels)]
+        return paragraphs(*parts)
+
+    return section
 
 
 def _scores(rows: Sequence[dict]) -> str:
