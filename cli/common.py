@@ -335,7 +335,7 @@ def gate_figures(membrane) -> dict[str, str]:
         closed = "-" if side.false_closed is None else f"{100 * side.false_closed:.1f} % of {side.checked}"
         opened = "-" if side.false_open is None else f"at most {100 * side.false_open:g} %, by {side.calibrated}"
         return {"separation": "-", "false_closed": closed, "false_open": opened, "gate": "image"}
-    gate = ("paper" if membrane.named else "always") if probe is None else "auto" if probe.tells else "always"
+    gate = ("paper" if membrane.named else "always") if probe is None else probe.gate
     if probe is None:
         return {"separation": "-", "false_closed": "-", "false_open": "-", "gate": gate}
     counts = probe.checked or (None, None)

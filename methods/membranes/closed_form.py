@@ -36,6 +36,7 @@ __all__ = [
     "closed_form_edits",
     "closed_form_membrane",
     "derive_embeddings",
+    "moved_share",
 ]
 
 METHODS = ("uce", "null_space", "rece")
@@ -141,6 +142,17 @@ def closed_form_edits(
     edits = _solved(rows, aims, preserve, config, gram)
     return [(u.new_zeros(width, u.shape[1]).index_copy(0, live, u), v.new_zeros(len(v), width).index_copy(1, live, v))
             for u, v in edits]  # fmt: skip
+
+
+def moved_share(edit: Edit, concept: Tensor, target: Tensor, captions: Tensor) -> Tensor:
+    """(m,): how far an edit moves each caption's most moved token, as a share of the concept's mean way to its target.
+
+    Args:
+        edit: of these (n, d) concept and target rows. captions: (m, N, d) hidden states.
+    """
+    u, v = (factor.float() for factor in edit)
+    way = (target.float() - concept.float()).norm(dim=1).mean().clamp_min(1e-30)
+    return ((captions.cpu().float() @ v.T) @ u.T).norm(dim=2).amax(dim=1) / way
 
 
 def _solved(rows, aims, preserve, config, gram):

@@ -19,16 +19,17 @@ from ..errors import MembraneError
 from ..text_space import TextFeatures, TextSpace
 from .base_model import base_model_hash
 from .captions import PRESERVE, TEMPLATES
-from .closed_form import ClosedFormConfig, aligned_pairs, closed_form_edits, closed_form_membrane
+from .closed_form import ClosedFormConfig, aligned_pairs, closed_form_edits, closed_form_membrane, moved_share
 from .detector import fit_detectors
 from .phrases import fold, names
-from .types import Membranes
+from .types import LEAST_MEANING, Membranes
 
 logger = logging.getLogger(__name__)
 
 T5_POSITIONS = 64  # kept of a sequence that may be 512 long; all captions here are shorter
 _CAPTIONS = 80  # concept captions per concept, over all phrases and templates; chosen by hand on the canvas
 _FEW = 50  # preserved captions below which a warning is given: fewer than an embedding's typical effective rank
+_SAYS = 1 / 3  # of a concept's own way: what is moved as far although it is held says the concept in other words
 _T5_PADDING = 4  # positions after the end of a T5 sentence that still count; chosen by hand
 
 
@@ -63,13 +64,15 @@ def fit_concepts(
         preserve: captions that must not change; None is a general list. Captions that name an erased concept are left
             out.
         synonyms: name -> further phrasings.
-        templates: captions with one "{}" each; None is a general list.
+        templates: captions with one "{}" each; None is a general list. Of the general lists, where both are taken, what
+            says a concept in other words is left out ("a pencil drawing of a car", where sketches are erased).
         config: how to solve.
 
     Raises:
         MembraneError: no concept, a template without "{}", a surrogate that is a concept to be erased.
     """
     phrases = phrases_of(concepts, synonyms or {})
+    general = preserve is None and templates is None
     templates = checked(phrases, surrogate, templates)
     kept = kept_captions(PRESERVE if preserve is None else preserve, [p for own in phrases.values() for p in own])
     if len(kept) < _FEW:
@@ -81,8 +84,13 @@ def fit_concepts(
             _FEW,
         )
     space = replace(space, encode=_once(space.encode))
-    fits = [_fit(space, own, templates, surrogate) for own in phrases.values()]
-    return _joint_membranes(space, phrases, fits, kept, surrogate, config or ClosedFormConfig())
+    config = config or ClosedFormConfig()
+    left, own_templates = _screened(space, phrases, templates, kept, surrogate, config) if general else (kept, [])
+    fits = [
+        _fit(space, own, each, surrogate)
+        for own, each in zip(phrases.values(), own_templates or [templates] * len(phrases), strict=True)
+    ]
+    return _joint_membranes(space, phrases, fits, left, surrogate, config)
 
 
 def checked(phrases: Mapping[str, Sequence[str]], surrogate: str, templates: Sequence[str] | None) -> list[str]:
@@ -157,7 +165,10 @@ def _joint_membranes(
     ends = functools.partial(_ends, space, others.hidden.shape[1])
     probes = fit_detectors(space.encode, ends, list(phrases.values()), captions, kept, surrogate, pooled=bool(pooled))
     membranes = []
-    for (name, own), edit, pooled_edit, probe in zip(phrases.items(), edits, pooled_edits, probes, strict=True):
+    for (name, own), fit, edit, pooled_edit, probe in zip(
+        phrases.items(), fits, edits, pooled_edits, probes, strict=True
+    ):
+        probe = replace(probe, meaning=_meaning(fit, others.hidden))
         fields = {"phrases": own, "surrogate": surrogate, "probe": probe, "base_model": base}
         method = f"closed_form/{config.method}"
         membrane = closed_form_membrane(tokens, edit, name, method=method, **fields)
@@ -166,6 +177,48 @@ def _joint_membranes(
             membrane = replace(membrane, modules=membrane.modules | extra.modules)
         membranes.append(membrane)
     return Membranes(membranes)
+
+
+def _screened(
+    space: TextSpace, phrases: Mapping, templates: list[str], kept: list[str], surrogate: str, config: ClosedFormConfig
+) -> tuple[list[str], list[list[str]]]:
+    """The captions to preserve and each concept's templates, less those that say a concept in other words.
+
+    Such a caption cannot be held while the concept moves: it would hold the concept as well. So one is left out that a
+    first solution moves far although it held it, and a template whose caption with the surrogate is moved as far.
+    """
+    fits = [_fit(space, own, templates, surrogate) for own in phrases.values()]
+    hidden = space.encode(kept).hidden
+    rows, targets = [fit.rows for fit in fits], [fit.targets for fit in fits]
+    edits = closed_form_edits(rows, targets, hidden.flatten(0, 1), config, _gram(space.tokens, config))
+    moved, own_templates = torch.zeros(len(kept)), []
+    for edit, fit in zip(edits, fits, strict=True):
+        left = templates
+        if _meaning(fit, hidden) >= LEAST_MEANING:  # the rest says nothing that another caption could say, too
+            share, own = (
+                moved_share(edit, fit.rows, fit.targets, captions) / (1 + config.push)
+                for captions in (hidden, space.encode([fill(template, surrogate) for template in templates]).hidden)
+            )
+            moved = torch.maximum(moved, share)
+            left = _less(templates, own, len(templates) // 2)
+        own_templates.append(left)
+    return _less(kept, moved, _FEW), own_templates
+
+
+def _less(captions: list[str], moved: Tensor, fewest: int) -> list[str]:
+    """The captions that are not moved far; all of them, if fewer than `fewest` would be left."""
+    left = [caption for caption, share in zip(captions, moved.tolist(), strict=True) if share < _SAYS or not caption]
+    if len(left) == len(captions) or len(left) < fewest:
+        return captions
+    said = [caption for caption in captions if caption not in left]
+    logger.info("left out, since it says what is erased in other words: %s", "; ".join(said))
+    return left
+
+
+def _meaning(fit: _Fit, others: Tensor) -> float:
+    """`GateProbe.meaning` of a concept, beside captions (m, N, d) that do not name it."""
+    spread = (others - others.mean(dim=0)).norm(dim=2).mean().clamp_min(1e-30)
+    return float((fit.rows - fit.targets).mean(dim=0).norm() / spread)
 
 
 def _ends(space: TextSpace, length: int, captions: Sequence[str], phrases: Sequence[str]) -> Tensor:

@@ -21,8 +21,9 @@ class MembraneConfig:
     Args:
         strength: factor on every gate; 0 leaves every bit of the untouched model, 1 is the trained strength.
         gate: "auto" (a membrane's detector or a phrase of it in the prompt's words, whichever opens wider; "always"
-            where the detector cannot tell, "paper" where there is none), "probe" (the detector alone), "paper" (SPM's
-            facilitated transport), "official" (SPM's released inference: squared gates and cross terms), "always".
+            where the detector cannot tell, the words alone where the text encoder does not know them, "paper" where
+            there is no detector), "probe" (the detector alone), "paper" (SPM's facilitated transport), "official"
+            (SPM's released inference: squared gates and cross terms), "always".
         negative_rows: whether gates may also open in the negative and unconditional rows. There a membrane takes the
             concept out of what the picture is steered *away* from, so that a negative prompt that names it no longer
             works: False. True is as SPM's released code does it, and lets a membrane of negative strength act there.

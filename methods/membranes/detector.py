@@ -7,7 +7,7 @@ find it closed, and how many others find it open, is kept with the detector.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -16,13 +16,14 @@ from torch import Tensor
 from ..text_space import TextFeatures
 from .captions import FREE, FREE_KEPT_OUT, OTHERS, OTHERS_KEPT_OUT, filled
 from .gates import fit_probe, probe_gate
-from .phrases import fold, names
+from .phrases import fold, names, plural
 from .types import GateProbe
 
 __all__ = ["fit_detectors"]
 
 _KEPT_OUT = 4  # every fourth preserved caption is kept out of the fit, for the false-open rate
 _TRIED = 3  # prompts kept out per template: its own words, and beside two other things
+_ALIKE = 0.5  # of a phrase's own way, that its plural must go to mean the same
 _RIVALS = 120  # captions of all other erased concepts together that a detector must stay closed for
 
 
@@ -55,9 +56,11 @@ def fit_detectors(
     probes = []
     for k, own in enumerate(phrases):
         named, unnamed = captions[k]
-        on = [*named, *((filled(t, own[i % len(own)]), own[i % len(own)]) for i, t in enumerate(FREE))]
+        said = {phrase: _forms(encode, phrase) for phrase in own}
+        free = [(template, own[i % len(own)]) for i, template in enumerate(FREE)]
+        on = [*named, *((filled(text, phrase), phrase) for text, phrase in free if text in said[phrase])]
         on, positions = _whole(on, ends)
-        tried, _ = _whole(_kept_out(own), ends)
+        tried, _ = _whole(_kept_out(own, said), ends)
         rivals = _rivals([[c for c, _ in named] for j, (named, _) in enumerate(captions) if j != k], folded[k])
         off = [*dict.fromkeys([*unnamed, *background, *rivals])]
         parts = [encode(part) for part in (on, off, tried, kept_out)]
@@ -87,12 +90,23 @@ def _measured(on: Tensor, off: Tensor, tried: Tensor, kept_out: Tensor, position
     )
 
 
-def _kept_out(phrases: Sequence[str]) -> list[tuple[str, str]]:
+def _forms(encode, phrase: str) -> set[str]:
+    """The templates of free word order that the encoder understands with a phrase: less those with its plural, where
+    that moves it elsewhere ("dotteds"). A gate opens for these words anyway, and a model draws nothing for them."""
+    alone, many, nothing = encode([phrase, plural(phrase), ""]).hidden.double()
+    way = alone - nothing
+    alike = ((many - nothing) * way).sum() / way.square().sum().clamp_min(1e-30)
+    return {text for text in (*FREE, *FREE_KEPT_OUT) if "{s}" not in text or alike >= _ALIKE}
+
+
+def _kept_out(phrases: Sequence[str], said: Mapping[str, set[str]]) -> list[tuple[str, str]]:
     """(prompt, phrase) that name the concept by each of its phrases in turn, alone and beside other things."""
     found = []
     for i, template in enumerate(FREE_KEPT_OUT):
         for j in range(_TRIED):
             phrase = phrases[(i + j) % len(phrases)]
+            if template not in said[phrase]:
+                continue
             text = filled(template, phrase)
             one, other = (OTHERS_KEPT_OUT[(i * 5 + j * 7 + shift) % len(OTHERS_KEPT_OUT)] for shift in (0, 3))
             found.append((text if j == 0 else f"{one}, {text}" if j == 1 else f"{text} and a {other}", phrase))

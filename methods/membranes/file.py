@@ -179,7 +179,7 @@ def _describe_probe(probe: GateProbe) -> dict:
         "dtype": _dtype_name(weight),
         "weight": base64.b64encode(bytes(weight.view(torch.uint8).tolist())).decode(),
     }
-    measured = {"false_closed": probe.false_closed, "false_open": probe.false_open, "checked": probe.checked}
+    measured = {name: getattr(probe, name) for name in ("false_closed", "false_open", "checked", "meaning")}
     described |= {name: value for name, value in measured.items() if value is not None}
     return described if probe.pooled is None else described | {"pooled": _describe_probe(probe.pooled)}
 
@@ -319,4 +319,5 @@ def _probe(entry: dict) -> GateProbe:
         entry.get("false_open"),
         None if checked is None else (int(checked[0]), int(checked[1])),
         None if pooled is None else _probe(pooled),
+        entry.get("meaning"),
     )

@@ -27,12 +27,12 @@ def resolve_gate(membrane: Membrane, gate: str) -> str:
     """The gate of one membrane.
 
     "auto" is its detector or a phrase of it, whichever opens wider; where its file has no detector, SPM's own gate
-    "paper"; and where the detector cannot tell (`GateProbe.tells`), "always", with a warning. A membrane that nobody
-    named has no words to compare with, and is always on. An image-side membrane has gates of its own, in its layers:
-    "image", whatever was asked for.
+    "paper"; and where the detector cannot tell, "always", or "words" (a phrase of it alone) if the text encoder does
+    not know them (`GateProbe.gate`), with a warning. A membrane that nobody named has no words to compare with, and is
+    always on. An image-side membrane has gates of its own, in its layers: "image", whatever was asked for.
 
     Returns:
-        "auto" (detector or phrase), "probe", "paper", "official", "always" or "image".
+        "auto" (detector or phrase), "words", "probe", "paper", "official", "always" or "image".
 
     Raises:
         MembraneError: "probe" for a membrane without one.
@@ -54,7 +54,16 @@ def resolve_gate(membrane: Membrane, gate: str) -> str:
             f"gate='probe', but the membrane for {membrane.concept!r} has no probe; expected gate='paper', 'always' or"
             " 'auto', or a membrane made by erase_concepts"
         )
-    if gate == "auto" and probe is not None and not probe.tells:
+    if gate != "auto" or probe is None or probe.gate == "auto":
+        return gate
+    if probe.gate == "words":
+        logger.warning(
+            "the text encoder hardly knows %r (its words move captions by %.2f of their spread): gate 'auto' opens for"
+            " these words alone; other words for what you mean behind bars ('robot|android') may be known to it",
+            membrane.concept,
+            probe.meaning,
+        )
+    else:
         logger.warning(
             "the detector of %r cannot tell its prompts from others (separation %s, closed for %s of the prompts that"
             " name it and were kept out of the fit): gate 'auto' leaves it always on; other words for it behind bars"
@@ -63,8 +72,7 @@ def resolve_gate(membrane: Membrane, gate: str) -> str:
             "unknown" if probe.separation is None else f"{probe.separation:.2f}",
             "an unknown share" if probe.false_closed is None else f"{100 * probe.false_closed:.1f} %",
         )
-        return "always"
-    return gate
+    return probe.gate
 
 
 class GateBank:
@@ -151,6 +159,8 @@ class GateBank:
             length = min(hidden.shape[1], concept.shape[1])  # max_sequence_length may differ between calls
             concept = concept[:, :length].to(hidden.device)
             return facilitated_transport(hidden[:, :length], concept, [()] * len(hidden), concept_ids)
+        if kind == "words":
+            return torch.zeros(hidden.shape[0], device=hidden.device)
         if kind in ("always", "image") or probe is None:
             return torch.ones(hidden.shape[0], device=hidden.device)
         return probe_gate(hidden, probe, pooled)
@@ -163,7 +173,7 @@ class GateBank:
                 overlap = token_overlap(wording.token_ids, phrases[1])
                 found.append(max((value for row in overlap for value in row), default=0.0))
             else:
-                found.append(float(kind == "auto" and any(names(text, folded) for text in wording.texts)))
+                found.append(float(kind in ("auto", "words") and any(names(text, folded) for text in wording.texts)))
         return found
 
 

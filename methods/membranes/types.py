@@ -16,6 +16,9 @@ from .visual import VisualSide
 # Of prompts that name the concept: what a detector may miss and still be relied on. The words themselves are matched
 # beside it; this bounds what else it would let pass of what it was made to know.
 MOST_FALSE_CLOSED = 0.02
+# Below it a word is none that the text encoder knows: on the embedded worlds words that it learnt move captions by 1.4
+# to 2.3 times their spread, nouns that it takes for noise by 0.06 to 0.21.
+LEAST_MEANING = 0.25
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,6 +88,8 @@ class GateProbe:
         false_open: share, of prompts kept out of the fit that do not, for which it is not fully closed.
         checked: how many prompts each of the two was measured on. None: all three unknown.
         pooled: the detector on the pooled embedding (p,) of the families that read one; the wider gate counts.
+        meaning: how far the concept's words move a caption's embeddings in the mean, as a share of how far captions lie
+            from their mean. None if unknown.
 
     Raises:
         MembraneError: a weight that is not finite floats (d,), or low >= high.
@@ -98,6 +103,7 @@ class GateProbe:
     false_open: float | None = None
     checked: tuple[int, int] | None = None
     pooled: GateProbe | None = None
+    meaning: float | None = None
 
     def __post_init__(self):
         if self.weight.ndim != 1 or not self.weight.is_floating_point() or not torch.isfinite(self.weight).all():
@@ -117,6 +123,13 @@ class GateProbe:
         `MOST_FALSE_CLOSED` found it closed. What is unknown is trusted."""
         apart = self.separation is None or self.separation > 0
         return apart and (self.false_closed is None or self.false_closed <= MOST_FALSE_CLOSED)
+
+    @property
+    def gate(self) -> str:
+        """What gate "auto" comes to: "auto" where the detector tells; else "words" where the encoder does not know the
+        concept's words, whose membrane has nothing to erase in prompts that do not say them; else "always"."""
+        unknown = self.meaning is not None and self.meaning < LEAST_MEANING
+        return "auto" if self.tells else "words" if unknown else "always"
 
 
 @dataclass(frozen=True, eq=False)

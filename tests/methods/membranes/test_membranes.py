@@ -219,6 +219,7 @@ def assert_same(first, second):
             assert torch.equal(x.down, y.down) and torch.equal(x.up, y.up)
         assert (a.probe is None) == (b.probe is None)
         if a.probe is not None:
+            assert a.probe.meaning == b.probe.meaning
             assert (a.probe.low, a.probe.high, a.probe.separation) == (b.probe.low, b.probe.high, b.probe.separation)
             assert a.probe.weight.dtype == b.probe.weight.dtype and torch.equal(a.probe.weight, b.probe.weight)
 
@@ -226,7 +227,7 @@ def assert_same(first, second):
 @pytest.mark.parametrize("dtype", [torch.float64, *TOLERANCE], ids=str)
 @pytest.mark.parametrize("conv", [False, True])
 def test_one_membrane_round_trips_bit_for_bit(tmp_path, dtype, conv):
-    probe = GateProbe(torch.randn(9).to(dtype), 0.1, 1 / 3, separation=0.7)
+    probe = GateProbe(torch.randn(9).to(dtype), 0.1, 1 / 3, separation=0.7, meaning=0.4)
     given = membrane(
         "van gogh, the painter", 3, 0.1, dtype=dtype, conv=conv, phrases=("van gogh, the painter", "vincent \u2603"),
         surrogate="painting", method="closed_form/uce", base_model="0123456789abcdef", probe=probe, metadata={"k": "v"},

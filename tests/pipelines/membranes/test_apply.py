@@ -163,6 +163,15 @@ def test_a_detector_that_cannot_tell_leaves_its_membrane_on(sd15, caplog):
         assert handle.bank.kinds == ["auto"]
 
 
+def test_a_word_that_the_encoder_does_not_know_opens_for_itself_alone(sd15, caplog):
+    width = encode_text(sd15, ["a"]).hidden.shape[-1]
+    unknown = GateProbe(torch.zeros(width), -2.0, -1.0, separation=-0.5, meaning=0.1)  # its detector opens for all
+    with caplog.at_level(logging.WARNING), apply_membranes(sd15, strong(sd15, probe=unknown)) as handle:
+        run(sd15, ["a cat", "two Robots"])
+        assert "hardly knows" in caplog.text and handle.bank.kinds == ["words"]
+        assert [row["gamma"]["robot"] for row in handle.report()["rows"]] == [0.0, 0.0, 0.0, 1.0]
+
+
 @pytest.mark.parametrize("gate", ["paper", "official", "always"])
 def test_batch_of_two_equals_two_of_one(pipe, erased, gate):
     apply_membranes(pipe, erased, MembraneConfig(gate=gate))
