@@ -71,11 +71,11 @@ class Judge:
     @classmethod
     def load(cls, path: str | Path | None = None, device: str | torch.device = "cpu") -> "Judge":
         """Load judge weights (safetensors); None takes the shipped ones."""
-        from safetensors.torch import load_file
+        from .loop import load_tensors
 
         path = Path(path) if path else Path(__file__).parent / "weights" / "judge.safetensors"
         net = JudgeNet()
-        net.load_state_dict({k: v.float() for k, v in load_file(str(path)).items()})
+        net.load_state_dict(load_tensors(path))
         return cls(net.to(device))
 
     @torch.no_grad()

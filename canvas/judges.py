@@ -178,10 +178,10 @@ class Judge:
     @classmethod
     def load(cls, path: Path, which: str = "first", device: str | torch.device = "cpu") -> "Judge":
         """Load the weights (safetensors) of the "first" or the "second" judge."""
-        from safetensors.torch import load_file
+        from .loop import load_tensors
 
         net = JUDGES[which]()
-        net.load_state_dict({k: v.float() for k, v in load_file(str(path)).items()})
+        net.load_state_dict(load_tensors(path))
         return cls(net.to(device))
 
     @torch.no_grad()

@@ -21,7 +21,8 @@ from blueprints import BLUEPRINTS, blueprint
 HERE = Path(__file__).resolve().parent
 WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 THUMBNAIL_WIDTH = 400
-GAP = 60  # between columns; between nodes of a column half of it and the title bar
+TALLER = 10  # px: ComfyUI's Vue nodes beside its classic ones, whose sizes these are
+GAP = 60  # between columns; between nodes of a column half of it, the title bar and TALLER
 TITLE_BAR = 30
 
 # Stage -> its node classes, or titles of single nodes; the stages stand from left to right, each in a group of its own.
@@ -254,7 +255,7 @@ def place(api: dict, nodes: dict[str, dict], left: float) -> list[dict]:
                 ]
                 top = max(top, min(level, default=0))  # beside its source
                 nodes[key]["pos"] = [left, top]
-                top += nodes[key]["size"][1] + TITLE_BAR + GAP // 2
+                top += nodes[key]["size"][1] + TITLE_BAR + GAP // 2 + TALLER
             left += max(nodes[key]["size"][0] for key in keys) + GAP
             bottom = max(bottom, top)
         if inside:
