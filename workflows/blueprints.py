@@ -27,7 +27,7 @@ def _node(kind: str, title: str, **inputs) -> dict:
 
 _SOLVE = _node(
     "SemipermSolveMembranes", "Solve Membranes",
-    concept="", surrogate="", preserve="", method="uce", rank=2, push=0.5, preserve_scale=8.0,
+    concept="", surrogate="", preserve="", method="uce", rank=2, push=1.0, preserve_scale=8.0,
 )  # fmt: skip
 _LOAD = _node(
     "SemipermLoadMembrane", "Load Membrane",

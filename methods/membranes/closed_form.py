@@ -70,7 +70,7 @@ class ClosedFormConfig:
 
     method: str = "uce"
     rank: int = 2
-    push: float = 0.5
+    push: float = 1.0
     erase_scale: float = 1.0
     preserve_scale: float = 8.0
     ridge: float = 1e-3
