@@ -36,7 +36,7 @@ from .visual import VisualSide, VisualSite
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["VisualConfig", "calibrated", "fit_side", "way_gone", "without_showing"]
+__all__ = ["VisualConfig", "calibrated", "fit_side", "without_showing"]
 
 _RAMP = 1.25  # thresholds high over low, so that a picture at the edge is no switch; chosen by hand
 _OPEN = (0.99, 0.999)  # quantiles of others' tokens between which a token's gate opens; chosen by hand on the canvas
@@ -59,8 +59,8 @@ class VisualConfig:
             thresholds, of a fifth more that are drawn.
         validation: pictures with the concept, kept out of the fit, on which `beta` is found and openings are counted; 0
             draws none.
-        beta: how far beyond its own share a direction is taken out; None finds the smallest of 1, 2 and 3 after which
-            validation pictures no longer show the concept to the detector itself.
+        beta: how far beyond its own share a direction is taken out; None finds the smallest of 1, 2, 3 and 4 with which
+            validation pictures, drawn again, no longer show the concept to the directions themselves.
         tokens: of one layer kept of each picture and step; memory grows with them.
         batch_size: pictures at a time.
         seed: of the first picture.
@@ -190,19 +190,6 @@ def without_showing(scores: Tensor, shown: Tensor, config: VisualConfig) -> Tens
     """
     unlike = scores[scores < (scores.median() + shown.median()) / 2] if len(shown) else scores
     return unlike if len(unlike) >= config.calibration else scores
-
-
-def way_gone(on: Tensor, off: Tensor, edited: Tensor) -> float:
-    """How far edited predictions have gone from the untouched ones of a prompt to those of another, on average.
-
-    <edited - on, off - on> / |off - on|^2,   1 where they arrive
-
-    Args:
-        on, off, edited: (P, J, ...) predictions of P pictures at J shares.
-    """
-    way = (off - on).flatten(2).float()
-    gone = ((edited - on).flatten(2).float() * way).sum(dim=2) / way.square().sum(dim=2).clamp_min(1e-12)
-    return float(gone.mean())
 
 
 def _directions(

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -23,17 +23,13 @@ from .visual_fit import VisualConfig, calibrated, fit_side, without_showing
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["AWAY", "LOOKED_AT", "Drawing", "Wanted", "fit_looks", "wanted"]
+__all__ = ["AWAY", "BETAS", "LOOKED_AT", "Drawing", "Wanted", "fit_looks", "wanted"]
 
 AWAY = 1_000_000  # between the seeds of the fit, the thresholds and the validation
-LOOKED_AT = (
-    0.1,
-    0.3,
-    0.5,
-)  # shares at which beta is tried: what a picture shows is decided in the first half of its run
-_BETAS = (1.0, 2.0, 3.0)  # tried in this order
+LOOKED_AT = (0.3, 0.5, 0.7)  # shares to which a picture is noised to see what it shows: neither all noise nor none
+BETAS = (1.0, 2.0, 3.0, 4.0)  # tried in this order
 _DEFAULT_BETA = 2.0  # CASteer's, where nothing can be validated
-_NEARER = 0.5  # of the way to other things: nearer to there than to here
+_MOST_SHOWN = 1 / 8  # of the validation pictures: one of the usual eight
 
 
 class Drawing(Protocol):
@@ -45,11 +41,15 @@ class Drawing(Protocol):
     def scores(self, sides: Sequence[VisualSide], prompts: Sequence[str]) -> Tensor:
         """(P, K): the highest count of each run along each side's directions; of one step more than `tokens`."""
 
-    def validate(
-        self, membrane: Membrane, prompts: Sequence[str], without: Sequence[str], betas: Sequence[float]
-    ) -> tuple[Tensor, Iterator[float]]:
-        """Draws new pictures of `prompts`. Returns (P,) their highest counts, and for each beta the share of
-        the way from the prediction under a prompt to that under its other one that the edited prediction has gone."""
+    def validate(self, side: VisualSide, prompts: Sequence[str]) -> tuple[Tensor, Any]:
+        """Draws new pictures: (P,) their highest counts, and the pictures themselves, for `seen`."""
+
+    def redraw(self, prompts: Sequence[str], membrane: Membrane | None) -> Any:
+        """Pictures from the noise of `validate`, with a membrane at work or without."""
+
+    def seen(self, side: VisualSide, pictures: Any, captions: Sequence[str]) -> Tensor:
+        """(P,): the highest counts of pictures, noised to `LOOKED_AT` and shown to the untouched model under captions
+        of their own."""
 
 
 @dataclass(frozen=True)
@@ -154,16 +154,28 @@ def _fitted(drawing: Drawing, phrases: Sequence[str], asked: Wanted, config: Vis
 
 
 def _validated(drawing: Drawing, membrane: Membrane, asked: Wanted, config: VisualConfig) -> VisualSide:
-    """With the share of new pictures in which no gate opens, and the smallest beta that serves: with which the edited
-    prediction of these pictures lies nearer to that of other things than to the concept's own. No judge is needed."""
+    """With the share of new pictures in which no gate opens, and the smallest beta that serves: with which pictures
+    drawn again look to the side itself like those of other things. No judge is needed.
+
+    What they look like is asked under captions that do not name the concept, so that the picture alone says it.
+    """
     side = membrane.visual
     on, off = _pairs(membrane.phrases, asked, _spare(asked, config))
-    scores, ways = drawing.validate(membrane, on, off, _BETAS if config.beta is None else ())
+    scores, pictures = drawing.validate(side, on)
     closed = float((scores <= 0).float().mean())  # thresholds are set: a count above 0 is an open gate
     side = replace(side, false_closed=closed, checked=len(scores))
-    for beta, way in zip(_BETAS, ways, strict=False):
-        logger.info("beta %g takes %r %.2f of the way to other things", beta, membrane.concept, way)
-        side = replace(side, beta=beta)
-        if way >= _NEARER:
+    if config.beta is not None:
+        return side
+    shows, others = drawing.seen(side, pictures, off), drawing.seen(side, drawing.redraw(off, None), off)
+    middle = (shows.median() + others.median()) / 2
+    best, least = side, 1.0
+    for beta in BETAS if shows.median() > others.median() else ():
+        tried = replace(side, beta=beta)
+        edited = drawing.seen(side, drawing.redraw(on, replace(membrane, visual=tried)), off)
+        share = float((edited > middle).float().mean())
+        logger.info("with beta %g %.0f %% of pictures still show %r", beta, 100 * share, membrane.concept)
+        if share < least:
+            least, best = share, tried
+        if share <= _MOST_SHOWN:
             break
-    return side
+    return best

@@ -21,7 +21,8 @@ FileNameIO = io.Custom("STRING,COMBO")
 _GATES = (
     "When a membrane opens, judged for each prompt of the batch by itself. auto: when the prompt has the concept's"
     " words or its detector fires; always on where the detector cannot tell (its words alone where the model does not"
-    " know them), paper where there is none. probe: the detector alone. paper: similarity of the prompt to the concept's words."
+    " know them), paper where there is none. probe: the detector alone. paper: similarity of the prompt to the"
+    " concept's words."
 )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,9 +20,9 @@ from ...methods.membranes.base_model import base_model_hash
 from ...methods.membranes.config import MembraneConfig
 from ...methods.membranes.types import Membrane, Membranes
 from ...methods.membranes.visual import VisualSide
-from ...methods.membranes.visual_fit import VisualConfig, way_gone
+from ...methods.membranes.visual_fit import VisualConfig
 from ...methods.membranes.visual_takers import Scores, Tokens
-from ...methods.membranes.visual_words import AWAY, LOOKED_AT, fit_looks, wanted
+from ...methods.membranes.visual_words import AWAY, BETAS, LOOKED_AT, fit_looks, wanted
 from ..base_weights import base_weights
 from ..extra_rows import Rows
 from ..progress import Progress
@@ -96,7 +96,8 @@ class _Drawing:
                 " SDXL, SD3 or Flux"
             )
         self._known: dict[tuple, Any] = {}
-        count = concepts * (config.samples + 2 * config.validation) + config.samples + config.background
+        drawn_again = 2 if config.beta is not None else 3 + len(BETAS)  # at most
+        count = concepts * (config.samples + drawn_again * config.validation) + config.samples + config.background
         self.bar = comfy.utils.ProgressBar(count + config.calibration + config.spare)
 
     def _conditioning(self, prompt: str) -> list:
@@ -153,38 +154,31 @@ class _Drawing:
         latents = self._drawn(self._watched(taker, list(taker.sites)), prompts, seed, taker.next, more)
         return taker.of(), latents
 
-    def validate(
-        self, membrane: Membrane, prompts: Sequence[str], without: Sequence[str], betas: Sequence[float]
-    ) -> tuple[Tensor, Iterator[float]]:
-        scores, latents = self._scored([membrane.visual], prompts, 2 * AWAY)
-        return scores[:, 0], self._ways(membrane, latents, prompts, without, betas)
+    def validate(self, side: VisualSide, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        scores, latents = self._scored([side], prompts, 2 * AWAY)
+        return scores[:, 0], latents
 
-    def _ways(self, membrane: Membrane, latents: Tensor, prompts, without, betas) -> Iterator[float]:
-        if not betas:
-            return
-        on, off = (self._predictions(self.model, latents, texts) for texts in (prompts, without))
-        for beta in betas:
-            tried = replace(membrane, visual=replace(membrane.visual, beta=beta))
-            edited = apply_membranes_to(self.model, Membranes(tried), MembraneConfig(check_base=False))
-            yield way_gone(on, off, self._predictions(edited, latents, prompts))
+    def redraw(self, prompts: Sequence[str], membrane: Membrane | None) -> Tensor:
+        model = self.model
+        if membrane is not None:
+            model = apply_membranes_to(model, Membranes(membrane), MembraneConfig(check_base=False))
+        return self._drawn(model, prompts, 2 * AWAY)
 
-    def _predictions(self, model, latents: Tensor, prompts: Sequence[str]) -> Tensor:
-        """(P, J, ...): the picture that the model predicts of each one, noised to each share of `LOOKED_AT`."""
-        sampling, euler = model.get_model_object("model_sampling"), comfy.samplers.sampler_object("euler")
-        found = []
-        for number, (latent, prompt) in enumerate(zip(latents, prompts, strict=True)):
-            text, start = self._conditioning(prompt), self.config.seed + number
+    def seen(self, side: VisualSide, pictures: Tensor, captions: Sequence[str]) -> Tensor:
+        taker, euler = Scores([side]), comfy.samplers.sampler_object("euler")
+        model = self._watched(taker, list(taker.sites))
+        sampling = model.get_model_object("model_sampling")
+        for number, (latent, caption) in enumerate(zip(pictures, captions, strict=True)):
+            text, start = self._conditioning(caption), self.config.seed + number
             noise = comfy.sample.prepare_noise(latent[None], start)
-            steps = [torch.tensor([float(sampling.percent_to_sigma(share)), 0.0]) for share in LOOKED_AT]
-            each = [
-                # one step of Euler's method down to no noise is the prediction itself; a scale of 1 asks for one side
+            for share in LOOKED_AT:
+                # one step of Euler's method down to no noise asks once; a scale of 1 asks for one side
+                sigmas = torch.tensor([float(sampling.percent_to_sigma(share)), 0.0])
                 comfy.sample.sample_custom(
                     model, noise, 1.0, euler, sigmas, text, text, latent[None], disable_pbar=True, seed=start
                 )
-                for sigmas in steps
-            ]
-            found.append(torch.cat(each))
-        return torch.stack(found)
+            taker.next()
+        return taker.of()[:, 0]
 
 
 class _Watch:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from ...methods.membranes.base_model import base_model_hash
 from ...methods.membranes.config import MembraneConfig
 from ...methods.membranes.types import Membrane, Membranes
 from ...methods.membranes.visual import VisualSide
-from ...methods.membranes.visual_fit import VisualConfig, fit_side, way_gone
+from ...methods.membranes.visual_fit import VisualConfig, fit_side
 from ...methods.membranes.visual_takers import Scores, Tokens
 from ...methods.membranes.visual_words import AWAY, LOOKED_AT, fit_looks, wanted
 from ..family import Pipeline, denoiser_of, family_of
@@ -24,7 +24,7 @@ from ..weights import weights_of
 from .apply import apply_membranes
 from .state import MembraneHandle
 from .visual import image_layers, reads_text
-from .watch import Noised, drawn, shown, watched
+from .watch import drawn, shown, watched
 
 __all__ = ["fit_visual"]
 
@@ -124,30 +124,21 @@ class _Drawing:
             latents = self._drawn(prompts, seed, taker.next, more)
         return taker.of(), latents
 
-    def validate(
-        self, membrane: Membrane, prompts: Sequence[str], without: Sequence[str], betas: Sequence[float]
-    ) -> tuple[Tensor, Iterator[float]]:
-        scores, latents = self._scored([membrane.visual], prompts, 2 * AWAY)
-        latents = self.family.unpack(self.pipe, latents, *self.size)
-        return scores[:, 0], self._ways(membrane, latents, prompts, without, betas)
+    def validate(self, side: VisualSide, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        scores, latents = self._scored([side], prompts, 2 * AWAY)
+        return scores[:, 0], latents
 
-    def _ways(self, membrane: Membrane, latents: Tensor, prompts, without, betas) -> Iterator[float]:
-        if not betas:
-            return
-        on, off = (self._predictions(latents, texts) for texts in (prompts, without))
-        for beta in betas:
-            tried = replace(membrane, visual=replace(membrane.visual, beta=beta))
-            with apply_membranes(self.pipe, tried, MembraneConfig(check_base=False)):
-                edited = self._predictions(latents, prompts)
-            yield way_gone(on, off, edited)
+    def redraw(self, prompts: Sequence[str], membrane: Membrane | None) -> Tensor:
+        if membrane is None:
+            return self._drawn(prompts, 2 * AWAY)
+        with apply_membranes(self.pipe, membrane, MembraneConfig(check_base=False)):
+            return self._drawn(prompts, 2 * AWAY)
 
-    def _predictions(self, latents: Tensor, captions: Sequence[str]) -> Tensor:
-        """(B, J, ...): what the denoiser predicts of each picture, noised to each share of `LOOKED_AT`."""
-        found = []
-        for number, (picture, caption) in enumerate(zip(latents, captions, strict=True)):
-            noised = Noised(self.pipe, picture[None], caption, self.config.seed + number)
-            found.append(torch.cat([noised(share) for share in LOOKED_AT]))
-        return torch.stack(found)
+    def seen(self, side: VisualSide, pictures: Tensor, captions: Sequence[str]) -> Tensor:
+        latents, taker = self.family.unpack(self.pipe, pictures, *self.size), Scores([side])
+        with watched(self.pipe, taker, list(taker.sites)):
+            shown(self.pipe, latents, captions, LOOKED_AT, 1, self.config.seed, lambda count: taker.next())
+        return taker.of()[:, 0]
 
     def of_pictures(self, name: str, pictures: Sequence[Any], kept: Sequence[str]) -> VisualSide:
         """The side, without thresholds, of pictures of a concept, beside drawn ones."""

@@ -6,7 +6,6 @@ import re
 
 import pytest
 import torch
-
 from semiperm.methods.membranes import concept_fit, detector
 from semiperm.methods.membranes.captions import PRESERVE
 from semiperm.methods.membranes.concept_fit import fit_concepts

@@ -9,6 +9,7 @@ from semiperm.methods.membranes.image_site import ImageSite, Openings, knot_weig
 from semiperm.methods.membranes.types import Membrane
 from semiperm.methods.membranes.visual import VisualSide, VisualSite
 from semiperm.methods.membranes.visual_fit import VisualConfig, calibrated, fit_side, without_showing
+from semiperm.methods.membranes.visual_words import fit_looks, wanted
 
 CONFIG = VisualConfig(samples=8, background=8, steps=2, false_open=0.1, tokens=12)
 SHARES = (0.25, 0.75)
@@ -86,6 +87,40 @@ def test_pictures_that_show_the_concept_unasked_set_no_threshold():
     assert torch.equal(without_showing(few, shown, config), few)
     assert torch.equal(without_showing(few, shown[:0], config), few)
     assert VisualConfig(validation=0).spare == 0
+
+
+class Drawn:
+    """A model whose pictures of robots show 1 of one, less `effect` times beta."""
+
+    def __init__(self, effect: float):
+        self.effect = effect
+
+    def tokens(self, prompts, keep):
+        return list(SHARES), {"a": tokens(len(prompts[0]), len(prompts), 4.0 * ("robot" in prompts[0]))}
+
+    def scores(self, sides, prompts):
+        return torch.linspace(0, 1, len(prompts))[:, None] + 9.0 * ("robot" in prompts[0])
+
+    def validate(self, side, prompts):
+        return torch.tensor([1.0] * (len(prompts) - 1) + [-1.0]), [1.0] * len(prompts)
+
+    def redraw(self, prompts, membrane):
+        assert all("robot" in prompt for prompt in prompts) == (membrane is not None)
+        return [0.0 if membrane is None else 1.0 - self.effect * membrane.visual.beta] * len(prompts)
+
+    def seen(self, side, pictures, captions):
+        assert not any("robot" in caption for caption in captions), "the picture alone says it"
+        return torch.tensor(pictures)
+
+
+@pytest.mark.parametrize("effect, beta", [(0.9, 1.0), (0.3, 2.0), (0.15, 4.0), (0.05, 2.0)])
+def test_the_smallest_beta_is_taken_with_which_pictures_drawn_again_no_longer_show_it(effect, beta):
+    asked = wanted("robot", "", ["a cat", "a tree", "a house"], None, ["{} by day", "a {}"], CONFIG)
+    made = fit_looks(Drawn(effect), asked, CONFIG)
+    assert made[0].visual.beta == beta, "where none serves, the usual one stays"
+    assert (made[0].visual.false_closed, made[0].visual.checked) == (0.125, 8)
+    fixed = fit_looks(Drawn(effect), asked, dataclasses.replace(CONFIG, beta=1.5))
+    assert fixed[0].visual.beta == 1.5
 
 
 def test_the_edit_is_the_formula_and_leaves_other_pictures_alone():
