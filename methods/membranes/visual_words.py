@@ -47,9 +47,12 @@ class Drawing(Protocol):
     def redraw(self, prompts: Sequence[str], membrane: Membrane | None) -> Any:
         """Pictures from the noise of `validate`, with a membrane at work or without."""
 
+    def look(self, pictures: Any, captions: Sequence[str]) -> dict[str, Tensor]:
+        """key -> tokens (P, J, S, C) of pictures, noised to the J shares of `LOOKED_AT` and shown to the untouched
+        model under captions of their own; of self-attention as well, which looks at the picture alone."""
+
     def seen(self, side: VisualSide, pictures: Any, captions: Sequence[str]) -> Tensor:
-        """(P,): the highest counts of pictures, noised to `LOOKED_AT` and shown to the untouched model under captions
-        of their own."""
+        """(P,): the highest counts of pictures that are shown like that."""
 
 
 @dataclass(frozen=True)
@@ -155,9 +158,10 @@ def _fitted(drawing: Drawing, phrases: Sequence[str], asked: Wanted, config: Vis
 
 def _validated(drawing: Drawing, membrane: Membrane, asked: Wanted, config: VisualConfig) -> VisualSide:
     """With the share of new pictures in which no gate opens, and the smallest beta that serves: with which pictures
-    drawn again look to the side itself like those of other things. No judge is needed.
+    drawn again look like those of other things. No judge is needed.
 
-    What they look like is asked under captions that do not name the concept, so that the picture alone says it.
+    What they look like is asked under captions that do not name the concept, so that the picture alone says it; and
+    directions of such looks tell it, since those of the side are of answers to the concept's own words.
     """
     side = membrane.visual
     on, off = _pairs(membrane.phrases, asked, _spare(asked, config))
@@ -166,16 +170,22 @@ def _validated(drawing: Drawing, membrane: Membrane, asked: Wanted, config: Visu
     side = replace(side, false_closed=closed, checked=len(scores))
     if config.beta is not None:
         return side
-    shows, others = drawing.seen(side, pictures, off), drawing.seen(side, drawing.redraw(off, None), off)
-    middle = (shows.median() + others.median()) / 2
+    without = drawing.redraw(off, None)
+    others = drawing.look(without, off)
+    try:
+        tells = fit_side(membrane.concept, drawing.look(pictures, off), others, others, LOOKED_AT, config)
+    except MembraneError:
+        logger.info("no layer tells pictures of %r from others: beta stays %g", membrane.concept, side.beta)
+        return side
+    middle = (drawing.seen(tells, pictures, off).median() + drawing.seen(tells, without, off).median()) / 2
     best, least = side, 1.0
-    for beta in BETAS if shows.median() > others.median() else ():
+    for beta in BETAS:
         tried = replace(side, beta=beta)
-        edited = drawing.seen(side, drawing.redraw(on, replace(membrane, visual=tried)), off)
+        edited = drawing.seen(tells, drawing.redraw(on, replace(membrane, visual=tried)), off)
         share = float((edited > middle).float().mean())
         logger.info("with beta %g %.0f %% of pictures still show %r", beta, 100 * share, membrane.concept)
         if share < least:
-            least, best = share, tried
+            best, least = tried, share
         if share <= _MOST_SHOWN:
             break
     return best

@@ -35,9 +35,10 @@ __all__ = ["Sampling", "solve_looks"]
 
 # diffusers' names only, as membrane files have them
 _LAYERS = re.compile(
-    r"^lora_(unet_(down|mid|up)_block.*_attn2_to_out_0|transformer_transformer_blocks_\d+_attn_to_out_0"
+    r"^lora_(unet_(down|mid|up)_block.*_attn[12]_to_out_0|transformer_transformer_blocks_\d+_attn_to_out_0"
     r"|transformer_single_transformer_blocks_\d+_proj_out)$"
 )
+_OF_THE_PICTURE = "_attn1_to_out_0"  # self-attention, which reads no text
 _PIXELS = 8  # of a picture in one latent cell, as ComfyUI's Empty Latent Image has it
 _SAMPLER, _SCHEDULER = "euler", "simple"  # which every family of models knows
 _NEGATIVE = 1  # in ComfyUI's cond_or_uncond
@@ -89,7 +90,8 @@ class _Drawing:
     def __init__(self, model, clip, config: VisualConfig, sampling: Sampling, concepts: int):
         self.model, self.clip, self.config, self.sampling = model, clip, config, sampling
         known = comfy.lora.model_lora_keys_unet(model.model, {})
-        self.layers = {key: path for key, path in known.items() if _LAYERS.match(key) and isinstance(path, str)}
+        self.every_layer = {key: path for key, path in known.items() if _LAYERS.match(key) and isinstance(path, str)}
+        self.layers = {key: path for key, path in self.every_layer.items() if _OF_THE_PICTURE not in key}
         if not self.layers:
             raise MembraneError(
                 f"a {type(model.model).__name__} model has no layer whose image tokens are known; expected SD1.x, SD2,"
@@ -131,7 +133,7 @@ class _Drawing:
         """A clone of the model, of which a taker sees what these layers answer for positive rows."""
         watch, patched = _Watch(self.model, taker), self.model.clone()
         for key in keys:
-            path = self.layers[key].removesuffix(".weight")
+            path = self.every_layer[key].removesuffix(".weight")
             add_around(patched, f"{path}.forward", watch.eye(key))
         add_root(patched, watch.around)
         return patched
@@ -164,9 +166,18 @@ class _Drawing:
             model = apply_membranes_to(model, Membranes(membrane), MembraneConfig(check_base=False))
         return self._drawn(model, prompts, 2 * AWAY)
 
+    def look(self, pictures: Tensor, captions: Sequence[str]) -> dict[str, Tensor]:
+        taker = Tokens(self.config.tokens)
+        self._show(taker, list(self.every_layer), pictures, captions, lambda: None)
+        return taker.of()[1]
+
     def seen(self, side: VisualSide, pictures: Tensor, captions: Sequence[str]) -> Tensor:
-        taker, euler = Scores([side]), comfy.samplers.sampler_object("euler")
-        model = self._watched(taker, list(taker.sites))
+        taker = Scores([side])
+        self._show(taker, list(taker.sites), pictures, captions, taker.next)
+        return taker.of()[:, 0]
+
+    def _show(self, taker, keys: Sequence[str], pictures: Tensor, captions: Sequence[str], then: Callable) -> None:
+        model, euler = self._watched(taker, keys), comfy.samplers.sampler_object("euler")
         sampling = model.get_model_object("model_sampling")
         for number, (latent, caption) in enumerate(zip(pictures, captions, strict=True)):
             text, start = self._conditioning(caption), self.config.seed + number
@@ -177,8 +188,7 @@ class _Drawing:
                 comfy.sample.sample_custom(
                     model, noise, 1.0, euler, sigmas, text, text, latent[None], disable_pbar=True, seed=start
                 )
-            taker.next()
-        return taker.of()[:, 0]
+            then()
 
 
 class _Watch:

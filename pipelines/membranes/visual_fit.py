@@ -134,11 +134,20 @@ class _Drawing:
         with apply_membranes(self.pipe, membrane, MembraneConfig(check_base=False)):
             return self._drawn(prompts, 2 * AWAY)
 
+    def look(self, pictures: Tensor, captions: Sequence[str]) -> dict[str, Tensor]:
+        taker = Tokens(self.config.tokens)
+        self._show(taker, None, pictures, captions, lambda count: None)
+        return taker.of()[1]
+
     def seen(self, side: VisualSide, pictures: Tensor, captions: Sequence[str]) -> Tensor:
-        latents, taker = self.family.unpack(self.pipe, pictures, *self.size), Scores([side])
-        with watched(self.pipe, taker, list(taker.sites)):
-            shown(self.pipe, latents, captions, LOOKED_AT, 1, self.config.seed, lambda count: taker.next())
+        taker = Scores([side])
+        self._show(taker, list(taker.sites), pictures, captions, lambda count: taker.next())
         return taker.of()[:, 0]
+
+    def _show(self, taker, keys: Sequence[str] | None, pictures: Tensor, captions: Sequence[str], then: Callable):
+        latents = self.family.unpack(self.pipe, pictures, *self.size)
+        with watched(self.pipe, taker, keys):
+            shown(self.pipe, latents, captions, LOOKED_AT, 1, self.config.seed, then)
 
     def of_pictures(self, name: str, pictures: Sequence[Any], kept: Sequence[str]) -> VisualSide:
         """The side, without thresholds, of pictures of a concept, beside drawn ones."""

@@ -9,7 +9,7 @@ from semiperm.methods.membranes.image_site import ImageSite, Openings, knot_weig
 from semiperm.methods.membranes.types import Membrane
 from semiperm.methods.membranes.visual import VisualSide, VisualSite
 from semiperm.methods.membranes.visual_fit import VisualConfig, calibrated, fit_side, without_showing
-from semiperm.methods.membranes.visual_words import fit_looks, wanted
+from semiperm.methods.membranes.visual_words import LOOKED_AT, fit_looks, wanted
 
 CONFIG = VisualConfig(samples=8, background=8, steps=2, false_open=0.1, tokens=12)
 SHARES = (0.25, 0.75)
@@ -108,8 +108,13 @@ class Drawn:
         assert all("robot" in prompt for prompt in prompts) == (membrane is not None)
         return [0.0 if membrane is None else 1.0 - self.effect * membrane.visual.beta] * len(prompts)
 
-    def seen(self, side, pictures, captions):
+    def look(self, pictures, captions):
         assert not any("robot" in caption for caption in captions), "the picture alone says it"
+        looks = tokens(int(sum(pictures)), len(pictures), 4.0 * pictures[0])
+        return {"self-attention": torch.cat([looks, looks[:, :1]], dim=1)}  # at three shares
+
+    def seen(self, side, pictures, captions):
+        assert list(side.sites) == ["self-attention"] and side.shares == LOOKED_AT
         return torch.tensor(pictures)
 
 
