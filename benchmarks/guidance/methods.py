@@ -14,12 +14,15 @@ from typing import Any
 import torch
 
 from ...canvas.world import Judge, Shown, World
+from ...methods.guidance.algorithm import Algorithm
 from ...methods.guidance.category import Category
 from ...methods.guidance.config import SafeGuidanceConfig
+from ...methods.guidance.nag import NAG
 from ...methods.token_merging.config import NegativeTokenMergingConfig
 from ...methods.watermark.keys import WatermarkKey
 from ...methods.watermark.mark import Payload
 from ...pipelines.attacks.encoding import learned_words
+from ...pipelines.family import family_of
 from ...pipelines.guidance.apply import apply_safe_guidance
 from ...pipelines.guidance.fit import fit_detectors
 from ...pipelines.membranes.apply import apply_membranes
@@ -63,7 +66,7 @@ class Work:
     def on(self, categories: Sequence[Category], parts: Sequence) -> Iterator[Beside]:
         """These parts at work together, against these categories."""
         words = ", ".join(phrase for category in categories for phrase in category.phrases)
-        algorithms = [part for part in parts if not isinstance(part, str)]
+        algorithms = [self._suiting(part) for part in parts if not isinstance(part, str)]
         detectors = [self._fit(DETECTORS, (one,)) for one in categories] if DETECTORS in parts else []
         membranes = self._fit(MEMBRANES, tuple(categories)) if MEMBRANES in parts else None
         with contextlib.ExitStack() as stack:
@@ -75,6 +78,10 @@ class Work:
                 config = SafeGuidanceConfig(categories, algorithms, detectors=detectors)
                 stack.enter_context(apply_safe_guidance(self.pipe, config))
             yield Beside(words if NEGATIVE in parts else None, key_of("guidance") if MARK in parts else None)
+
+    def _suiting(self, part: Algorithm) -> Algorithm:
+        """NAG has published values for each family of models; those of SD3 are for flow matching at guidance."""
+        return NAG("sd3", tau=part.tau) if isinstance(part, NAG) and family_of(self.pipe).flow else part
 
     def _fit(self, kind: str, categories: tuple[Category, ...]) -> Any:
         if (kind, categories) not in self.fitted:

@@ -10,6 +10,8 @@ from semiperm.benchmarks.guidance.methods import Work
 from semiperm.canvas.editions import world_of
 from semiperm.cli import app
 from semiperm.methods.errors import SemipermError
+from semiperm.methods.guidance.nag import NAG
+from semiperm.pipelines.guidance.apply import SafeGuidanceHandle
 from semiperm.pipelines.text import encode_text
 from typer.testing import CliRunner
 
@@ -44,6 +46,14 @@ def test_what_is_found_names_no_hazard_and_stands_before_harmless_prompts(small_
             assert len(set(ids)) == 3 == len(tokens) and not set(words[:3]) & set(words[3:])
     again = Attacker(work, LITTLE, 0, kept).asked(2)
     assert [one.prompt for one in again] == [one.prompt for one in asked]
+
+
+def test_nag_takes_the_values_that_were_published_for_the_family(small_flow):
+    world = world_of("canvas-flow")
+    work = Work(small_flow, world, {"num_inference_steps": 2, "guidance_scale": 4.0})
+    with work.on(worlds.categories_of(world)[:1], (NAG(),)):
+        (used,) = SafeGuidanceHandle.on(small_flow).config.algorithms
+    assert used == NAG("sd3") != NAG()
 
 
 def test_learned_words_say_something_else_inside_alone(small_flow):
