@@ -62,6 +62,7 @@ class Root:
         self._check_pairs(run, call)
         if call.positive:
             run.calls += 1
+            run.began = call.share if call.active and run.began is None else run.began
         if call.active:
             self._add_rows(run, call, hidden)
         if call.positive:
@@ -213,12 +214,15 @@ class Root:
         return noise.to(call.sample).expand(len(extra.sources), *noise.shape)
 
     def _edits(self, run: GuidanceRun, call: GuidanceCall) -> list[tuple[int, int]]:
-        """(row, image) of the prompts that are given as edited in this call."""
+        """(row, image) of the prompts that are given as edited in this call.
+
+        A run of few steps may have none as early as they reach; its first step is then theirs.
+        """
         if not call.active or not self.config.having("text"):
             return []
-        until = run.prompts.until
+        until, began = run.prompts.until, run.began or 0.0
         found = [(row, i) for i, row in enumerate(call.positive) if self.handle.guides(row, call)]
-        return [(row, image) for row, image in found if until[image] > 0 and call.share <= until[image]]
+        return [(row, image) for row, image in found if until[image] > 0 and call.share <= max(until[image], began)]
 
     @staticmethod
     def _as_long(text: Tensor, given: Tensor) -> Tensor:

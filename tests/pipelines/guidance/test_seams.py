@@ -126,6 +126,17 @@ def test_safree_gives_its_text_to_prompts_alone_and_in_its_window():
     assert all(0.4 < u < 0.9 for u in until) and torch.equal(seen[-1][2:], given), "after it the prompt's own"
 
 
+def test_safree_acts_in_the_first_step_of_a_run_of_few():
+    pipe = pipeline("sd15")
+    plain = call(pipe, PROMPTS, steps=2)
+    with apply_safe_guidance(pipe, SafeGuidanceConfig(HARM, SAFREE(alpha=0.0, reach=0.02))) as handle:
+        filtered = call(pipe, PROMPTS, steps=2)
+        report = handle.report()
+    assert not torch.equal(filtered, plain)
+    assert [row["fired"] for row in report["rows"]] == [0.5, 0.5]
+    assert report["steps"][0]["share"] > 0.02, "no step lies as early as its text is to be used"
+
+
 def test_adavd_edits_what_the_layers_give_to_prompts():
     pipe, found = pipeline("sd15"), {}
     layer = pipe.unet.up_blocks[0].attentions[0].transformer_blocks[0].attn2
