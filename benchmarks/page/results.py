@@ -7,39 +7,34 @@ not say is written beside it.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ...canvas.models import MODELS
 from . import arena as results_arena
-from . import checks, withheld
+from . import checks
 from . import guidance as results_guidance
 from . import kernels as results_kernels
 from . import samplers as results_samplers
 from . import token_merging as results_token_merging
 from . import watermark as results_watermark
 from . import worlds as results_worlds
-from .tables import number, paragraphs, percent, source, table
+from .tables import number, paragraphs, source, table
 
 HEAD = """# Measured
 
 Written by `semiperm bench results` from [benchmarks/results](../benchmarks/results); do not edit it by hand. A test
 fails when this page and the files disagree.
 
-**What these figures are.** Pictures and their verdicts come from one small world, the
-[canvas](../canvas/weights/README.md): 13 objects and 8 styles on plain backgrounds, one object a picture, drawn by a
-model of Stable Diffusion's architecture with 4.9 million parameters, and judged by a classifier that knows this world.
-They compare methods on the same prompts and seeds; they do not say how good a method is on your checkpoint. Times were
-taken on two CPU cores; **no time has been measured on a GPU yet**. Values are percent unless it says otherwise, with
-Wilson's 95 % interval in brackets; ratios are medians, with the middle half in brackets.
+**What these figures are.** Pictures and their verdicts come from small worlds
+([their models](../canvas/weights/README.md)): the canvas, 13 objects and 8 styles on plain backgrounds, one object a
+picture, drawn by a model of Stable Diffusion's architecture with 4.9 million parameters; and its second edition, of
+scenes, look-alikes, hazards and words that no method is given, drawn by that architecture and by Stable Diffusion 3's.
+Classifiers that know the world judge. They compare methods on the same prompts and seeds; they do not say how good a
+method is on your checkpoint. Times were taken on two CPU cores; **no time has been measured on a GPU yet**. Values are
+percent unless it says otherwise, with Wilson's 95 % interval in brackets; ratios are medians, with the middle half in
+brackets.
 """
-METHODS = {
-    "untouched": "untouched",
-    "closed_form/gated": "closed-form membranes, gated",
-    "closed_form/always": "closed-form membranes, always on",
-    "uce/textbook": "UCE as published, last token of the name",
-    "negative_prompt": "negative prompt",
-}
 
 
 def canvas(figures: dict) -> str:
@@ -62,87 +57,8 @@ def canvas(figures: dict) -> str:
         source("canvas.json", "semiperm canvas check --json benchmarks/results/canvas.json", figures),
         table(("what", "%"), rows),
         f"Limits: full captions that name every concept by its first word. Objects below 95: {', '.join(weak)}. Asked"
-        " for by synonyms it is a little worse (stars above all): see the untouched rows below.",
+        " for by synonyms it is a little worse, stars above all.",
     )
-
-
-def erasure(figures: dict) -> str:
-    """Objects and styles apart, never pooled; each concept; three at once."""
-    rows, n = figures["rows"], figures["n"]
-    asked = f"{figures['num_inference_steps']} steps, guidance {figures['guidance_scale']:g}"
-    parts = [
-        "## Erasure",
-        source(
-            "erasure.json",
-            "semiperm evaluate canvas --suite --repeats 1 --json benchmarks/results/erasure.json",
-            figures,
-        ),
-        f"Concepts are erased one at a time, and {n} prompts are drawn each time ({asked}), by name and by synonym in"
-        " full captions. **UA** is the share of pictures without the concept among those that ask for it, **IRA** the"
-        " accuracy of the other concepts of its domain, **CRA** that of the other domain (UnlearnCanvas, arXiv"
-        " 2402.11846).",
-    ]
-    for label in ("objects", "styles"):
-        concepts = _of(rows, label)["untouched"]["concepts"]
-        parts += [f"### {label.capitalize()}: {', '.join(concepts)}", _scores(rows, label)]
-    together = next(row["concept"] for row in rows if "+" in row["concept"])
-    parts += [
-        f"### At once, each by its own membrane: {together.replace('+', ', ')}",
-        _scores(rows, together),
-        "### Each concept: UA",
-        _each(rows),
-        _losses(rows),
-        "Limits, and they are large:",
-        "- **Every phrasing that is asked for was in the fit of the membranes**, which was then handed the world's own"
-        " captions and synonyms. The next section asks in words that no method was given.\n"
-        "- **The rivals got less**: UCE and the negative prompt are given the bare name, as their authors do, and no"
-        " synonyms.\n"
-        f"- {_asked(rows, 'objects')} pictures ask for an erased object, {_asked(rows, 'styles')} for an erased style;"
-        " one seed each. The intervals count prompts, not other worlds. One object a picture: damage beside the object"
-        " cannot be seen.\n"
-        "- Objects are saturated: nothing here tells the closed-form edits apart on them.",
-        "Why UCE gives 0.0 on styles: it moves the text embedding of one position, the last token of the bare name,"
-        " towards that of the empty prompt (whose last token is the start token). This world's text encoder writes"
-        " nothing of a style there: the embedding at a style's own word differs from the start token's by 1 to 4 %,"
-        " against 130 to 180 % for objects. The style stands in the positions after the end of the text, and a little"
-        " in later words, which attention reads as well. So the edit has nothing to move; our fit covers every position"
-        " from the concept's first token on. It is a trait of this small encoder, not of styles, and no"
-        " figure for other models. A test holds this explanation ([tests/test_docs.py](../tests/test_docs.py)).",
-    ]
-    return paragraphs(*parts)
-
-
-def _of(rows: Iterable[dict], concept: str) -> dict[str, dict]:
-    found = {row["method"]: row for row in rows if row["concept"] == concept}
-    return {name: found[name] for name in METHODS if name in found}
-
-
-def _scores(rows: Sequence[dict], concept: str) -> str:
-    cells = [
-        (METHODS[name], *map(percent, (row["ua"], row["ira"], row["cra"]))) for name, row in _of(rows, concept).items()
-    ]
-    return table(("method", "UA", "IRA", "CRA"), cells)
-
-
-def _asked(rows: Sequence[dict], concept: str) -> int:
-    return _of(rows, concept)["untouched"]["n"]
-
-
-def _each(rows: Sequence[dict]) -> str:
-    concepts = [row["concept"] for row in rows if row["method"] == "untouched" and "concepts" not in row]
-    cells = [
-        (name.replace("+", ", "), _asked(rows, name), *(number(row["ua"][0]) for row in _of(rows, name).values()))
-        for name in concepts
-    ]
-    return table(("concept", "asked", *METHODS.values()), cells)
-
-
-def _losses(rows: Sequence[dict]) -> str:
-    said = []
-    for name, label in list(METHODS.items())[1:]:
-        worst = max(row[key] for row in rows if row["method"] == name for key in ("ira_drop", "cra_drop"))
-        said.append(f"{label} {100 * worst:.1f}")
-    return f"Largest loss of IRA or CRA against the untouched model in any row, in points: {'; '.join(said)}."
 
 
 def membranes(rows: list[dict]) -> str:
@@ -207,11 +123,6 @@ def sampling(rows: list[dict]) -> str:
 
 SECTIONS: dict[str, Callable] = {
     "canvas": canvas,
-    "erasure": erasure,
-    "erasure_withheld": withheld.withheld,
-    "erasure_10": withheld.at_once(10),
-    "erasure_30": withheld.at_once(30),
-    "erasure_100": withheld.at_once(100),
     "membranes": membranes,
     "comfyui": comfyui,
     "negative_token_merging": results_token_merging.token_merging,
@@ -227,11 +138,12 @@ SECTIONS: dict[str, Callable] = {
 
 # section -> {stem: section of the other worlds that follows it}: of {world: content}, from files <stem>_<world>.json
 WORLDS: dict[str, dict[str, Callable]] = {
-    "canvas": {"canvas": checks.checks},
-    "erasure_withheld": {"erasure": results_worlds.erasure},
-    "erasure_10": {"erasure_10": results_worlds.at_once(10)},
-    "erasure_30": {"erasure_30": results_worlds.at_once(30)},
-    "erasure_100": {"erasure_100": results_worlds.at_once(100), "arena": results_arena.arena},
+    "canvas": {
+        "canvas": checks.checks,
+        "erasure": results_worlds.erasure,
+        **{f"erasure_{count}": results_worlds.at_once(count) for count in (10, 30, 100)},
+        "arena": results_arena.arena,
+    },
     "negative_token_merging": {
         "negative_token_merging": results_token_merging.worlds,
         "held_out": results_worlds.held_out,

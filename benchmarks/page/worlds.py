@@ -10,8 +10,16 @@ from collections.abc import Callable, Sequence
 from . import watermark as mark
 from .guidance import attacks_of, command_of
 from .tables import number, paragraphs, percent, source, table
-from .withheld import METHODS, scores_table
 
+METHODS = {
+    "untouched": "untouched",
+    "closed_form/auto": "membranes, gate auto (the default)",
+    "closed_form/always": "membranes, gate always",
+    "closed_form/paper": "membranes, gate paper (SPM's)",
+    "uce/textbook": "UCE as published, last token of the name",
+    "negative_prompt": "negative prompt",
+}
+_COLUMNS = ("UA", "IRA", "CRA", "kept", "attributes", "negative")
 GROUPS = {"objects": "Objects", "characters": "Characters", "styles": "Styles", "hazards": "Hazards"}
 ASKED = {
     "given": "told all public words, asked by them",
@@ -31,12 +39,15 @@ def erasure(found: dict[str, dict]) -> str:
         "## Erasure, on scenes",
         "Models that draw one or two things, look-alikes and four hazards ([their words](../canvas/language.py)). Every"
         " method is told the name of one concept, and the membranes keep the package's general captions, as on any"
-        " checkpoint; UCE is told the names of the other concepts besides. Columns as above, and on pictures that the"
-        " first edition cannot draw: **look-alike kept**, the share of pictures that show a look-alike of the concept"
-        " when it is asked for; **UA in scenes**, where the concept is asked for beside another object; **other object"
-        " kept** in those; **UA, implied**, where harmless words together mean a hazard; **outside**, the mean change"
-        " of those scenes' pixels outside the concept's box, in 255ths. Two judges of different architectures look at"
-        " the same pictures: the first one's figures, and the second one's UA.",
+        " checkpoint; UCE is told the names of the other concepts besides. **UA** is the share of pictures without the"
+        " concept among those that ask for it (UnlearnCanvas, arXiv 2402.11846). On as many other prompts: **IRA** and"
+        " **CRA**, the accuracy in its own and in the other domain, and **kept**, the share of pictures in which the"
+        " judge sees the same objects and style as in the untouched model's. **negative**: asked for the concept with a"
+        " negative prompt that names it, the share of pictures that show it. **look-alike kept**, the share of pictures"
+        " that show a look-alike of the concept when it is asked for; **UA in scenes**, where the concept is asked for"
+        " beside another object; **other object kept** in those; **UA, implied**, where harmless words together mean a"
+        " hazard; **outside**, the mean change of those scenes' pixels outside the concept's box, in 255ths. Two judges"
+        " of different architectures look at the same pictures: the first one's figures, and the second one's UA.",
     ]
     for world, figures in found.items():
         rows, asked = figures["rows"], figures["asked"]
@@ -68,7 +79,10 @@ def at_once(count: int) -> Callable[[dict], str]:
     labels |= {f"membrane/{gate}": f"{count} membranes, gate {gate}" for gate in gates}
 
     def section(found: dict[str, dict]) -> str:
-        parts = []
+        parts = [
+            f"## {count} concepts at once",
+            "Columns as above; **attributes**: colour and background as without membranes, in all pictures.",
+        ]
         for world, figures in found.items():
             asked, file = figures["asked"], f"erasure_{count}_{world}.json"
             names = asked["concepts"]
@@ -88,10 +102,18 @@ def at_once(count: int) -> Callable[[dict], str]:
             first = figures["rows"][0]["judge"]
             for words, title in (("public", "Asked in public words"), ("reserved", "Asked in reserved words")):
                 rows = [row for row in figures["rows"] if row["words"] == words and row["judge"] == first]
-                parts += [f"{title}:", scores_table({row["method"]: row for row in rows}, labels)]
+                parts += [f"{title}:", _at_once({row["method"]: row for row in rows}, labels)]
         return paragraphs(*parts)
 
     return section
+
+
+def _at_once(rows: dict[str, dict], methods: dict[str, str]) -> str:
+    """A line for each method that has a row; columns that were measured."""
+    scores = [name.lower() for name in _COLUMNS]
+    used = [key for key in scores if any(row[key][0] is not None for row in rows.values())]
+    cells = [(methods[name], *(percent(rows[name][key]) for key in used)) for name in methods if name in rows]
+    return table(("method", *(name for name in _COLUMNS if name.lower() in used)), cells)
 
 
 def _scores(rows: Sequence[dict]) -> str:

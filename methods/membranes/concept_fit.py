@@ -217,8 +217,8 @@ def _less(captions: list[str], moved: Tensor, fewest: int) -> list[str]:
 
 def _meaning(fit: _Fit, others: Tensor) -> float:
     """`GateProbe.meaning` of a concept, beside captions (m, N, d) that do not name it."""
-    spread = (others - others.mean(dim=0)).norm(dim=2).mean().clamp_min(1e-30)
-    return float((fit.rows - fit.targets).mean(dim=0).norm() / spread)
+    spread = float((others - others.mean(dim=0)).norm(dim=2).mean())
+    return float((fit.rows - fit.targets).mean(dim=0).norm()) / max(spread, 1e-30)
 
 
 def _ends(space: TextSpace, length: int, captions: Sequence[str], phrases: Sequence[str]) -> Tensor:

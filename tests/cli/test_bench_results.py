@@ -31,7 +31,7 @@ def test_writes_and_checks(clone, root):
     assert all(f"(../benchmarks/results/{name}.json)" in text for name in SECTIONS)
     assert run("--check").exit_code == 0
 
-    file = clone / "benchmarks" / "results" / "erasure.json"
+    file = clone / "benchmarks" / "results" / "erasure_canvas-scenes.json"
     figures = json.loads(file.read_text(encoding="utf-8"))
     next(row for row in figures["rows"] if row["concept"] == "styles")["ua"][0] = 0.123
     file.write_text(json.dumps(figures), encoding="utf-8")
