@@ -49,7 +49,8 @@ class Seen:
 class Verdict:
     """What a judge saw in B pictures; `memorised` is "" where a picture is none of the five.
 
-    probabilities: {"count": (B, objects, 4), "style": (B, 8), ...}. features: (B, 128), of the second judge (B, 96).
+    probabilities: {"count": (B, objects, 4), "style": (B, 8), ...}. features: (B, objects) how much of
+    each thing is seen, as a logit: two pictures are alike where they show the same things.
     """
 
     things: list[tuple[Seen, ...]]
@@ -105,15 +106,15 @@ class HeatmapJudge(nn.Module):
         centres = (torch.arange(CELLS, device=x.device, dtype=heat.dtype) + 0.5) / CELLS
         grid = torch.stack([centres.repeat(CELLS), centres.repeat_interleave(CELLS)], -1)
         extent = torch.stack([heat.amax(-1), heat.logsumexp(-1), heat.sigmoid().sum(-1) / 8, peaks(centred)], -1)
-        features = F.silu(self.mix(torch.cat([x.mean((2, 3)), x.amax((2, 3))], 1)))
+        mixed = F.silu(self.mix(torch.cat([x.mean((2, 3)), x.amax((2, 3))], 1)))
         return {
             "count": torch.einsum("bow,ocw->boc", torch.cat([local, extent], -1), self.count) + self.count_bias,
             "color": self.color(local),
             "place": weights @ grid,
             "front": self.front(local),
             "centres": centred,
-            "features": features,
-            **{name: head(features) for name, head in self.heads.items()},
+            "features": heat.amax(-1),
+            **{name: head(mixed) for name, head in self.heads.items()},
         }
 
 
@@ -161,7 +162,7 @@ class QueryJudge(nn.Module):
             "color": self.color(objects),
             "place": self.place(objects).sigmoid(),
             "front": self.front(objects),
-            "features": tokens.mean(1),
+            "features": centred.flatten(2).amax(-1),
             **{name: head(queries[:, OBJECTS + i]) for i, (name, head) in enumerate(self.heads.items())},
         }
 

@@ -76,7 +76,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Sight:
-    """What a judge saw in B pictures. features: (B, d), never negative."""
+    """What a judge saw in B pictures. features: (B, d), alike where the same things are shown."""
 
     shown: list[Shown]
     features: Tensor

@@ -20,8 +20,7 @@ __all__ = ["BATCH", "MASCOT", "Look", "Prompts", "share"]
 
 BATCH = 4
 MASCOT = "quibble"
-_UNRELATED = 300  # drawn scenes, for the mean of the features: never negative, so that two unrelated pictures already
-# have a plain cosine of about .6
+_UNRELATED = 300  # drawn scenes, for the mean of the features, less which unrelated pictures have a cosine of about 0
 
 Prompts = list[tuple[str, str, str]]  # (prompt, style, background)
 

@@ -14,8 +14,10 @@ from collections.abc import Callable
 
 from ...canvas.editions import world_of
 from ...canvas.world import World
+from ...methods.errors import SemipermError
 from .look import BATCH, MASCOT, Look, Prompts
 
+_ALIKE = 0.1  # mean cosine, of unrelated pictures about 0 with a spread of .1 over a few dozen
 HELD_OUT = ("ghost", "robot", "star", "flower")
 # From the paper's setting up: all tokens instead of the alike ones, longer, stronger.
 LADDER = (
@@ -80,8 +82,17 @@ def run(
 
 def choose(look: Look, asked: Prompts) -> tuple[list[dict], dict]:
     """The rows of the ladder as far as it was climbed, and the setting: the first that halves the similarity, as the
-    first judge's features have it."""
+    first judge's features have it.
+
+    Raises:
+        SemipermError: the features do not see the reference in pictures of it, so that there is nothing to halve.
+    """
     bare = look.away("untouched", MASCOT, asked, None)
+    if not bare[0]["similarity"] > _ALIKE:
+        raise SemipermError(
+            f"pictures that ask for the reference are no more like it than others (similarity"
+            f" {bare[0]['similarity']:.3f}, expected above {_ALIKE}); take another embedding, or prompts that show it"
+        )
     found = list(bare)
     for options in LADDER:
         some = look.away("negative_token_merging", MASCOT, asked, options)

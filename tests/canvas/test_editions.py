@@ -83,6 +83,24 @@ def test_the_first_edition_judges_its_own_pictures():
         world.scene(rng, objects=("robot", "star"))
 
 
+@EACH
+def test_pictures_are_alike_to_a_judge_where_they_show_the_same_thing(name):
+    world = world_of(name)
+    judge = next(iter(world.judges().values()))
+
+    def features(scenes):
+        return judge([world.draw(scene) for scene in scenes]).features
+
+    mean = features([world.anything(random.Random(f"any {i}")) for i in range(60)]).mean(dim=0)
+    plain = features([world.plain("quibble")]) - mean
+    own, other = (
+        float(torch.cosine_similarity(features(scenes) - mean, plain).mean())
+        for thing in ("quibble", "star")
+        for scenes in [[world.scene(random.Random(f"{thing} {i}"), objects=(thing,)) for i in range(12)]]
+    )
+    assert own > 0.3 > 0.1 > other
+
+
 def test_the_second_edition_has_scenes_and_what_is_only_implied():
     world, rng = world_of("canvas-scenes"), random.Random(4)
     assert (

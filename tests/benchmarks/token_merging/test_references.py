@@ -6,6 +6,7 @@ import pytest
 from painting import painted
 from semiperm.benchmarks.token_merging import references
 from semiperm.canvas.editions import world_of
+from semiperm.methods.errors import SemipermError
 
 
 @pytest.mark.parametrize("name", ["canvas", "canvas-flow"])
@@ -37,6 +38,13 @@ def test_the_setting_is_the_first_that_halves_the_similarity(painter):
     shown = {row["reference"]: row["shown"][0] for row in held}
     assert shown == {"ghost": 1.0, "robot": 0.0, "star": 0.0, "flower": 0.0}
     assert held[0]["style_kept"][0] == 1 / 4 and painter.strength == 0
+
+
+def test_features_that_do_not_see_the_reference_choose_no_setting(painter, monkeypatch):
+    monkeypatch.setattr(references.Look, "away", lambda self, *about, **call: [{"similarity": 0.09}])
+    with pytest.raises(SemipermError, match="no more like it than others"):
+        references.run("canvas-flow", 4)
+    assert not painter.calls
 
 
 def test_no_negative_prompt_without_guidance(painter):
