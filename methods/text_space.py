@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-__all__ = ["Segment", "TextFeatures", "TextSpace", "Wording", "live_columns"]
+__all__ = ["Segment", "TextFeatures", "TextSpace", "Wording", "live_columns", "whole_words"]
 
 
 @dataclass(frozen=True)
@@ -63,12 +63,24 @@ class TextSpace:
         encode: prompts -> features; "" is the unconditional prompt.
         segments: who fills the token axis, in order.
         tokens, pooled: module key -> weight of the projections of token embeddings, of the pooled embedding.
+        vocabulary: words that are one token each to the first tokenizer; () where they are unknown.
     """
 
     encode: Callable[[Sequence[str]], TextFeatures]
     segments: Sequence[Segment]
     tokens: dict[str, Tensor]
     pooled: dict[str, Tensor]
+    vocabulary: Sequence[str] = ()
+
+
+def whole_words(tokens: Iterable[str]) -> list[str]:
+    """The words among a tokenizer's tokens, sorted: CLIP's end in "</w>", T5's begin with a bar.
+
+    >>> whole_words(["robot</w>", "rob", "of</w>", "2nd</w>", "\u2581ghost"])
+    ['ghost', 'robot']
+    """
+    found = {t.removesuffix("</w>").removeprefix("\u2581") for t in tokens if t.endswith("</w>") or t[:1] == "\u2581"}
+    return sorted(word for word in found if len(word) > 2 and word.isascii() and word.isalpha() and word.islower())
 
 
 def live_columns(*rows: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..methods.errors import ModelError, SemipermError
-from ..methods.text_space import Segment, TextFeatures, Wording
+from ..methods.text_space import Segment, TextFeatures, Wording, whole_words
 from .family import denoiser_of, device_of, family_of
 from .hooks import heard, unheard
 from .weights import base_layer
@@ -65,6 +65,12 @@ def token_ids(pipe, prompts: Sequence[str]) -> list[list[int]]:
     """The first tokenizer's ids of each prompt, cut to its length, without special tokens."""
     tokenizer = getattr(pipe, "tokenizer", None)  # SDXL's refiner has the second alone
     return _ids(pipe.tokenizer_2 if tokenizer is None else tokenizer, prompts)
+
+
+def vocabulary(pipe) -> list[str]:
+    """The words that are one token each to the first tokenizer."""
+    tokenizer = getattr(pipe, "tokenizer", None)
+    return whole_words((pipe.tokenizer_2 if tokenizer is None else tokenizer).get_vocab())
 
 
 def wordings(pipe, prompts: Sequence[str], *others: Sequence[str] | None) -> list[Wording]:

@@ -23,6 +23,7 @@ from .closed_form import ClosedFormConfig, aligned_pairs, closed_form_edits, clo
 from .detector import fit_detectors
 from .phrases import fold, names
 from .types import LEAST_MEANING, Membranes
+from .vocabulary import other_words
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +31,7 @@ T5_POSITIONS = 64  # kept of a sequence that may be 512 long; all captions here 
 _CAPTIONS = 80  # concept captions per concept, over all phrases and templates; chosen by hand on the canvas
 _FEW = 50  # preserved captions below which a warning is given: fewer than an embedding's typical effective rank
 _SAYS = 1 / 3  # of a concept's own way: what is moved as far although it is held says the concept in other words
+_ROUNDS = 2  # of leaving such captions out: what others held back the first time moves the second time
 _T5_PADDING = 4  # positions after the end of a T5 sentence that still count; chosen by hand
 
 
@@ -74,7 +76,11 @@ def fit_concepts(
     phrases = phrases_of(concepts, synonyms or {})
     general = preserve is None and templates is None
     templates = checked(phrases, surrogate, templates)
-    kept = kept_captions(PRESERVE if preserve is None else preserve, [p for own in phrases.values() for p in own])
+    every = [phrase for own in phrases.values() for phrase in own]
+    kept = kept_captions(PRESERVE if preserve is None else preserve, every)
+    if general:
+        words = enumerate(other_words(space, every))
+        kept = kept_captions((*kept, *(fill(templates[i % len(templates)], word) for i, word in words)), every)
     if len(kept) < _FEW:
         logger.warning(
             "only %d captions are left to preserve%s: much else will change with what is erased; give more with"
@@ -187,22 +193,30 @@ def _screened(
     Such a caption cannot be held while the concept moves: it would hold the concept as well. So one is left out that a
     first solution moves far although it held it, and a template whose caption with the surrogate is moved as far.
     """
-    fits = [_fit(space, own, templates, surrogate) for own in phrases.values()]
-    hidden = space.encode(kept).hidden
-    rows, targets = [fit.rows for fit in fits], [fit.targets for fit in fits]
-    edits = closed_form_edits(rows, targets, hidden.flatten(0, 1), config, _gram(space.tokens, config))
-    moved, own_templates = torch.zeros(len(kept)), []
-    for edit, fit in zip(edits, fits, strict=True):
-        left = templates
-        if _meaning(fit, hidden) >= LEAST_MEANING:  # the rest says nothing that another caption could say, too
-            share, own = (
-                moved_share(edit, fit.rows, fit.targets, captions) / (1 + config.push)
-                for captions in (hidden, space.encode([fill(template, surrogate) for template in templates]).hidden)
+    own_templates = [templates for _ in phrases]
+    for _ in range(_ROUNDS):
+        pairs = zip(phrases.values(), own_templates, strict=True)
+        fits, hidden = [_fit(space, own, each, surrogate) for own, each in pairs], space.encode(kept).hidden
+        rows, targets = [fit.rows for fit in fits], [fit.targets for fit in fits]
+        edits = closed_form_edits(rows, targets, hidden.flatten(0, 1), config, _gram(space.tokens, config))
+        moved, before = torch.zeros(len(kept)), (kept, own_templates)
+        for k, (edit, fit) in enumerate(zip(edits, fits, strict=True)):
+            if _meaning(fit, hidden) < LEAST_MEANING:
+                continue  # says nothing that another caption could say, too
+            without = space.encode([fill(template, surrogate) for template in own_templates[k]]).hidden
+            own, share = (
+                moved_share(edit, fit.rows, fit.targets, each) / (1 + config.push) for each in (without, hidden)
             )
             moved = torch.maximum(moved, share)
-            left = _less(templates, own, len(templates) // 2)
-        own_templates.append(left)
-    return _less(kept, moved, _FEW), own_templates
+            own_templates = [
+                *own_templates[:k],
+                _less(own_templates[k], own, len(templates) // 2),
+                *own_templates[k + 1 :],
+            ]
+        kept = _less(kept, moved, _FEW)
+        if before == (kept, own_templates):
+            break
+    return kept, own_templates
 
 
 def _less(captions: list[str], moved: Tensor, fewest: int) -> list[str]:

@@ -17,7 +17,7 @@ from ...methods.errors import MembraneError
 from ...methods.membranes.closed_form import ClosedFormConfig
 from ...methods.membranes.concept_fit import T5_POSITIONS, fit_concepts
 from ...methods.membranes.types import Membranes
-from ...methods.text_space import Segment, TextFeatures, TextSpace
+from ...methods.text_space import Segment, TextFeatures, TextSpace, whole_words
 from ..base_weights import base_weights
 from .wordings import prompt_ids, tokenizer_of
 
@@ -89,14 +89,14 @@ def text_space(model, clip) -> TextSpace:
             f"this CLIP gives embeddings of width {width}, the model reads {expected}; connect the CLIP that belongs to"
             " the model"
         )
-    return TextSpace(encode, segments, tokens, pooled)
+    words = whole_words(tokenizer_of(clip, _first(_encoders(clip))).tokenizer.get_vocab())
+    return TextSpace(encode, segments, tokens, pooled, words)
 
 
 def encoder_of(model, clip) -> tuple[Callable, list[Segment]]:
     """(prompts -> features, segments) of a CLIP, as this model is given them."""
     names = _encoders(clip)
-    t5 = [name for name in names if name.startswith("t5")]
-    first = next(name for name in names if name not in t5) if len(names) > len(t5) else names[0]
+    t5, first = [name for name in names if name.startswith("t5")], _first(names)
     segments = [] if isinstance(model.model, comfy.model_base.Flux) else [_segment(clip, first, 0, causal=True)]
     if t5:
         segments.append(_segment(clip, t5[0], 77 if segments else 0, causal=False))
@@ -123,6 +123,11 @@ def encoder_of(model, clip) -> tuple[Callable, list[Segment]]:
         return TextFeatures(torch.cat([h[:, :length] for h in hidden]), vectors, ids)
 
     return encode, segments
+
+
+def _first(names: Sequence[str]) -> str:
+    """The encoder that is asked for words: the first CLIP, where there is one."""
+    return next((name for name in names if not name.startswith("t5")), names[0])
 
 
 def _encoders(clip) -> list[str]:

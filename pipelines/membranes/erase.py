@@ -15,7 +15,7 @@ from ...methods.membranes.types import Membranes
 from ...methods.membranes.visual_fit import VisualConfig
 from ...methods.text_space import TextSpace
 from ..family import Pipeline
-from ..text import encode_text, segments_of, text_projections
+from ..text import encode_text, segments_of, text_projections, vocabulary
 from ..weights import weights_of
 from .visual_fit import fit_visual
 
@@ -111,6 +111,6 @@ def erase_concepts(
         positions=None if last.causal else last.start + T5_POSITIONS,
     )
     tokens, pooled = (weights_of(pipe, group) for group in text_projections(pipe))
-    space = TextSpace(encode, segments, tokens, pooled)
+    space = TextSpace(encode, segments, tokens, pooled, vocabulary(pipe))
     words = fit_concepts(space, concepts, surrogate, preserve, synonyms=synonyms, templates=templates, config=config)
     return words + looks
