@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 from semiperm.methods.membranes import concept_fit, detector
 from semiperm.methods.membranes.captions import PRESERVE
 from semiperm.methods.membranes.concept_fit import fit_concepts
+from semiperm.methods.membranes.gates import probe_gate
 from semiperm.methods.membranes.types import LEAST_MEANING
+from semiperm.methods.membranes.vocabulary import other_words
 from semiperm.methods.text_space import Segment, TextFeatures, TextSpace
 
 WIDTH, LENGTH = 64, 40
@@ -55,6 +58,32 @@ def test_what_says_the_concept_in_other_words_is_not_held(space, monkeypatch):
     held = fit_concepts(space, "sketch")
     assert moved(free, "a sketch of a dog") > 1.1 * moved(held, "a sketch of a dog")
     assert moved(free, "a photo of a dog") < 0.2 * moved(free, "a sketch of a dog")
+
+
+def test_words_of_the_vocabulary_stand_beside_general_captions(space, monkeypatch):
+    """An encoder that takes English for noise: general captions alone tell "a word that means something" from it."""
+    made = [f"{a}{b}{c}" for a in "bdfg" for b in "aeiou" for c in ("nak", "rul")]
+    known = ("robot", "android", *made)
+    monkeypatch.setitem(MEANT, "android", "robot")
+    plain, thing = vector, vector("thing")
+
+    def knows_few(word):
+        return plain(word) + thing if word in known else plain(word) * (1.0 if word == "begin" else 0.01)
+
+    monkeypatch.setitem(globals(), "vector", knows_few)
+    blind = fit_concepts(space, "robot")[0].probe
+    seeing = fit_concepts(replace(space, vocabulary=sorted(known[:-10])), "robot")[0].probe
+    others = encode([f"{word} on a table" for word in known[-10:]]).hidden  # that the vocabulary does not have
+    assert probe_gate(others, seeing).mean() < 0.2 < 0.4 < probe_gate(others, blind).mean()
+    assert probe_gate(encode(["an android on a table"]).hidden, seeing).item() == 1.0, "what it takes for the same"
+
+
+def test_other_words_are_those_that_mean_most_and_something_else(space, monkeypatch):
+    monkeypatch.setitem(MEANT, "android", "robot")
+    words = ["android", "teapot", "phantom", "robot", "zzz", "moon"]
+    assert other_words(replace(space, vocabulary=words), ["robot"])[:2] in (["phantom", "moon"], ["moon", "phantom"])
+    assert "android" not in other_words(replace(space, vocabulary=words), ["robot"])
+    assert other_words(space, ["robot"]) == []
 
 
 def test_captions_that_a_user_gave_are_held(space, monkeypatch):
