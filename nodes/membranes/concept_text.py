@@ -89,8 +89,9 @@ def text_space(model, clip) -> TextSpace:
             f"this CLIP gives embeddings of width {width}, the model reads {expected}; connect the CLIP that belongs to"
             " the model"
         )
-    words = whole_words(tokenizer_of(clip, _first(_encoders(clip))).tokenizer.get_vocab())
-    return TextSpace(encode, segments, tokens, pooled, words)
+    tokenizer = getattr(tokenizer_of(clip, _first(_encoders(clip))), "tokenizer", None)
+    vocabulary = tokenizer.get_vocab() if hasattr(tokenizer, "get_vocab") else ()  # ComfyUI has some of other makes
+    return TextSpace(encode, segments, tokens, pooled, whole_words(vocabulary))
 
 
 def encoder_of(model, clip) -> tuple[Callable, list[Segment]]:

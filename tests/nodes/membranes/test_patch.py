@@ -37,7 +37,8 @@ def found(tmp_path_factory):
 
 def test_latents_equal_those_of_the_diffusers_face(found):
     assert found["effect"] > 1
-    assert found["plain against diffusers"] < 1e-4 and found["erased against diffusers"] < 1e-4
+    assert found["plain against diffusers"] < 1e-4
+    assert found["erased against diffusers"] < 1e-4 * found["effect"], "what is solved and added is rounded, too"
 
 
 def test_a_membrane_of_one_face_fits_the_other(found):
