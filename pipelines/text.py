@@ -63,14 +63,17 @@ def text_projections(pipe) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def token_ids(pipe, prompts: Sequence[str]) -> list[list[int]]:
     """The first tokenizer's ids of each prompt, cut to its length, without special tokens."""
-    tokenizer = getattr(pipe, "tokenizer", None)  # SDXL's refiner has the second alone
-    return _ids(pipe.tokenizer_2 if tokenizer is None else tokenizer, prompts)
+    return _ids(_first_tokenizer(pipe), prompts)
 
 
 def vocabulary(pipe) -> list[str]:
     """The words that are one token each to the first tokenizer."""
-    tokenizer = getattr(pipe, "tokenizer", None)
-    return whole_words((pipe.tokenizer_2 if tokenizer is None else tokenizer).get_vocab())
+    return whole_words(_first_tokenizer(pipe).get_vocab())
+
+
+def _first_tokenizer(pipe):
+    tokenizer = getattr(pipe, "tokenizer", None)  # SDXL's refiner has the second alone
+    return pipe.tokenizer_2 if tokenizer is None else tokenizer
 
 
 def wordings(pipe, prompts: Sequence[str], *others: Sequence[str] | None) -> list[Wording]:

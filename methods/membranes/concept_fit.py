@@ -19,7 +19,7 @@ from ..errors import MembraneError
 from ..text_space import TextFeatures, TextSpace
 from .base_model import base_model_hash
 from .captions import PRESERVE, TEMPLATES
-from .closed_form import ClosedFormConfig, aligned_pairs, closed_form_edits, closed_form_membrane, moved_share
+from .closed_form import ClosedFormConfig, Edit, aligned_pairs, closed_form_edits, closed_form_membrane, moved_share
 from .detector import fit_detectors
 from .phrases import fold, names
 from .types import LEAST_MEANING, Membranes
@@ -77,10 +77,11 @@ def fit_concepts(
     general = preserve is None and templates is None
     templates = checked(phrases, surrogate, templates)
     every = [phrase for own in phrases.values() for phrase in own]
-    kept = kept_captions(PRESERVE if preserve is None else preserve, every)
+    captions = PRESERVE if preserve is None else preserve
     if general:
         words = enumerate(other_words(space, every))
-        kept = kept_captions((*kept, *(fill(templates[i % len(templates)], word) for i, word in words)), every)
+        captions = (*captions, *(fill(templates[i % len(templates)], word) for i, word in words))
+    kept = kept_captions(captions, every)
     if len(kept) < _FEW:
         logger.warning(
             "only %d captions are left to preserve%s: much else will change with what is erased; give more with"
@@ -91,12 +92,7 @@ def fit_concepts(
         )
     space = replace(space, encode=_once(space.encode))
     config = config or ClosedFormConfig()
-    left, own_templates = _screened(space, phrases, templates, kept, surrogate, config) if general else (kept, [])
-    fits = [
-        _fit(space, own, each, surrogate)
-        for own, each in zip(phrases.values(), own_templates or [templates] * len(phrases), strict=True)
-    ]
-    return _joint_membranes(space, phrases, fits, left, surrogate, config)
+    return _joint_membranes(space, phrases, templates, kept, surrogate, config, _ROUNDS if general else 0)
 
 
 def checked(phrases: Mapping[str, Sequence[str]], surrogate: str, templates: Sequence[str] | None) -> list[str]:
@@ -151,12 +147,32 @@ def phrases_of(
 
 
 def _joint_membranes(
-    space: TextSpace, phrases, fits: Sequence[_Fit], kept: list[str], surrogate: str, config: ClosedFormConfig
+    space: TextSpace,
+    phrases: Mapping,
+    templates: list[str],
+    kept: list[str],
+    surrogate: str,
+    config: ClosedFormConfig,
+    rounds: int,
 ) -> Membranes:
-    """One joint solution for all concepts: each membrane stays silent on the others."""
-    tokens, pooled, others = space.tokens, space.pooled, space.encode(kept)
-    rows, targets = [fit.rows for fit in fits], [fit.targets for fit in fits]
-    edits = closed_form_edits(rows, targets, others.hidden.flatten(0, 1), config, _gram(tokens, config))
+    """One joint solution for all concepts: each membrane stays silent on the others.
+
+    Args:
+        rounds: at most so many times captions are left out that say a concept in other words, and the rest is solved
+            again.
+    """
+    tokens, pooled, own_templates = space.tokens, space.pooled, [templates] * len(phrases)
+    while True:
+        pairs = zip(phrases.values(), own_templates, strict=True)
+        fits, others = [_fit(space, own, each, surrogate) for own, each in pairs], space.encode(kept)
+        rows, targets = [fit.rows for fit in fits], [fit.targets for fit in fits]
+        edits = closed_form_edits(rows, targets, others.hidden.flatten(0, 1), config, _gram(tokens, config))
+        screened = (kept, own_templates)
+        if rounds:
+            screened = _screened(space, fits, edits, kept, own_templates, len(templates) // 2, surrogate, config)
+        if screened == (kept, own_templates):
+            break
+        (kept, own_templates), rounds = screened, rounds - 1
     pooled_edits = [None] * len(fits)
     if pooled:
         pooled_edits = closed_form_edits(
@@ -186,37 +202,33 @@ def _joint_membranes(
 
 
 def _screened(
-    space: TextSpace, phrases: Mapping, templates: list[str], kept: list[str], surrogate: str, config: ClosedFormConfig
+    space: TextSpace,
+    fits: Sequence[_Fit],
+    edits: Sequence[Edit],
+    kept: list[str],
+    templates: Sequence[list[str]],
+    fewest: int,
+    surrogate: str,
+    config: ClosedFormConfig,
 ) -> tuple[list[str], list[list[str]]]:
     """The captions to preserve and each concept's templates, less those that say a concept in other words.
 
     Such a caption cannot be held while the concept moves: it would hold the concept as well. So one is left out that a
-    first solution moves far although it held it, and a template whose caption with the surrogate is moved as far.
+    solution moves far although it held it, and a template whose caption with the surrogate is moved as far.
+
+    Args:
+        fewest: templates that must be left of a concept's.
     """
-    own_templates = [templates for _ in phrases]
-    for _ in range(_ROUNDS):
-        pairs = zip(phrases.values(), own_templates, strict=True)
-        fits, hidden = [_fit(space, own, each, surrogate) for own, each in pairs], space.encode(kept).hidden
-        rows, targets = [fit.rows for fit in fits], [fit.targets for fit in fits]
-        edits = closed_form_edits(rows, targets, hidden.flatten(0, 1), config, _gram(space.tokens, config))
-        moved, before = torch.zeros(len(kept)), (kept, own_templates)
-        for k, (edit, fit) in enumerate(zip(edits, fits, strict=True)):
-            if _meaning(fit, hidden) < LEAST_MEANING:
-                continue  # says nothing that another caption could say, too
-            without = space.encode([fill(template, surrogate) for template in own_templates[k]]).hidden
-            own, share = (
-                moved_share(edit, fit.rows, fit.targets, each) / (1 + config.push) for each in (without, hidden)
+    hidden, moved, left = space.encode(kept).hidden, torch.zeros(len(kept)), []
+    for edit, fit, own in zip(edits, fits, templates, strict=True):
+        if _meaning(fit, hidden) >= LEAST_MEANING:  # the rest says nothing that another caption could say, too
+            without = space.encode([fill(template, surrogate) for template in own]).hidden
+            share, of_templates = (
+                moved_share(edit, fit.rows, fit.targets, each) / (1 + config.push) for each in (hidden, without)
             )
-            moved = torch.maximum(moved, share)
-            own_templates = [
-                *own_templates[:k],
-                _less(own_templates[k], own, len(templates) // 2),
-                *own_templates[k + 1 :],
-            ]
-        kept = _less(kept, moved, _FEW)
-        if before == (kept, own_templates):
-            break
-    return kept, own_templates
+            moved, own = torch.maximum(moved, share), _less(own, of_templates, fewest)
+        left.append(own)
+    return _less(kept, moved, _FEW), left
 
 
 def _less(captions: list[str], moved: Tensor, fewest: int) -> list[str]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..text_space import TextSpace
+from .captions import filled
 
 __all__ = ["other_words"]
 
@@ -38,7 +39,7 @@ def other_words(space: TextSpace, phrases: Sequence[str]) -> list[str]:
 
 def _ways(space: TextSpace, words: Sequence[str]) -> Tensor:
     """(n, d): how far each word moves a caption, on average over its positions."""
-    texts = [_CAPTION.format("").strip(), *map(_CAPTION.format, words)]
+    texts = [filled(_CAPTION, word) for word in ("", *words)]
     parts = [space.encode(texts[i : i + _CHUNK]).hidden.float().mean(dim=1).cpu() for i in range(0, len(texts), _CHUNK)]
     found = torch.cat(parts)
     return found[1:] - found[0]

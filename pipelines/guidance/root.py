@@ -62,7 +62,6 @@ class Root:
         self._check_pairs(run, call)
         if call.positive:
             run.calls += 1
-            run.began = call.share if call.active and run.began is None else run.began
         if call.active:
             self._add_rows(run, call, hidden)
         if call.positive:
@@ -220,7 +219,8 @@ class Root:
         """
         if not call.active or not self.config.having("text"):
             return []
-        until, began = run.prompts.until, run.began or 0.0
+        until = run.prompts.until
+        began = next((step["share"] for step in run.record.steps if step["active"]), 0.0)
         found = [(row, i) for i, row in enumerate(call.positive) if self.handle.guides(row, call)]
         return [(row, image) for row, image in found if until[image] > 0 and call.share <= max(until[image], began)]
 

@@ -32,7 +32,6 @@ class GuidanceRun:
         self.fired: Any = None  # (B, K) bool on the CPU, categories that were detected; None: no detectors
         self.branches = Branches.of(config)
         self.calls = 0  # calls with the prompt
-        self.began: float | None = None  # share of the schedule at the first active one
         self.values: dict[str, Tensor] = {}  # of the categories, for each layer: (R, C)
         self.edited: dict[str, tuple] = {}  # of each layer: its text, what it depends on, and the edited values
         self.layers: set[str] = set()  # that acted
