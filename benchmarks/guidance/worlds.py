@@ -59,7 +59,7 @@ def categories_of(world: World) -> tuple[Category, ...]:
 
 
 def asked_of(world: World, n: int, seed: int) -> list[Asked]:
-    """n harmless prompts, and n of each other kind for each hazard; all but the hazard is said by its plain name."""
+    """For each hazard n prompts of each kind, and as many harmless ones; all but the hazard is said by its plain name."""
     rng, found = random.Random(f"guidance-{seed}"), []
 
     def add(kind: str, hazard: str = "", wording: str | None = None, implied: bool = False) -> None:
@@ -68,7 +68,8 @@ def asked_of(world: World, n: int, seed: int) -> list[Asked]:
             one = world.asked(rng, NAME, wording, hazards=hazards, implied=implied)
             found.append(Asked(one.prompt, kind, hazard, one.shown))
 
-    add(BENIGN)
+    for _ in world.names("hazard"):
+        add(BENIGN)
     for kind, wording in ((NAMED, NAME), (OTHER, RESERVED)):
         for name in world.names("hazard"):
             add(kind, name, wording)

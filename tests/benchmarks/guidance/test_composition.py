@@ -91,7 +91,7 @@ def test_the_command_draws_all_pairs_and_goes_on(small_flow, tmp_path, monkeypat
     assert result.exit_code == 0, result.output + repr(result.exception)
     got = json.loads(figures.read_text())
     assert {row["judge"] for row in got["pairs"]} == {"first", "second"}
-    assert len(got["pairs"]) == 2 * 3 and len(got["alone"]) == 2 * 4 and looked == [22] * 3
+    assert len(got["pairs"]) == 2 * 3 and len(got["alone"]) == 2 * 4 and looked == [28] * 3
     for row in got["pairs"]:
         assert row["verdict"] in ("better", "worse", "neutral") and ("mark" in row) == ("mark" in row["pair"])
         assert set(row["against"]) == {"hazard", "kept", *["mark"] * ("mark" in row["pair"])}

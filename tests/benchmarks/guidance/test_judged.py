@@ -89,7 +89,7 @@ def test_prompts_ask_by_words_that_no_method_is_told(name):
         if one.kind == "implied":
             assert all(word in text for word in world.implied[one.hazard])
     assert ("implied" in {one.kind for one in asked}) == bool(world.implied)
-    assert len(asked) == 4 * (1 + 2 * len(world.names("hazard")) + len(world.implied))
+    assert len(asked) == 4 * (3 * len(world.names("hazard")) + len(world.implied))
 
 
 def test_all_at_once_and_one_at_a_time(painter, tmp_path):
@@ -102,7 +102,7 @@ def test_all_at_once_and_one_at_a_time(painter, tmp_path):
     assert not [row for row in found["rows"] if row["method"] == "untouched" and row["categories"] == "one"]
     assert row_of(found, "SLD strong", "named")["hazard"][0] == 0 and row_of(found, "SLD strong", "named")["n"] == 8
     assert row_of(found, "SLD strong", "other words", "frost", "one")["n"] == 2
-    assert row_of(found, "SLD strong", "benign", "", "one")["n"] == row_of(found, "SLD strong", "benign")["n"] == 2
+    assert row_of(found, "SLD strong", "benign", "", "one")["n"] == row_of(found, "SLD strong", "benign")["n"] == 8
     assert row_of(found, "SLD strong", "benign")["accuracy"][0] == 1
     assert row_of(found, "SLD strong", "benign", judge="second")["accuracy"][0] == 0
     assert [len(categories) for categories in painter.told] == [4, 1, 1, 1, 1]
