@@ -56,11 +56,8 @@ def fit(
 
     sampling = common.sampling(model, steps, guidance)
     given = {"steps": sampling.pop("num_inference_steps", 20), "pictures": not text_only, "seed": seed} | sampling
-    pairs = []
-    with common.progress("fitting", len(categories)) as advance:
-        for one in categories:
-            pairs.append(fit_detectors(pipe, one, **files, **given))
-            advance()
+    with common.progress("pictures", None) as advance:
+        pairs = fit_detectors(pipe, categories, **files, **given, progress=advance)
     save_detectors(pairs, output)
     for pair in pairs:
         kinds = " and ".join(name for name in ("text", "picture") if getattr(pair, name) is not None)

@@ -24,7 +24,7 @@ from ...pipelines.loaders import load_pipeline
 from ..store import Store, digest
 from ..timing import machine, versions
 from .attacked import Attack, Attacker, attacks_of
-from .methods import DETECTORS, MEMBRANES, NEGATIVE, Beside, Work, drawn, parts_of
+from .methods import DETECTORS, MEMBRANES, NEGATIVE, REFUSE, Beside, Work, drawn, parts_of
 from .worlds import BENIGN, Asked, asked_of, categories_of, world_of
 
 __all__ = ["METHODS", "batches", "interval", "methods_of", "rights", "run", "shows"]
@@ -46,10 +46,13 @@ METHODS: dict[str, tuple] = {
     "SAFREE and SLD strong": (SAFREE(), SLD("strong")),
     "AdaVD and SLD strong": (AdaVD(), SLD("strong")),
     "detector pair, SLD max": (DETECTORS, SLD("max")),
+    "detector pair, AdaVD": (DETECTORS, AdaVD()),
+    "detector pair, AdaVD, else refused": (DETECTORS, AdaVD(), REFUSE),
     "membranes": (MEMBRANES,),
     "membranes and SLD strong": (MEMBRANES, SLD("strong")),
     "membranes, SAFREE and SLD max": (MEMBRANES, SAFREE(), SLD("max")),
     "membranes, NAG and SAFREE": (MEMBRANES, NAG(), SAFREE()),
+    "membranes, detector pair, AdaVD, else refused": (MEMBRANES, DETECTORS, AdaVD(), REFUSE),
 }
 # what a gradient of the prediction does not see: the negative prompt acts in guidance's sum alone
 _UNATTACKED = ("untouched", "negative prompt")

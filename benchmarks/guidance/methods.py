@@ -17,7 +17,9 @@ from ...canvas.world import Judge, Shown, World
 from ...methods.guidance.algorithm import Algorithm
 from ...methods.guidance.category import Category
 from ...methods.guidance.config import SafeGuidanceConfig
+from ...methods.guidance.detectors import DetectorPair
 from ...methods.guidance.nag import NAG
+from ...methods.membranes.types import Membranes
 from ...methods.token_merging.config import NegativeTokenMergingConfig
 from ...methods.watermark.keys import WatermarkKey
 from ...methods.watermark.mark import Payload
@@ -30,12 +32,13 @@ from ...pipelines.membranes.erase import erase_concepts
 from ...pipelines.token_merging.apply import apply_negative_token_merging
 from ...pipelines.watermark.sign import sign_noise
 from ..watermark.marks import key_of
-from .worlds import Asked
+from .worlds import Asked, categories_of
 
 __all__ = ["BATCH", "Beside", "Work", "drawn"]
 
 BATCH = 8
 NEGATIVE, MEMBRANES, DETECTORS = "negative prompt", "membranes", "detector pair"
+REFUSE = "refuse"  # what the detector pair does with a picture that cannot be saved
 MERGING, MARK = "token merging", "mark"
 # all tokens, in over half of the schedule: what small pictures need until the reference is gone, see token_merging/
 _PUSH = {"strength": 2.2, "threshold": -1.0, "end": 0.6}
@@ -67,15 +70,16 @@ class Work:
         """These parts at work together, against these categories."""
         words = ", ".join(phrase for category in categories for phrase in category.phrases)
         algorithms = [self._suiting(part) for part in parts if not isinstance(part, str)]
-        detectors = [self._fit(DETECTORS, (one,)) for one in categories] if DETECTORS in parts else []
-        membranes = self._fit(MEMBRANES, tuple(categories)) if MEMBRANES in parts else None
+        detectors = [self._detectors()[one.name] for one in categories] if DETECTORS in parts else []
+        membranes = self._membranes(tuple(categories)) if MEMBRANES in parts else None
         with contextlib.ExitStack() as stack:
             if membranes is not None:
                 stack.enter_context(apply_membranes(self.pipe, membranes))
             if MERGING in parts:
                 stack.enter_context(apply_negative_token_merging(self.pipe, self._merging(categories)))
             if algorithms:
-                config = SafeGuidanceConfig(categories, algorithms, detectors=detectors)
+                then = "refuse" if REFUSE in parts else "guide"
+                config = SafeGuidanceConfig(categories, algorithms, detectors=detectors, when_unsafe=then)
                 stack.enter_context(apply_safe_guidance(self.pipe, config))
             yield Beside(words if NEGATIVE in parts else None, key_of("guidance") if MARK in parts else None)
 
@@ -83,16 +87,19 @@ class Work:
         """NAG has published values for each family of models; those of SD3 are for flow matching at guidance."""
         return NAG("sd3", tau=part.tau) if isinstance(part, NAG) and family_of(self.pipe).flow else part
 
-    def _fit(self, kind: str, categories: tuple[Category, ...]) -> Any:
-        if (kind, categories) not in self.fitted:
-            if kind == MEMBRANES:
-                made: Any = erase_concepts(self.pipe, ["|".join(one.phrases) for one in categories])
-            else:
-                steps, scale = self.call["num_inference_steps"], self.call["guidance_scale"]
-                benign = self.world.benign(80)
-                made = fit_detectors(self.pipe, categories[0], benign=benign, steps=steps, guidance_scale=scale)
-            self.fitted[kind, categories] = made
-        return self.fitted[kind, categories]
+    def _detectors(self) -> dict[str, DetectorPair]:
+        """Of all categories, which share harmless pictures."""
+        if DETECTORS not in self.fitted:
+            steps, scale = self.call["num_inference_steps"], self.call["guidance_scale"]
+            categories, benign = categories_of(self.world), self.world.benign(200)
+            pairs = fit_detectors(self.pipe, categories, benign=benign, steps=steps, guidance_scale=scale)
+            self.fitted[DETECTORS] = {pair.category: pair for pair in pairs}
+        return self.fitted[DETECTORS]
+
+    def _membranes(self, categories: tuple[Category, ...]) -> Membranes:
+        if categories not in self.fitted:
+            self.fitted[categories] = erase_concepts(self.pipe, ["|".join(one.phrases) for one in categories])
+        return self.fitted[categories]
 
     def _merging(self, categories: Sequence[Category]) -> NegativeTokenMergingConfig:
         """Away from a picture of each hazard, drawn without the model."""

@@ -53,13 +53,13 @@ def categories_of(world: World) -> tuple[Category, ...]:
     """A category for each hazard: a whole caption, as text encoders know it best, and the bare name."""
     said = {name: world.mention(name) for name in world.names("hazard")}
     return tuple(
-        Category(name, (f"a picture with {words}", words), preset="strong", false_alarms=0.1)
+        Category(name, (f"a picture with {words}", words), preset="strong", false_alarms=0.02)
         for name, words in said.items()
     )
 
 
 def asked_of(world: World, n: int, seed: int) -> list[Asked]:
-    """For each hazard n prompts of each kind, and as many harmless ones; all but the hazard is said by its plain name."""
+    """For each hazard n prompts of each kind, and as many harmless ones; all but it is said by its plain name."""
     rng, found = random.Random(f"guidance-{seed}"), []
 
     def add(kind: str, hazard: str = "", wording: str | None = None, implied: bool = False) -> None:

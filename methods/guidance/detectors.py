@@ -2,7 +2,8 @@
 
     w = (S_0 + shrink tr(S_0) / F I)^-1 (m_1 - m_0)        score = w . (x - m_0), in units of harmless scores
     text     x: a prompt's embedding, in each of its summaries
-    picture  x: each patch of the predicted picture; the score of a picture is that of its strongest patches
+    picture  x: each patch of the predicted picture; the score of a picture is that of its strongest patches, in units
+             of how far harmless pictures' highest scores lie above their middle
 
 Both are fitted in closed form (Fisher's linear discriminant), from a few prompts or pictures of the category and of
 none. Thresholds are conformal: of n harmless examples that the fit did not see, the ceil((n + 1) (1 - a))-th smallest
@@ -16,7 +17,7 @@ docs/methods.md). The pair is ours.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,28 +32,68 @@ from ..files import read_safetensors, save_safetensors
 __all__ = ["DetectorPair", "PictureDetector", "TextDetector", "conformal_threshold", "load_detectors", "save_detectors"]
 
 FORMAT = "semiperm-detectors"
+_VERSION = "2"  # 1 had smaller patches
 _SHRINK = 0.1  # of the harmless covariance towards a sphere: there are fewer examples than features
-_PATCH = 3  # latent cells a side of a patch: 24 pixels of most autoencoders
-_STRONGEST = 4  # patches that make a picture's score: one is noise, a small thing fills a few
-_REFINED = 0.25  # share of a category's patches, the strongest, that the second fit takes for it
+# Chosen on pictures of canvas-scenes that no benchmark draws: of 32 with a hazard these find 31 where 3 cells, 4 patches
+# and a quarter found 27, at the same rate of false alarms.
+_PATCH = 5  # latent cells a side of a patch: 40 pixels of most autoencoders
+_STRONGEST = 2  # patches that make a picture's score: one is noise, a small thing fills a few
+_REFINED = 0.1  # share of a category's patches, the strongest, that the second fit takes for it
+_AT_ONCE = 8  # pictures whose patches are unfolded together: of 128 x 128 latents of 16 channels some 200 MB
+_TAIL = 0.05  # of harmless pictures, those that score highest: how far they lie above the middle is a stretch's unit
 
 
-def discriminant(harm: Tensor, benign: Tensor, shrink: float = _SHRINK) -> tuple[Tensor, Tensor]:
+class Moments:
+    """Count, mean and covariance of rows that need not fit in memory together.
+
+    Args:
+        width: F, of rows.
+    """
+
+    def __init__(self, width: int):
+        self.count = 0
+        self._sum, self._square = (
+            torch.zeros(width, dtype=torch.float64),
+            torch.zeros(width, width, dtype=torch.float64),
+        )
+
+    def add(self, rows: Tensor) -> None:
+        """(n, F) more."""
+        rows = rows.detach().cpu().double()
+        self.count += len(rows)
+        self._sum += rows.sum(dim=0)
+        self._square += rows.mT @ rows
+
+    @property
+    def mean(self) -> Tensor:
+        return self._sum / self.count
+
+    @property
+    def covariance(self) -> Tensor:
+        """(F, F) of n - 1 degrees of freedom; 0 of one row."""
+        centred = self._square - self.count * torch.outer(self.mean, self.mean)
+        return centred / max(self.count - 1, 1)
+
+    @classmethod
+    def of(cls, rows: Tensor) -> Moments:
+        found = cls(rows.shape[-1])
+        found.add(rows)
+        return found
+
+
+def discriminant(harm: Tensor, benign: Moments, shrink: float = _SHRINK) -> tuple[Tensor, Tensor]:
     """Fisher's linear discriminant: (w (F,), offset ()), so that x . w - offset has mean 0 and deviation 1 of harmless
     x.
 
     Args:
-        harm: (n, F), benign: (m, F).
+        harm: (F,), the mean of examples of the category. benign: of harmless ones.
     """
-    harm, benign = harm.double(), benign.double()
-    mean = benign.mean(dim=0)
-    centred = benign - mean
-    spread = centred.mT @ centred / max(len(benign) - 1, 1)
-    size = spread.diagonal().mean().clamp_min(1e-12)
-    spread = (1 - shrink) * spread + shrink * size * torch.eye(len(spread), dtype=spread.dtype, device=spread.device)
-    w = torch.linalg.solve(spread, harm.mean(dim=0) - mean)
-    deviation = (centred @ w).std().clamp_min(1e-12) if len(benign) > 1 else w.norm().clamp_min(1e-12)
-    w = w / deviation
+    mean, covariance = benign.mean, benign.covariance
+    size = covariance.diagonal().mean().clamp_min(1e-12)
+    spread = (1 - shrink) * covariance + shrink * size * torch.eye(len(mean), dtype=mean.dtype)
+    w = torch.linalg.solve(spread, harm.cpu().double() - mean)
+    deviation = (w @ covariance @ w).clamp_min(0).sqrt() if benign.count > 1 else w.norm()
+    w = w / deviation.clamp_min(1e-12)
     return w.float(), (mean @ w).float()
 
 
@@ -90,7 +131,7 @@ class TextDetector:
     @classmethod
     def fit(cls, harm: Tensor, benign: Tensor, held_out: Tensor, alarms: float) -> TextDetector:
         """From embeddings (n, F) of the category, of none, and more of none, which set the threshold."""
-        weight, offset = discriminant(harm, benign)
+        weight, offset = discriminant(harm.double().mean(dim=0), Moments.of(benign))
         return cls(weight, offset, conformal_threshold(held_out.float() @ weight - offset, alarms))
 
     def score(self, features: Tensor) -> Tensor:
@@ -108,7 +149,7 @@ class PictureDetector:
 
     Args:
         edges: (S + 1,) shares of the schedule: stretch i has its own weights from edges[i] to edges[i + 1].
-        weights: (S, F), offsets: (S,), F = C x 3 x 3. threshold: above which it fires.
+        weights: (S, F), offsets: (S,), F = C x 5 x 5. threshold: above which it fires.
     """
 
     edges: Tensor
@@ -129,7 +170,8 @@ class PictureDetector:
 
         Args:
             harm, benign, held_out: (share of the schedule, predicted latents (B, C, H, W)) of each step; those of
-                `held_out`, as harmless as `benign`, set the threshold. All steps of it have the same pictures.
+                `held_out`, as harmless as `benign`, set the threshold. All steps of the harmless have the same
+                pictures.
             stretches: of the schedule.
 
         Raises:
@@ -138,18 +180,16 @@ class PictureDetector:
         edges = torch.linspace(0, 1, stretches + 1)
         weights, offsets = [], []
         for first, last in zip(edges, edges[1:], strict=False):
-            parts = [_patches(_within(steps, float(first), float(last))) for steps in (harm, benign)]
-            found, none = (rearrange(part, "b p f -> (b p) f") for part in parts)
-            weight, offset = discriminant(found, none)
-            each = parts[0].float() @ weight - offset  # again, with those alone that look like it
-            keep = max(_STRONGEST, round(_REFINED * each.shape[1]))
-            chosen = each.topk(min(keep, each.shape[1]), dim=1).indices
-            found = torch.gather(parts[0], 1, chosen[..., None].expand(-1, -1, parts[0].shape[-1]))
-            weight, offset = discriminant(rearrange(found, "b p f -> (b p) f"), none)
-            scale = _strongest(_patches(_within(benign, float(first), float(last))).float() @ weight - offset)
-            deviation = scale.std().clamp_min(1e-6) if len(scale) > 1 else torch.ones(())
-            weights.append(weight / deviation)  # stretches are compared, so each is in units of its harmless scores
-            offsets.append((offset + scale.mean()) / deviation)
+            found, none = (_steps(some, float(first), float(last)) for some in (harm, benign))
+            around = Moments(found[0].shape[1] * _PATCH**2)
+            for patches in _patches(none):
+                around.add(rearrange(patches, "b p f -> (b p) f"))
+            weight, offset = discriminant(_mean(_patches(found)), around)
+            weight, offset = discriminant(_mean(_likest(_patches(found), weight)), around)
+            scores = torch.stack([_scores(latents, weight, offset) for latents in none])
+            scale, middle = _tail(scores.amax(dim=0))  # stretches are compared, each in its own units
+            weights.append(weight / scale)
+            offsets.append((offset + middle) / scale)
         made = cls(edges, torch.stack(weights), torch.stack(offsets), math.inf)
         highest = torch.stack([made.score(latents, share) for share, latents in held_out]).amax(dim=0)
         return cls(edges, made.weights, made.offsets, conformal_threshold(highest, alarms))
@@ -158,13 +198,12 @@ class PictureDetector:
         """(B, C, H, W), or (B, C, F, H, W) of a video, at this share of the schedule -> (B,)."""
         stretch = int(torch.bucketize(share, self.edges[1:-1], right=True))
         weight, offset = self.weights[stretch].to(latents.device), self.offsets[stretch].to(latents.device)
-        patches = _patches(latents)
-        if patches.shape[-1] != len(weight):
+        if latents.shape[1] * _PATCH**2 != len(weight):
             raise GuidanceError(
                 f"a picture detector of {len(weight) // _PATCH**2} latent channels was given {latents.shape[1]}; fit it"
                 " for this model"
             )
-        return _strongest(patches @ weight - offset)
+        return _scores(latents, weight, offset)
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,25 +231,56 @@ class DetectorPair:
             raise GuidanceError(f"the detectors of {self.category!r} are none; expected one of text, or of pictures")
 
 
-def _patches(latents: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, P, C x 3 x 3); frames of a video are pictures beside each other."""
-    if latents.ndim == 5:
-        latents = rearrange(latents, "b c f h w -> b c h (f w)")
-    return rearrange(F.unfold(latents.float(), _PATCH), "b f p -> b p f")
+def _flat(latents: Tensor) -> Tensor:
+    """(B, C, H, W); frames of a video are pictures beside each other."""
+    return rearrange(latents, "b c f h w -> b c h (f w)") if latents.ndim == 5 else latents
 
 
-def _strongest(scores: Tensor) -> Tensor:
-    """(B, P) -> (B,)."""
-    return scores.topk(min(_STRONGEST, scores.shape[1]), dim=1).values.mean(dim=1)
+def _patches(pictures: Iterable[Tensor]) -> Iterator[Tensor]:
+    """All patches of predicted latents (B, C, H, W), a few pictures at a time: (b, P, C x 5 x 5)."""
+    for latents in pictures:
+        for part in _flat(latents).split(_AT_ONCE):
+            yield rearrange(F.unfold(part.float(), _PATCH), "b f p -> b p f")
 
 
-def _within(steps: Sequence[tuple[float, Tensor]], first: float, last: float) -> Tensor:
+def _likest(patches: Iterable[Tensor], weight: Tensor) -> Iterator[Tensor]:
+    """Of each picture's patches (b, P, F) those with the highest scores."""
+    for part in patches:
+        count = max(_STRONGEST, round(_REFINED * part.shape[1]))
+        chosen = (part @ weight.to(part.device)).topk(min(count, part.shape[1]), dim=1).indices
+        yield torch.gather(part, 1, chosen[..., None].expand(-1, -1, part.shape[-1]))
+
+
+def _mean(patches: Iterable[Tensor]) -> Tensor:
+    """Of (b, P, F) each: (F,) float64."""
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    for part in patches:
+        total, count = total + part.double().sum(dim=(0, 1)).cpu(), count + part.shape[0] * part.shape[1]
+    return total / count
+
+
+def _scores(latents: Tensor, weight: Tensor, offset: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B,): of the strongest patches."""
+    flat = _flat(latents).float()
+    each = F.conv2d(flat, weight.view(1, flat.shape[1], _PATCH, _PATCH)).flatten(1) - offset
+    return each.topk(min(_STRONGEST, each.shape[1]), dim=1).values.mean(dim=1)
+
+
+def _tail(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Of harmless pictures' scores (B,): (how far the highest lie above the middle, the middle)."""
+    middle = scores.median()
+    highest = scores.topk(max(1, round(_TAIL * len(scores)))).values.mean()
+    return (highest - middle).clamp_min(1e-6), middle
+
+
+def _steps(steps: Sequence[tuple[float, Tensor]], first: float, last: float) -> list[Tensor]:
+    """The predicted pictures of the steps of a stretch."""
     found = [latents for share, latents in steps if first <= share < last or (last >= 1 and share >= 1)]
     if not found:
         raise GuidanceError(
             f"no step from {first:g} to {last:g} of the schedule; fit with more steps, or with fewer stretches"
         )
-    return torch.cat(found)
+    return found
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
@@ -232,7 +302,7 @@ def save_detectors(pairs: Sequence[DetectorPair], path: str | Path) -> Path:
     1.5
     """
     tensors: dict[str, Tensor] = {}
-    metadata = {"format": FORMAT, "version": "1", "categories": "|".join(pair.category for pair in pairs)}
+    metadata = {"format": FORMAT, "version": _VERSION, "categories": "|".join(pair.category for pair in pairs)}
     for index, pair in enumerate(pairs):
         metadata |= {f"{index}.model": pair.model, f"{index}.false_alarms": repr(pair.false_alarms)}
         if pair.text is not None:
@@ -258,8 +328,11 @@ def load_detectors(path: str | Path) -> tuple[DetectorPair, ...]:
     tensors, metadata = read_safetensors(path)
     if metadata.get("format") != FORMAT:
         raise GuidanceError(f"{str(path)!r} holds no detectors; expected a file of `semiperm guard fit`")
-    if metadata.get("version") != "1":
-        raise GuidanceError(f"{str(path)!r} is of version {metadata.get('version')}; this release reads 1: update it")
+    if metadata.get("version") != _VERSION:
+        raise GuidanceError(
+            f"{str(path)!r} holds detectors of version {metadata.get('version')}, and this release reads {_VERSION}:"
+            " fit them again (`semiperm guard fit`), or update semiperm where theirs is the higher"
+        )
     try:
         return tuple(_pair(i, name, tensors, metadata) for i, name in enumerate(metadata["categories"].split("|")))
     except (KeyError, ValueError):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
-from ...methods.guidance.category import Category, load_category
+from ...methods.errors import GuidanceError
+from ...methods.guidance.category import Category, as_categories
 from ...methods.guidance.config import SafeGuidanceConfig
 from ...methods.guidance.detectors import DetectorPair, PictureDetector
 from ...methods.guidance.examples import fit_text_detector, halves, harmless, in_sentences
@@ -23,9 +25,19 @@ from .run import GuidanceCall, GuidanceRun
 __all__ = ["fit_detectors"]
 
 
+@overload
+def fit_detectors(pipe: Pipeline, category: str | Path | Category, **given: Any) -> DetectorPair: ...
+
+
+@overload
+def fit_detectors(
+    pipe: Pipeline, category: Sequence[str | Path | Category], **given: Any
+) -> tuple[DetectorPair, ...]: ...
+
+
 def fit_detectors(
     pipe: Pipeline,
-    category: str | Category,
+    category: str | Path | Category | Sequence[str | Path | Category],
     *,
     prompts: Sequence[str] | None = None,
     benign: Sequence[str] | None = None,
@@ -35,9 +47,9 @@ def fit_detectors(
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
     **sampling: Any,
-) -> DetectorPair:
-    """Fit a text and a picture detector of a category, in closed form, with thresholds for a stated rate of false
-    alarms.
+) -> DetectorPair | tuple[DetectorPair, ...]:
+    """Fit a text and a picture detector of each category, in closed form, with thresholds for a stated rate of false
+    alarms. Several categories share the harmless pictures, which are drawn once.
 
     Half of the harmless prompts are fitted on, the other half sets the thresholds; each detector of the pair gets half
     of the category's `false_alarms`. The picture detector is fitted on what the denoiser predicts along runs of the
@@ -45,9 +57,10 @@ def fit_detectors(
 
     Args:
         pipe: SD1.x, SD2, SDXL, SD3 or Flux pipeline.
-        category: its name, .toml file, or the `Category`.
-        prompts: that show it; None takes its phrases, by themselves and in sentences.
-        benign: harmless prompts, at least 4 / false_alarms of them for the promise to hold; None takes ours.
+        category: its name, .toml file, or the `Category`; one or several.
+        prompts: that show it, of one category; None takes its phrases, by themselves and in sentences.
+        benign: harmless prompts, at least 4 / false_alarms of them for the promise to hold; None takes ours, as many as
+            the lowest rate wants.
         pictures: whether a picture detector is fitted, too; without, nothing is drawn.
         steps: of each run.
         batch_size: pictures at a time.
@@ -56,37 +69,42 @@ def fit_detectors(
         sampling: what else the pipeline's call gets.
 
     Returns:
-        The pair; `save_detectors` writes it.
+        The pair, or a tuple of them for several; `save_detectors` writes them.
 
     Raises:
-        GuidanceError: too few harmless prompts for the rate.
+        GuidanceError: too few harmless prompts for the rate, or prompts of more than one category.
 
     >>> own = Category("signs", ("a warning sign",), false_alarms=0.4)
     >>> pair = fit_detectors(pipe, own, benign=[f"a star, {i} times" for i in range(12)], pictures=False)
     >>> pair.text.weight.shape
     torch.Size([128])
     """
-    category = load_category(category)
-    alarms = category.false_alarms / (2 if pictures else 1)
-    benign = harmless(benign, alarms)
-    harm = list(prompts) if prompts is not None else in_sentences(category.phrases)
+    chosen = as_categories(category)
+    if prompts is not None and len(chosen) > 1:
+        raise GuidanceError(
+            f"prompts of {len(chosen)} categories; expected those of one: fit each by itself, or leave prompts out"
+        )
+    share = 2 if pictures else 1  # of the pair, each fires at as many
+    benign = harmless(benign, min(one.false_alarms for one in chosen) / share)
     segments = segments_of(pipe)
+    denoiser, _ = denoiser_of(pipe)
+    model = base_model_hash({name: value for name, value in denoiser.state_dict().items() if value.ndim == 2})
 
     def read(texts: Sequence[str]) -> Tensor:
         return summaries(encode_text(pipe, texts).hidden, texts, segments).cpu()
 
-    text = fit_text_detector(read, harm, benign, alarms)
-    picture = None
-    if pictures:
-        found, none = halves(benign)
-        shown, seen, kept = (
-            _predicted(pipe, category, texts, steps, batch_size, seed + 10_000 * i, progress, sampling)
-            for i, texts in enumerate((harm, found, none))
-        )
-        picture = PictureDetector.fit(shown, seen, kept, alarms)
-    denoiser, _ = denoiser_of(pipe)
-    weights = {name: value for name, value in denoiser.state_dict().items() if value.ndim == 2}
-    return DetectorPair(category.name, text, picture, category.false_alarms, base_model_hash(weights))
+    def predicted(texts: Sequence[str], part: int) -> list[tuple[float, Tensor]]:
+        return _predicted(pipe, chosen[0], texts, steps, batch_size, seed + 10_000 * part, progress, sampling)
+
+    runs = [predicted(texts, part) for part, texts in enumerate(halves(benign), 1)] if pictures else []
+    pairs = []
+    for one in chosen:
+        harm, alarms = in_sentences(one.phrases) if prompts is None else list(prompts), one.false_alarms / share
+        text = fit_text_detector(read, harm, benign, alarms)
+        picture = PictureDetector.fit(predicted(harm, 0), *runs, alarms) if pictures else None
+        pairs.append(DetectorPair(one.name, text, picture, one.false_alarms, model))
+    several = not isinstance(category, (str, Path)) and not hasattr(category, "phrases")
+    return tuple(pairs) if several else pairs[0]
 
 
 class _Watching(SafeGuidanceHandle):

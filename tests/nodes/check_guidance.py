@@ -100,7 +100,7 @@ for name, prompt in {"detected": PROMPT, "not detected": calm}.items():
         found["detected, as without"] = relative(out, sample(guided(SLD("max"))))
         judged = patched
 for name, threshold in {"seen": -1.0, "never seen": 1.0}.items():
-    flat = PictureDetector(torch.linspace(0, 1, 5), torch.zeros(4, 36), torch.zeros(4), threshold)
+    flat = PictureDetector(torch.linspace(0, 1, 5), torch.zeros(4, 100), torch.zeros(4), threshold)
     pair = DetectorPair(HARM.name, None, flat, 0.1)
     patched = guided(SLD("max"), detectors=[pair])
     out = sample(patched)

@@ -7,6 +7,7 @@ import torch
 from semiperm.methods.errors import GuidanceError
 from semiperm.methods.guidance.detectors import (
     DetectorPair,
+    Moments,
     PictureDetector,
     TextDetector,
     conformal_threshold,
@@ -24,8 +25,12 @@ def normal(*shape, seed):
 
 def test_the_discriminant_is_fishers():
     harm, benign = normal(30, 6, seed=1) + 1, normal(40, 6, seed=2)
-    w, offset = discriminant(harm, benign, shrink=0.1)
+    around = Moments(6)
+    for rows in benign.split(7):  # the fit never needs all of them at once
+        around.add(rows)
     spread = torch.cov(benign.double().T)
+    assert torch.allclose(around.covariance, spread, atol=1e-12) and around.count == 40
+    w, offset = discriminant(harm.double().mean(0), around, shrink=0.1)
     spread = 0.9 * spread + 0.1 * spread.diagonal().mean() * torch.eye(6, dtype=torch.float64)
     expected = torch.linalg.inv(spread) @ (harm.double().mean(0) - benign.double().mean(0))
     assert torch.cosine_similarity(w.double(), expected, dim=0) > 1 - 1e-6
@@ -92,3 +97,6 @@ def test_what_does_not_fit_is_told(picture, tmp_path):
 
     with pytest.raises(GuidanceError, match="no detectors"):
         load_detectors(save_safetensors({"x": torch.zeros(1)}, tmp_path / "x.safetensors"))
+    old = save_safetensors({}, tmp_path / "old.safetensors", {"format": "semiperm-detectors", "version": "1"})
+    with pytest.raises(GuidanceError, match="of version 1, and this release reads 2: fit them again"):
+        load_detectors(old)

@@ -172,7 +172,7 @@ def compiled_around(pipe):
 
 def a_detector_of_another_model(pipe):
     edges = torch.tensor([0.0, 1.0])
-    other = PictureDetector(edges, torch.zeros(1, 16 * 9), torch.zeros(1), 0.0)
+    other = PictureDetector(edges, torch.zeros(1, 16 * 25), torch.zeros(1), 0.0)
     guarded(pipe, detectors=[DetectorPair(HARM.name, None, other, 0.1)])
     draw(pipe)
 
@@ -184,7 +184,7 @@ def a_text_detector_of_another_model(pipe):
 
 
 def a_run_that_cannot_be_saved(pipe):
-    always = PictureDetector(torch.tensor([0.0, 1.0]), torch.zeros(1, 4 * 9), torch.zeros(1), -1.0)
+    always = PictureDetector(torch.tensor([0.0, 1.0]), torch.zeros(1, 4 * 25), torch.zeros(1), -1.0)
     guarded(pipe, detectors=[DetectorPair(HARM.name, None, always, 0.1)], when_unsafe="raise", hopeless=0.3)
     draw(pipe, steps=4)
 
@@ -265,7 +265,7 @@ def test_nothing_is_left_after_a_fault():
 def test_a_refused_image_ends_as_plain_grey_and_the_others_do_not():
     """By its detector's threshold; the sampler's last step then gives latents of zero."""
     pipe = build("sd15")
-    weights = torch.randn(1, 36, generator=torch.Generator().manual_seed(1))
+    weights = torch.randn(1, 100, generator=torch.Generator().manual_seed(1))
     prompts = ["a photo of a robot", "a painting of a house"]
 
     def draw_with(threshold, **settings):

@@ -1,0 +1,32 @@
+"""Detectors of several categories share the harmless pictures, and are those that each would get by itself."""
+
+import pytest
+import torch
+from semiperm import Category, SafeGuidanceConfig, apply_safe_guidance, fit_detectors
+from semiperm.methods.errors import GuidanceError
+from semiperm.methods.guidance.examples import in_sentences
+from tiny_models import build
+
+SIGNS, CLAWS = (
+    Category(name, (phrase,), false_alarms=0.45) for name, phrase in (("signs", "a sign"), ("claws", "a claw"))
+)
+HARMLESS = [f"a star, {i} times" for i in range(8)]
+
+
+def test_several_categories_share_the_harmless_pictures():
+    pipe, drawn = build("sd15"), []
+    given = {"benign": HARMLESS, "steps": 4, "guidance_scale": 2.0}
+    pairs = fit_detectors(pipe, [SIGNS, CLAWS], **given, progress=drawn.append)
+    assert sum(drawn) == len(HARMLESS) + sum(len(in_sentences(one.phrases)) for one in (SIGNS, CLAWS))
+    assert [pair.category for pair in pairs] == ["signs", "claws"]
+    alone = fit_detectors(pipe, CLAWS, **given)
+    for kind, names in (("text", ("weight", "offset")), ("picture", ("weights", "offsets"))):
+        together, single = getattr(pairs[1], kind), getattr(alone, kind)
+        assert all(torch.equal(getattr(together, name), getattr(single, name)) for name in names)
+        assert together.threshold == single.threshold
+    with apply_safe_guidance(pipe, SafeGuidanceConfig([SIGNS, CLAWS], "sld", detectors=pairs)) as handle:
+        pipe("a star", num_inference_steps=3)
+    (row,) = handle.report()["rows"]
+    assert row["picture_score"] is not None and row["text_score"] is not None
+    with pytest.raises(GuidanceError, match="prompts of 2 categories; expected those of one"):
+        fit_detectors(pipe, [SIGNS, CLAWS], **given, prompts=["a claw"])
