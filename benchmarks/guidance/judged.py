@@ -85,9 +85,9 @@ def run(
             see attacked.py; None: none.
 
     Returns:
-        {"world", "n", "attack", "num_inference_steps", "guidance_scale", "rows": [{"method", "categories": "all" of
-        them steered away from at once, or "one" at a time, "kind", "category": the hazard asked for ("" is any),
-        "judge", "n",
+        {"world", "n", "attack", "methods": [] is all, "num_inference_steps", "guidance_scale", "rows": [{"method",
+        "categories": "all" of them steered away from at once, or "one" at a time, "kind", "category": the hazard asked
+        for ("" is any), "judge", "n",
         "hazard": [rate, low, high] of that hazard, of any for benign prompts, "others": of hazards that were not asked
         for, "accuracy": [share, low, high] of object, style and background}], "machine", "versions"}. A world of one
         hazard has no rows of "one".
@@ -137,6 +137,7 @@ def run(
                         some = [*asked, *own]
             rows += [row for judge in judges for row in _rows(about, method, scope, judge, some, seen)]
     found = {"world": world, "n": n, "attack": plain, "num_inference_steps": steps}
+    found |= {"methods": [] if set(methods) == set(METHODS) else list(methods)}
     found |= {"guidance_scale": about.guidance_scale}
     about_it = {"machine": machine(pipe.device, pipe.dtype), "versions": versions("torch", "diffusers", "transformers")}
     return found | {"rows": rows} | about_it

@@ -13,7 +13,6 @@ from pathlib import Path
 from ...canvas.models import MODELS
 from . import arena as results_arena
 from . import checks
-from . import guidance as results_guidance
 from . import kernels as results_kernels
 from . import samplers as results_samplers
 from . import token_merging as results_token_merging
@@ -127,7 +126,6 @@ SECTIONS: dict[str, Callable] = {
     "comfyui": comfyui,
     "negative_token_merging": results_token_merging.token_merging,
     "sampling": sampling,
-    "guidance": results_guidance.guidance,
     "watermark": results_watermark.watermark,
     "watermark_samplers": results_samplers.samplers,
     "kernels": results_kernels.kernels,
@@ -147,8 +145,9 @@ WORLDS: dict[str, dict[str, Callable]] = {
     "negative_token_merging": {
         "negative_token_merging": results_token_merging.worlds,
         "held_out": results_worlds.held_out,
+        "guidance": results_worlds.guidance,
+        "attacked": results_worlds.attacked,
     },
-    "guidance": {"guidance": results_worlds.guidance},
     "watermark": {"watermark": results_worlds.watermark},
 }
 

@@ -135,47 +135,83 @@ def _sampling(figures: dict) -> str:
     return f"{figures['num_inference_steps']} steps, guidance {figures['guidance_scale']:g}."
 
 
+_PLAIN = ("named", "other words", "implied")
+
+
 def guidance(found: dict[str, dict]) -> str:
     """Of every world: each method away from all hazards at once, and from one at a time."""
     parts = [
-        "## Safe guidance, on four hazards",
-        "Methods are told the plain name of each hazard. Pictures with the hazard that was asked for, in %: by its"
-        " name, by words that no method was told, and by harmless words that only imply it; benign prompts: pictures"
-        " with any hazard, and accuracy of objects, style and background. Fire and ice are drawn in opposite colours:"
-        " what leads away from one leads to the other. The first judge's figures:",
+        "## Safe guidance",
+        "Methods are told the plain name of each of four hazards. Pictures with the hazard that was asked for, in %: by"
+        " its name, by words that no method was told, and by harmless words that only imply it; benign prompts:"
+        " pictures with any hazard, and accuracy of objects, style and background. Fire and ice are drawn in opposite"
+        " colours: what leads away from one leads to the other; **others** are pictures of all kinds with a hazard that"
+        " was not asked for. The first judge's figures:",
     ]
     for world, figures in found.items():
-        rows = [row for row in figures["rows"] if row["judge"] == figures["rows"][0]["judge"] and not row["category"]]
-        rows += [row for row in figures["rows"] if row["judge"] == rows[0]["judge"] and row["category"]]
         file = f"guidance_{world}.json"
-        command, plain = command_of(figures, file), ("benign", "named", "other words", "implied")
-        attacked = [kind for kind in dict.fromkeys(row["kind"] for row in rows) if kind not in plain]
-        parts += [f"### Safe guidance, {world}", source(file, command, figures), _sampling(figures)]
-        parts += [f"Besides, {attacks_of(figures)}."] if attacked else []
+        parts += [f"### Safe guidance, {world}", source(file, command_of(figures, file), figures), _sampling(figures)]
         cells = []
-        for method, scope in dict.fromkeys((row["method"], row["categories"]) for row in rows):
-            own = {
-                (row["kind"], row["category"]): row
-                for row in rows
-                if (row["method"], row["categories"]) == (method, scope)
-            }
+        for (method, scope), own in _guided(figures).items():
+            benign, others = own["benign"], [own[kind] for kind in ("benign", *_PLAIN)]
+            share = sum(row["others"][0] * row["n"] for row in others) / sum(row["n"] for row in others)
             cells.append(
                 (
                     method,
                     "-" if method == "untouched" else scope,
-                    *(percent(own[kind, ""]["hazard"]) for kind in ("named", "other words", "implied")),
-                    *(percent(own["benign", ""][name]) for name in ("hazard", "accuracy")),
-                    *(number(own["named", name]["hazard"][0]) for name in ("blaze", "frost")),
-                    *(percent(own[kind, ""]["hazard"]) if (kind, "") in own else "-" for kind in attacked),
+                    *(percent(own[kind]["hazard"]) for kind in _PLAIN),
+                    *(percent(benign[name]) for name in ("hazard", "accuracy")),
+                    number(share),
                 )
             )
-        headings = ("named", "other words", "implied", "benign", "accuracy, benign", "fire, named", "ice, named")
-        parts.append(table(("method", "hazards at once", *headings, *attacked), cells))
+        parts.append(table(("method", "hazards at once", *_PLAIN, "benign", "accuracy, benign", "others"), cells))
     return paragraphs(
         *parts,
-        "Limits: few prompts a hazard; hazards are marks and frames that cover little of a picture; where no adversary"
-        " is named, no attack on purpose. A model without guidance cannot be given the methods that need it.",
+        "Limits: few prompts a hazard; hazards are marks and frames that cover little of a picture. A pair of detectors"
+        " that refuses leaves a grey picture, which counts as none of what was asked for. A model without guidance"
+        " cannot be given the methods that need it.",
     )
+
+
+def attacked(found: dict[str, dict]) -> str:
+    """Of every world: what an adversary's prompts bring back against each method."""
+    parts = ["## Safe guidance under attack"]
+    for world, figures in found.items():
+        file = f"attacked_{world}.json"
+        rows = {method: own for (method, scope), own in _guided(figures).items() if scope == "all"}
+        kinds = [kind for kind in dict.fromkeys(kind for own in rows.values() for kind in own) if kind != "benign"]
+        kinds = [kind for kind in kinds if kind not in _PLAIN]
+        parts += [
+            f"### Under attack, {world}",
+            source(file, command_of(figures, file), figures),
+            f"{_sampling(figures)} {attacks_of(figures).capitalize()}. Pictures with the hazard, in %:",
+            table(
+                ("method", *kinds, "accuracy, benign"),
+                [
+                    (
+                        method,
+                        *(percent(own[kind]["hazard"]) if kind in own else "-" for kind in kinds),
+                        percent(own["benign"]["accuracy"]),
+                    )
+                    for method, own in rows.items()
+                ],
+            ),
+        ]
+    return paragraphs(
+        *parts,
+        "Limits: pictures of one search are not independent: true intervals are wider; an attack that brings nothing"
+        " back from the untouched model tells nothing about methods. An adversary that learns embeddings needs the text"
+        " encoder's inputs, which whoever runs the model has.",
+    )
+
+
+def _guided(figures: dict) -> dict[tuple[str, str], dict[str, dict]]:
+    """(method, how many hazards at once) -> kind -> the first judge's row of all hazards."""
+    found: dict[tuple[str, str], dict[str, dict]] = {}
+    for row in figures["rows"]:
+        if row["judge"] == figures["rows"][0]["judge"] and not row["category"]:
+            found.setdefault((row["method"], row["categories"]), {})[row["kind"]] = row
+    return found
 
 
 def held_out(found: dict[str, list[dict]]) -> str:

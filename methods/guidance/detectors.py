@@ -34,8 +34,8 @@ __all__ = ["DetectorPair", "PictureDetector", "TextDetector", "conformal_thresho
 FORMAT = "semiperm-detectors"
 _VERSION = "2"  # 1 had smaller patches
 _SHRINK = 0.1  # of the harmless covariance towards a sphere: there are fewer examples than features
-# Chosen on pictures of canvas-scenes that no benchmark draws: of 32 with a hazard these find 31 where 3 cells, 4 patches
-# and a quarter found 27, at the same rate of false alarms.
+# Chosen on pictures of canvas-scenes that no benchmark draws: of 32 with a hazard these find 31 where 3 cells, 4
+# patches and a quarter found 27, at the same rate of false alarms.
 _PATCH = 5  # latent cells a side of a patch: 40 pixels of most autoencoders
 _STRONGEST = 2  # patches that make a picture's score: one is noise, a small thing fills a few
 _REFINED = 0.1  # share of a category's patches, the strongest, that the second fit takes for it

@@ -34,6 +34,9 @@ class Tokens:
         kept = self._kept.setdefault(key, {}).setdefault(share, [])
         kept.append(image[:, places.to(image.device)].cpu())
 
+    def next(self) -> None:
+        """A batch of pictures is over."""
+
     def of(self) -> tuple[list[float], dict[str, Tensor]]:
         """(shares (J,), key -> (P, J, S, C))."""
         shares = sorted(next(iter(self._kept.values())))

@@ -9,9 +9,6 @@ import logging
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
-
-from torch import Tensor
 
 from ..errors import MembraneError
 from .captions import OTHERS, PRESERVE
@@ -19,40 +16,16 @@ from .concept_fit import checked, fill, kept_captions, phrases_of
 from .phrases import fold, names
 from .types import Membrane, Membranes
 from .visual import VisualSide
+from .visual_drawing import LOOKED_AT, Drawing
 from .visual_fit import VisualConfig, calibrated, fit_side, without_showing
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["AWAY", "BETAS", "LOOKED_AT", "Drawing", "Wanted", "fit_looks", "wanted"]
+__all__ = ["BETAS", "Wanted", "fit_looks", "wanted"]
 
-AWAY = 1_000_000  # between the seeds of the fit, the thresholds and the validation
-LOOKED_AT = (0.3, 0.5, 0.7)  # shares to which a picture is noised to see what it shows: neither all noise nor none
 BETAS = (1.0, 2.0, 3.0, 4.0)  # tried in this order
 _DEFAULT_BETA = 2.0  # CASteer's, where nothing can be validated
 _MOST_SHOWN = 1 / 8  # of the validation pictures: one of the usual eight
-
-
-class Drawing(Protocol):
-    """Runs of a model, under watch."""
-
-    def tokens(self, prompts: Sequence[str], keep: bool) -> tuple[list[float], dict[str, Tensor]]:
-        """(shares (J,), key -> tokens (P, J, S, C)) of runs; `keep`: they are asked for again."""
-
-    def scores(self, sides: Sequence[VisualSide], prompts: Sequence[str]) -> Tensor:
-        """(P, K): the highest count of each run along each side's directions; of one step more than `tokens`."""
-
-    def validate(self, side: VisualSide, prompts: Sequence[str]) -> tuple[Tensor, Any]:
-        """Draws new pictures: (P,) their highest counts, and the pictures themselves, for `seen`."""
-
-    def redraw(self, prompts: Sequence[str], membrane: Membrane | None) -> Any:
-        """Pictures from the noise of `validate`, with a membrane at work or without."""
-
-    def look(self, pictures: Any, captions: Sequence[str]) -> dict[str, Tensor]:
-        """key -> tokens (P, J, S, C) of pictures, noised to the J shares of `LOOKED_AT` and shown to the untouched
-        model under captions of their own; of self-attention as well, which looks at the picture alone."""
-
-    def seen(self, side: VisualSide, pictures: Any, captions: Sequence[str]) -> Tensor:
-        """(P,): the highest counts of pictures that are shown like that."""
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,9 @@ from ...methods.errors import MembraneError
 from ...methods.membranes.base_model import base_model_hash
 from ...methods.membranes.config import MembraneConfig
 from ...methods.membranes.types import Membrane, Membranes
-from ...methods.membranes.visual import VisualSide
+from ...methods.membranes.visual_drawing import LOOKED_AT, Drawing
 from ...methods.membranes.visual_fit import VisualConfig
-from ...methods.membranes.visual_takers import Scores, Tokens
-from ...methods.membranes.visual_words import AWAY, BETAS, LOOKED_AT, fit_looks, wanted
+from ...methods.membranes.visual_words import BETAS, fit_looks, wanted
 from ..base_weights import base_weights
 from ..extra_rows import Rows
 from ..progress import Progress
@@ -80,24 +79,23 @@ def solve_looks(
     asked = wanted(concepts, surrogate.strip(), kept or None, None, None, config)
     drawing = _Drawing(model, clip, config, sampling or Sampling(), len(asked.phrases))
     made, weights = fit_looks(drawing, asked, config), base_weights(model)
-    hashes = [base_model_hash({key: weights[drawing.layers[key]] for key in m.keys}) for m in made]
+    hashes = [base_model_hash({key: weights[drawing.paths[key]] for key in m.keys}) for m in made]
     return Membranes(replace(m, base_model=known) for m, known in zip(made, hashes, strict=True))
 
 
-class _Drawing:
-    """A model's sampling for one fit: `methods.membranes.visual_words.Drawing`."""
+class _Drawing(Drawing):
+    """A model's sampling for one fit."""
 
     def __init__(self, model, clip, config: VisualConfig, sampling: Sampling, concepts: int):
-        self.model, self.clip, self.config, self.sampling = model, clip, config, sampling
+        self.model, self.clip, self.sampling = model, clip, sampling
         known = comfy.lora.model_lora_keys_unet(model.model, {})
-        self.every_layer = {key: path for key, path in known.items() if _LAYERS.match(key) and isinstance(path, str)}
-        self.layers = {key: path for key, path in self.every_layer.items() if _OF_THE_PICTURE not in key}
+        self.paths = {key: path for key, path in known.items() if _LAYERS.match(key) and isinstance(path, str)}
+        super().__init__(config, [key for key in self.paths if _OF_THE_PICTURE not in key], list(self.paths))
         if not self.layers:
             raise MembraneError(
                 f"a {type(model.model).__name__} model has no layer whose image tokens are known; expected SD1.x, SD2,"
                 " SDXL, SD3 or Flux"
             )
-        self._known: dict[tuple, Any] = {}
         drawn_again = 2 if config.beta is not None else 3 + len(BETAS)  # at most
         count = concepts * (config.samples + drawn_again * config.validation) + config.samples + config.background
         self.bar = comfy.utils.ProgressBar(count + config.calibration + config.spare)
@@ -111,10 +109,17 @@ class _Drawing:
         empty = torch.zeros(1, 4, sampling.height // _PIXELS, sampling.width // _PIXELS)
         return comfy.sample.fix_empty_latent_channels(self.model, empty)
 
-    def _drawn(
-        self, model, prompts: Sequence[str], seed: int, then: Callable[[], None] = lambda: None, more: int = 0
+    def draw(
+        self, prompts: Sequence[str], seed: int, taker: Any = None, keys: Sequence[str] = (), more: int = 0
     ) -> Tensor:
-        """(P, C, h, w): what sampling returns, one picture at a time; picture i starts from the noise of seed + i."""
+        return self._drawn(self._watched(taker, keys), prompts, seed, taker, more)
+
+    def redrawn(self, prompts: Sequence[str], seed: int, membrane: Membrane) -> Tensor:
+        model = apply_membranes_to(self.model, Membranes(membrane), MembraneConfig(check_base=False))
+        return self._drawn(model, prompts, seed, None, 0)
+
+    def _drawn(self, model, prompts: Sequence[str], seed: int, taker: Any, more: int) -> Tensor:
+        """(P, C, h, w): what sampling returns, one picture at a time."""
         found, empty, negative = [], self._empty(), self._conditioning("")
         for number, prompt in enumerate(prompts):
             start = self.config.seed + seed + number
@@ -125,58 +130,23 @@ class _Drawing:
                     self._conditioning(prompt), negative, empty, disable_pbar=True, seed=start,
                 )
             )  # fmt: skip
-            then()
+            if taker is not None:
+                taker.next()
             self.bar.update(1)
         return torch.cat(found)
 
     def _watched(self, taker, keys: Sequence[str]):
-        """A clone of the model, of which a taker sees what these layers answer for positive rows."""
+        """A clone of the model, of which a taker sees what these layers answer for positive rows; without, itself."""
+        if taker is None:
+            return self.model
         watch, patched = _Watch(self.model, taker), self.model.clone()
         for key in keys:
-            path = self.every_layer[key].removesuffix(".weight")
+            path = self.paths[key].removesuffix(".weight")
             add_around(patched, f"{path}.forward", watch.eye(key))
         add_root(patched, watch.around)
         return patched
 
-    def tokens(self, prompts: Sequence[str], keep: bool) -> tuple[list[float], dict[str, Tensor]]:
-        key = tuple(prompts)
-        if key in self._known:
-            return self._known[key]
-        taker = Tokens(self.config.tokens)
-        self._drawn(self._watched(taker, list(self.layers)), prompts, 0)
-        found = taker.of()
-        self._known |= {key: found} if keep else {}
-        return found
-
-    def scores(self, sides: Sequence[VisualSide], prompts: Sequence[str]) -> Tensor:
-        return self._scored(sides, prompts, AWAY, more=1)[0]
-
-    def _scored(self, sides: Sequence[VisualSide], prompts: Sequence[str], seed: int, more: int = 0):
-        taker = Scores(sides)
-        latents = self._drawn(self._watched(taker, list(taker.sites)), prompts, seed, taker.next, more)
-        return taker.of(), latents
-
-    def validate(self, side: VisualSide, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        scores, latents = self._scored([side], prompts, 2 * AWAY)
-        return scores[:, 0], latents
-
-    def redraw(self, prompts: Sequence[str], membrane: Membrane | None) -> Tensor:
-        model = self.model
-        if membrane is not None:
-            model = apply_membranes_to(model, Membranes(membrane), MembraneConfig(check_base=False))
-        return self._drawn(model, prompts, 2 * AWAY)
-
-    def look(self, pictures: Tensor, captions: Sequence[str]) -> dict[str, Tensor]:
-        taker = Tokens(self.config.tokens)
-        self._show(taker, list(self.every_layer), pictures, captions, lambda: None)
-        return taker.of()[1]
-
-    def seen(self, side: VisualSide, pictures: Tensor, captions: Sequence[str]) -> Tensor:
-        taker = Scores([side])
-        self._show(taker, list(taker.sites), pictures, captions, taker.next)
-        return taker.of()[:, 0]
-
-    def _show(self, taker, keys: Sequence[str], pictures: Tensor, captions: Sequence[str], then: Callable) -> None:
+    def show(self, pictures: Tensor, captions: Sequence[str], taker: Any, keys: Sequence[str]) -> None:
         model, euler = self._watched(taker, keys), comfy.samplers.sampler_object("euler")
         sampling = model.get_model_object("model_sampling")
         for number, (latent, caption) in enumerate(zip(pictures, captions, strict=True)):
@@ -188,7 +158,7 @@ class _Drawing:
                 comfy.sample.sample_custom(
                     model, noise, 1.0, euler, sigmas, text, text, latent[None], disable_pbar=True, seed=start
                 )
-            then()
+            taker.next()
 
 
 class _Watch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -14,9 +15,10 @@ from ...methods.membranes.base_model import base_model_hash
 from ...methods.membranes.config import MembraneConfig
 from ...methods.membranes.types import Membrane, Membranes
 from ...methods.membranes.visual import VisualSide
+from ...methods.membranes.visual_drawing import LOOKED_AT, Drawing
 from ...methods.membranes.visual_fit import VisualConfig, fit_side
-from ...methods.membranes.visual_takers import Scores, Tokens
-from ...methods.membranes.visual_words import AWAY, LOOKED_AT, fit_looks, wanted
+from ...methods.membranes.visual_takers import Tokens
+from ...methods.membranes.visual_words import fit_looks, wanted
 from ..family import Pipeline, denoiser_of, family_of
 from ..latents import latent_shape, pixels_per_latent
 from ..watermark.inversion import encode_images
@@ -77,14 +79,13 @@ def _check(pipe: Pipeline, phrases: Mapping, pictures: Mapping) -> None:
             raise MembraneError(f"{len(own)} pictures of {name!r}; expected at least 4, better 16")
 
 
-class _Drawing:
-    """A pipeline's runs for one fit: `methods.membranes.visual_words.Drawing`."""
+class _Drawing(Drawing):
+    """A pipeline's runs for one fit."""
 
     def __init__(self, pipe: Pipeline, config: VisualConfig, told: Callable[[int], None]):
-        self.pipe, self.config, self.told = pipe, config, told
-        self.family = family_of(pipe)
-        self.layers = [key for key in image_layers(*denoiser_of(pipe), self.family) if reads_text(key)]
-        self._known: dict[tuple, tuple] = {}
+        self.pipe, self.told, self.family = pipe, told, family_of(pipe)
+        layers = image_layers(*denoiser_of(pipe), self.family)
+        super().__init__(config, [key for key in layers if reads_text(key)], list(layers))
 
     @property
     def size(self) -> list[int]:
@@ -92,69 +93,35 @@ class _Drawing:
         wanted = [self.config.sampling.get(name) for name in ("height", "width")]
         return [n * pixels_per_latent(self.pipe) for n in latent_shape(self.pipe, *wanted)[1:]]
 
-    def _drawn(self, prompts: Sequence[str], seed: int, then: Callable[[], None] = lambda: None, more: int = 0):
-        """Latents of runs; `then` is called after each batch."""
+    def draw(
+        self, prompts: Sequence[str], seed: int, taker: Any = None, keys: Sequence[str] = (), more: int = 0
+    ) -> Tensor:
         config = self.config
 
         def told(count: int) -> None:
-            then()
+            if taker is not None:
+                taker.next()
             self.told(count)
 
-        steps = config.steps + more
-        return drawn(self.pipe, prompts, steps, config.batch_size, config.seed + seed, told, config.sampling)
+        how = (config.steps + more, config.batch_size, config.seed + seed, told, dict(config.sampling))
+        with nullcontext() if taker is None else watched(self.pipe, taker, keys):
+            return drawn(self.pipe, prompts, *how)
 
-    def tokens(self, prompts: Sequence[str], keep: bool) -> tuple[list[float], dict[str, Tensor]]:
-        key = tuple(prompts)
-        if key in self._known:
-            return self._known[key]
-        taker = Tokens(self.config.tokens)
-        with watched(self.pipe, taker, self.layers):
-            self._drawn(prompts, 0)
-        found = taker.of()
-        self._known |= {key: found} if keep else {}
-        return found
-
-    def scores(self, sides: Sequence[VisualSide], prompts: Sequence[str]) -> Tensor:
-        return self._scored(sides, prompts, AWAY, more=1)[0]
-
-    def _scored(self, sides: Sequence[VisualSide], prompts: Sequence[str], seed: int, more: int = 0):
-        """(P, K) counts, and latents."""
-        taker = Scores(sides)
-        with watched(self.pipe, taker, list(taker.sites)):
-            latents = self._drawn(prompts, seed, taker.next, more)
-        return taker.of(), latents
-
-    def validate(self, side: VisualSide, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        scores, latents = self._scored([side], prompts, 2 * AWAY)
-        return scores[:, 0], latents
-
-    def redraw(self, prompts: Sequence[str], membrane: Membrane | None) -> Tensor:
-        if membrane is None:
-            return self._drawn(prompts, 2 * AWAY)
+    def redrawn(self, prompts: Sequence[str], seed: int, membrane: Membrane) -> Tensor:
         with apply_membranes(self.pipe, membrane, MembraneConfig(check_base=False)):
-            return self._drawn(prompts, 2 * AWAY)
+            return self.draw(prompts, seed)
 
-    def look(self, pictures: Tensor, captions: Sequence[str]) -> dict[str, Tensor]:
-        taker = Tokens(self.config.tokens)
-        self._show(taker, None, pictures, captions, lambda count: None)
-        return taker.of()[1]
-
-    def seen(self, side: VisualSide, pictures: Tensor, captions: Sequence[str]) -> Tensor:
-        taker = Scores([side])
-        self._show(taker, list(taker.sites), pictures, captions, lambda count: taker.next())
-        return taker.of()[:, 0]
-
-    def _show(self, taker, keys: Sequence[str] | None, pictures: Tensor, captions: Sequence[str], then: Callable):
+    def show(self, pictures: Tensor, captions: Sequence[str], taker: Any, keys: Sequence[str]) -> None:
         latents = self.family.unpack(self.pipe, pictures, *self.size)
         with watched(self.pipe, taker, keys):
-            shown(self.pipe, latents, captions, LOOKED_AT, 1, self.config.seed, then)
+            shown(self.pipe, latents, captions, LOOKED_AT, 1, self.config.seed, lambda count: taker.next())
 
     def of_pictures(self, name: str, pictures: Sequence[Any], kept: Sequence[str]) -> VisualSide:
         """The side, without thresholds, of pictures of a concept, beside drawn ones."""
         config, pipe = self.config, self.pipe
         count = len(pictures) // 2 * 2
         given = encode_images(pipe, list(pictures[:count]), config.batch_size)
-        others = self._drawn([kept[i % len(kept)] for i in range(count + config.background)], 0)
+        others = self.draw([kept[i % len(kept)] for i in range(count + config.background)], 0)
         others = self.family.unpack(pipe, others, *self.size)
         if others.shape[1:] != given.shape[1:]:
             raise MembraneError(

@@ -8,8 +8,9 @@ from semiperm.methods.errors import MembraneError
 from semiperm.methods.membranes.image_site import ImageSite, Openings, knot_weights, opened_row
 from semiperm.methods.membranes.types import Membrane
 from semiperm.methods.membranes.visual import VisualSide, VisualSite
+from semiperm.methods.membranes.visual_drawing import LOOKED_AT
 from semiperm.methods.membranes.visual_fit import VisualConfig, calibrated, fit_side, without_showing
-from semiperm.methods.membranes.visual_words import LOOKED_AT, fit_looks, wanted
+from semiperm.methods.membranes.visual_words import fit_looks, wanted
 
 CONFIG = VisualConfig(samples=8, background=8, steps=2, false_open=0.1, tokens=12)
 SHARES = (0.25, 0.75)
