@@ -147,6 +147,7 @@ WORLDS: dict[str, dict[str, Callable]] = {
         "held_out": results_worlds.held_out,
         "guidance": results_worlds.guidance,
         "attacked": results_worlds.attacked,
+        "guidance_cost": results_worlds.guidance_cost,
     },
     "watermark": {"watermark": results_worlds.watermark},
 }

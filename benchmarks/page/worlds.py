@@ -205,6 +205,27 @@ def attacked(found: dict[str, dict]) -> str:
     )
 
 
+def guidance_cost(found: dict[str, list[dict]]) -> str:
+    """What safe guidance costs a run and a step, and two counts that no busy machine spoils."""
+    parts = [
+        "## What safe guidance costs",
+        "Runs on benign prompts, in times the bare one's: the whole run; the steps after the first, in which text is"
+        " read; rows of the denoiser's batches; and floating point operations of all products. NAG without"
+        " classifier-free guidance, and guidance itself, against runs without guidance:",
+    ]
+    for world, rows in found.items():
+        file = f"guidance_cost_{world}.json"
+        command = f"semiperm bench guidance-cost --model {world} --json benchmarks/results/{file}"
+        cells = [
+            (row["name"], f"{row['ratio']:.3f} ({row['spread'][0]:.3f} to {row['spread'][1]:.3f})")
+            + tuple(f"{row[name]:.3f}" for name in ("step", "rows", "operations"))
+            for row in rows
+        ]
+        parts += [f"### Its cost, {world}", source(file, command, rows)]
+        parts.append(table(("", "run", "step", "rows", "operations"), cells))
+    return paragraphs(*parts, "Limits: a small model on a CPU, where products of few rows are not cheaper by much.")
+
+
 def _guided(figures: dict) -> dict[tuple[str, str], dict[str, dict]]:
     """(method, how many hazards at once) -> kind -> the first judge's row of all hazards."""
     found: dict[tuple[str, str], dict[str, dict]] = {}
