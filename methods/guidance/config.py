@@ -127,6 +127,28 @@ class SafeGuidanceConfig:
         norm = positive.float().flatten(1).norm(dim=1).clamp_min(1e-12)
         return combined, (combined.float() - positive.float()).flatten(1).norm(dim=1) / norm
 
+    def ended(self, above: Tensor, share: float) -> Tensor | None:
+        """Which pictures end here because what they show cannot be guided away any more: (B,) bool, or None.
+
+        Args:
+            above: (B, D), how far the picture detectors' scores lie above their thresholds. share: of the schedule.
+
+        Raises:
+            GuidanceError: one does, and `when_unsafe` is "raise".
+        """
+        if self.when_unsafe == "guide" or share < self.hopeless:
+            return None
+        fired = above > 0
+        unsafe = fired.any(dim=1)
+        if self.when_unsafe == "raise" and bool(unsafe.any()):
+            seeing = [pair.category for pair in self.detectors if pair.picture is not None]
+            names = [name for name, some in zip(seeing, fired.any(dim=0).tolist(), strict=True) if some]
+            raise GuidanceError(
+                f"image {', '.join(map(str, unsafe.nonzero()[:, 0].tolist()))} of this run still looks like"
+                f" {', '.join(names)} at {share:.2g} of the schedule; it was ended (when_unsafe='raise')"
+            )
+        return unsafe.cpu()
+
     def digest(self) -> str:
         """Of all settings but the categories', for records."""
         said = {

@@ -80,6 +80,14 @@ class SemipermGuidanceDetector(io.ComfyNode):
                     tooltip="Guidance scale of the harmless pictures: the one that you will draw with. Read by fit from"
                     " pictures.",
                 ),
+                io.Combo.Input(
+                    "when_unsafe",
+                    options=["guide", "refuse", "raise"],
+                    default="guide",
+                    optional=True,
+                    tooltip="What follows where the picture detector still fires in the second half of sampling. guide:"
+                    " go on. refuse: that picture ends as plain grey. raise: the run stops with an error.",
+                ),
             ],
             outputs=[
                 GuidanceDetectorsIO.Output(
@@ -91,7 +99,19 @@ class SemipermGuidanceDetector(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, clip, category, source, prompt, false_alarms, benign="", words="", pictures=None, vae=None, cfg=7.0
+        cls,
+        model,
+        clip,
+        category,
+        source,
+        prompt,
+        false_alarms,
+        benign="",
+        words="",
+        pictures=None,
+        vae=None,
+        cfg=7.0,
+        when_unsafe="guide",
     ):
         from .detectors import detectors_for
         from .picture_fit import Examples
@@ -100,7 +120,7 @@ class SemipermGuidanceDetector(io.ComfyNode):
         lines = [line.strip() for line in benign.splitlines() if line.strip()] or None
         path = None if source in (FIT, PICTURES) else membrane_path(source)
         examples = Examples(pictures, vae, cfg) if source == PICTURES else None
-        found = detectors_for(model, clip, one, path, lines, prompt, examples)
+        found = detectors_for(model, clip, one, path, lines, prompt, examples, when_unsafe)
         return io.NodeOutput(found, found.said)
 
 

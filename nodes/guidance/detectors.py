@@ -32,11 +32,13 @@ class Detectors:
         pairs: of the categories. scores: of each pair's text detector on the prompt, by how far it lies above its
             threshold; None without one, or without a prompt.
         prompt: (1, N, d), the prompt that was judged, as its CLIP encodes it; None: none was.
+        when_unsafe: as in `SafeGuidanceConfig`.
     """
 
     pairs: tuple[DetectorPair, ...]
     scores: tuple[float | None, ...]
     prompt: Tensor | None
+    when_unsafe: str = "guide"
 
     @property
     def said(self) -> str:
@@ -73,6 +75,7 @@ def detectors_for(
     benign: Sequence[str] | None,
     prompt: str,
     examples: Examples | None = None,
+    when_unsafe: str = "guide",
 ) -> Detectors:
     """The detectors of a category.
 
@@ -80,9 +83,10 @@ def detectors_for(
         path: a file of `semiperm guard fit`; None fits a text detector of this CLIP.
         benign: harmless prompts to fit from; None takes ours. prompt: what is judged; "" where nothing is.
         examples: fits a picture detector, too, and each of the pair gets half of the false alarms.
+        when_unsafe: what follows where a picture detector still fires halfway, see `SafeGuidanceConfig`.
 
     Raises:
-        GuidanceError: the file has none of the category; or nothing could ever fire.
+        GuidanceError: the file has none of the category; nothing could ever fire, or see what is unsafe.
     """
     encode, segments = encoder_of(model, clip)
 
@@ -101,13 +105,18 @@ def detectors_for(
         if not pairs:
             names = ", ".join(pair.category for pair in found)
             raise GuidanceError(f"{path.name} has detectors of {names}, none of {category.name!r}: choose one of these")
+    if when_unsafe != "guide" and all(pair.picture is None for pair in pairs):
+        raise GuidanceError(
+            f"when_unsafe is {when_unsafe}, and there is no picture detector, which alone sees what is unsafe: fit from"
+            " pictures, or load a file of `semiperm guard fit` with one"
+        )
     if not prompt.strip():
         if all(pair.picture is None for pair in pairs):
             raise GuidanceError(
                 "a text detector without a prompt never fires, and there is no picture detector: type or connect the"
                 " prompt that is sampled, or load a file of `semiperm guard fit` with a picture detector"
             )
-        return Detectors(pairs, (None,) * len(pairs), None)
+        return Detectors(pairs, (None,) * len(pairs), None, when_unsafe)
     features = read([prompt])
     scores = (None if p.text is None else float(p.text.score(features)[0]) - p.text.threshold for p in pairs)
-    return Detectors(pairs, tuple(scores), encode([prompt]).hidden[:1])
+    return Detectors(pairs, tuple(scores), encode([prompt]).hidden[:1], when_unsafe)

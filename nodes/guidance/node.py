@@ -83,8 +83,9 @@ def _detectors() -> io.Input:
     )
 
 
-def _found(detectors) -> tuple:
-    return () if detectors is None else detectors.pairs
+def _judged(detectors) -> dict:
+    """Of a config: what the socket carries."""
+    return {} if detectors is None else {"detectors": detectors.pairs, "when_unsafe": detectors.when_unsafe}
 
 
 def categories_of(category: str, words: str):
@@ -118,7 +119,7 @@ class SemipermSafeGuidance(io.ComfyNode):
     def execute(cls, model, clip, category, strength, words="", detectors=None):
         from .patch import guide_model
 
-        config = Default(categories_of(category, words), "sld", strength, detectors=_found(detectors))
+        config = Default(categories_of(category, words), "sld", strength, **_judged(detectors))
         return io.NodeOutput(guide_model(model, config, clip, detectors))
 
 
@@ -164,7 +165,7 @@ class SemipermSafeGuidanceAdvanced(io.ComfyNode):
         from .patch import guide_model
 
         algorithm = SLD(preset, patience=patience or None)
-        config = Default(categories_of(category, words), algorithm, strength, start, end, _found(detectors))
+        config = Default(categories_of(category, words), algorithm, strength, start, end, **_judged(detectors))
         return io.NodeOutput(guide_model(model, config, clip, detectors))
 
 

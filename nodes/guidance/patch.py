@@ -120,6 +120,7 @@ class GuidancePatch:
         self.guided = False  # whether the call at hand was
         self.worth = Branches.of(self.config)
         self.fired: Tensor | None = None  # (B, K) bool on the CPU, categories that were detected; None: no detectors
+        self.refused = torch.zeros(0, dtype=torch.bool)  # (B,), pictures that end as plain grey
         self.positive: list[int] = []
         self.over = False
         self.calls = 0
@@ -133,6 +134,7 @@ class GuidancePatch:
         self.guider, self.images = guider, noise.shape[0]
         self.sampling = guider.model_patcher.get_model_object("model_sampling")
         self.progress = Progress(self.sampling)
+        self.refused = torch.zeros(self.images, dtype=torch.bool)
         self._judge_prompt(guider)
         if self.layers is not None:
             self.layers.begin_run()
@@ -172,11 +174,15 @@ class GuidancePatch:
         judging = [pair for pair in self.config.detectors if pair.picture is not None]
         if not judging or not self.step[2]:
             return
-        above = [pair.picture.score(latents, self.step[0]) - pair.picture.threshold for pair in judging]
-        self.record.add("picture_score", torch.stack(above, dim=1).amax(dim=1))
+        share = self.step[0]
+        above = torch.stack([p.picture.score(latents, share) - p.picture.threshold for p in judging], dim=1)
+        self.record.add("picture_score", above.amax(dim=1))
         names = [category.name for category in self.config.categories]
-        for pair, score in zip(judging, above, strict=True):
-            self.fired[:, names.index(pair.category)] |= (score > 0).cpu()
+        for pair, column in zip(judging, (above > 0).cpu().T, strict=True):
+            self.fired[:, names.index(pair.category)] |= column
+        if (ended := self.config.ended(above, share)) is not None:
+            self.refused = self.refused | ended
+            self.record.refused |= set(self.refused.nonzero()[:, 0].tolist())
 
     def report(self) -> dict:
         if not self.over:
@@ -211,6 +217,9 @@ class GuidancePatch:
             )
         if not bool(result.isfinite().all()):
             raise GuidanceError("a guided prediction is NaN or infinite; use another dtype, or a smaller strength")
+        if bool(self.refused.any()):
+            result = result.clone()
+            result[self.refused.to(result.device)] = 0  # the decoder's plain grey
         return result
 
     def calculate(self, executor, model, conds, x, timestep, *args, **kwargs):

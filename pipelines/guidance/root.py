@@ -363,16 +363,9 @@ class Root:
         names = [category.name for category in self.config.categories]
         for pair, column in zip(judging, (above > 0).cpu().T, strict=True):
             run.fired[:, names.index(pair.category)] |= column
-        if self.config.when_unsafe == "guide" or call.share < self.config.hopeless:
-            return
-        unsafe = (above > 0).any(dim=1)
-        if self.config.when_unsafe == "raise" and bool(unsafe.any()):
-            raise GuidanceError(
-                f"image {', '.join(map(str, unsafe.nonzero()[:, 0].tolist()))} of this run still looks like"
-                f" {', '.join(names)} at {call.share:.2g} of the schedule; it was ended (when_unsafe='raise')"
-            )
-        run.refused = unsafe.cpu() if run.refused is None else run.refused | unsafe.cpu()
-        run.record.refused |= set(run.refused.nonzero()[:, 0].tolist())
+        if (ended := self.config.ended(above, call.share)) is not None:
+            run.refused = ended if run.refused is None else run.refused | ended
+            run.record.refused |= set(run.refused.nonzero()[:, 0].tolist())
 
     def _refuse(self, run: GuidanceRun, call: GuidanceCall, own: Tensor) -> Tensor:
         """Refused images are led to latents of 0 (the decoder's plain grey), whatever the sampler is."""

@@ -109,6 +109,39 @@ for name, threshold in {"seen": -1.0, "never seen": 1.0}.items():
     out = sample(guided("adavd", detectors=[pair]))
     found[f"{name} by adavd"] = relative(out, plain) if name == "seen" else difference(out, plain)
 
+# a picture that cannot be saved ends as plain grey, the other one beside it as it would alone
+weights = torch.randn(1, 100, generator=torch.Generator().manual_seed(1))
+several = torch.cat([noise[:1], torch.randn(noise[:1].shape, generator=torch.Generator().manual_seed(9))])
+
+
+def judged_by(threshold, **settings):
+    seeing = PictureDetector(torch.tensor([0.0, 1.0]), weights, torch.zeros(1), threshold)
+    pair = DetectorPair(HARM.name, None, seeing, 0.1)
+    return guided("adavd", detectors=[pair], hopeless=0.0, **settings)
+
+
+def two(patched):
+    return sample(patched, noise=several), [row["picture_score"] for row in report_of(patched)["rows"]]
+
+
+untouched, scores = two(judged_by(1e6))
+between = sum(scores) / 2 + 1e6
+patched = judged_by(between, when_unsafe="refuse")
+out, _ = two(patched)
+seen = scores.index(max(scores))
+found["refused"] = [row["refused"] for row in report_of(patched)["rows"]] == [i == seen for i in range(2)]
+found["grey"] = float(out[seen].abs().max() / untouched[seen].abs().max())
+found["beside it"] = difference(out[1 - seen], untouched[1 - seen])
+try:
+    two(judged_by(between, when_unsafe="raise"))
+except SemipermError as error:
+    found["raised"] = str(error)
+assert detectors_for(model, clip, rough, None, benign, PROMPT).when_unsafe == "guide"
+try:
+    detectors_for(model, clip, rough, None, benign, PROMPT, when_unsafe="refuse")
+except SemipermError as error:
+    found["refuse without a picture detector"] = str(error)
+
 # dynamic mode, with everything silent
 patched = guided(SLD("max", patience=1, probe=5, silent=1.0))
 found["dynamic"] = relative(sample(patched), plain) // 1e-5

@@ -11,7 +11,7 @@ from comfy_server import in_comfyui
 from safetensors.torch import save_file
 from semiperm.methods.errors import GuidanceError
 from semiperm.methods.guidance.config import SafeGuidanceConfig
-from semiperm.methods.guidance.detectors import DetectorPair, TextDetector
+from semiperm.methods.guidance.detectors import DetectorPair, PictureDetector, TextDetector
 from semiperm.methods.guidance.record import GuidanceRecord
 
 comfy = pytest.mark.comfy
@@ -50,14 +50,16 @@ def test_the_nodes_pass_everything_on(nodes, monkeypatch):
     surgery = SimpleNamespace(guide_model=guide_model, reports_of=lambda model: [made_up()])
     monkeypatch.setitem(sys.modules, "semiperm.nodes.guidance.patch", surgery)
     window = {"start": 0.1, "end": 0.5}
-    pair = DetectorPair("violence", TextDetector(torch.zeros(4), torch.zeros(()), 1.0), None, 0.1)
-    found = SimpleNamespace(pairs=(pair,))
+    seeing = PictureDetector(torch.tensor([0.0, 1.0]), torch.zeros(1, 100), torch.zeros(1), 0.0)
+    pair = DetectorPair("violence", TextDetector(torch.zeros(4), torch.zeros(()), 1.0), seeing, 0.1)
+    found = SimpleNamespace(pairs=(pair,), when_unsafe="refuse")
     assert nodes.SemipermSafeGuidance.execute("M", "C", "violence", 0.5, detectors=found).args == ("guided M",)
     nodes.SemipermSafeGuidanceAdvanced.execute("M", "C", "all", 1.0, "max", **window, patience=3)
     nodes.SemipermValueDecomposer.execute("M", "C", "own words", 1.0, 4, **window, words="a, b")
     nodes.SemipermNAG.execute("M", "C", "hate", 1.0, "sd15", 3.0, **window)
     one, two, three, four = (config for config, _ in calls)
     assert one.algorithms[0].preset == "strong" and one.strength == 0.5
+    assert one.when_unsafe == "refuse" and two.when_unsafe == "guide"
     assert one.detectors == (pair,) and given == [found, None, None, None] and two.detectors == ()
     assert len(two.categories) == 7 and two.algorithms[0].patience == 3 and (two.start, two.end) == (0.1, 0.5)
     assert three.phrases == ("a", "b") and three.algorithms[0].rank == 4
@@ -161,6 +163,13 @@ def test_detectors_decide_whether_it_acts(found):
     assert found["not detected"] == 0 and found["not detected, evaluations"] == 0, "the untouched model's bits"
     assert found["seen"] > 1e-3 and found["seen, evaluations"] == (STEPS - 1) * 2, "from the step after"
     assert found["seen by adavd"] > 1e-3 and found["never seen"] == found["never seen by adavd"] == 0
+
+
+@comfy
+def test_a_picture_that_cannot_be_saved_is_refused(found):
+    assert found["refused"] and found["grey"] < 0.05 and found["beside it"] < 1e-4
+    assert "of this run still looks like machines" in found["raised"]
+    assert "fit from pictures" in found["refuse without a picture detector"]
 
 
 @comfy
