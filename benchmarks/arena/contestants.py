@@ -1,4 +1,4 @@
-"""Who takes part: the ways of the erasure benchmark, the rivals, our image side and both sides, and trained files.
+"""Who takes part: the ways of the erasure benchmark, the rivals, our image side, both sides, and trained files.
 
 Each is a `Method`: a context manager around a pipeline that is told the concepts' plain names, and yields further
 arguments of the pipeline's call.
@@ -20,9 +20,11 @@ __all__ = ["LEFT_OUT", "contestants"]
 
 _TWICE = "another gate of the same membranes, or among the rivals as well"
 _LONG = "trained for many minutes for each concept"
+_DRAWN = "its detectors are fitted from 150 pictures for each concept"
 # why a quick run leaves a method out where none is named
 LEFT_OUT = dict.fromkeys(("closed_form/always", "closed_form/paper", "uce/textbook"), _TWICE)
 LEFT_OUT |= dict.fromkeys(("spm", "advunlearn", "esd_x", "esd_u"), _LONG)
+LEFT_OUT |= {"membranes/refusing": _DRAWN}
 SIDES = {"membranes/image": "image", "membranes/both": "both"}  # the text side alone is closed_form/auto
 
 
@@ -34,6 +36,7 @@ def contestants(guided: bool, files: Mapping[str, Callable[[Any], Any]] | None =
         files: name -> what loads trained membranes for a pipeline.
     """
     sides: dict[str, Method] = {name: partial(_side, side=side) for name, side in SIDES.items()}
+    sides["membranes/refusing"] = _refusing
     trained: dict[str, Method] = {name: partial(_file, load=load) for name, load in (files or {}).items()}
     found = {**sides, **trained, **METHODS, **RIVALS}
     return found if guided else {**found, "negative_prompt": _without_guidance}
@@ -50,12 +53,32 @@ def _side(pipe, told: Told, side: str) -> Iterator[dict]:
     from ...methods.membranes.visual_fit import VisualConfig
     from ...pipelines.membranes.erase import erase_concepts
 
-    model = MODELS.get(getattr(pipe, "semiperm_canvas", ""))
-    sampling = {"guidance_scale": model.guidance_scale} if model else {}
     concepts = ["|".join(own) for own in told.words.values()]
-    membranes = erase_concepts(pipe, concepts, side=side, visual=VisualConfig(sampling=sampling))
+    membranes = erase_concepts(pipe, concepts, side=side, visual=VisualConfig(sampling=_sampling(pipe)))
     with applied(pipe, membranes, "auto") as extra:
         yield extra
+
+
+@contextmanager
+def _refusing(pipe, told: Told) -> Iterator[dict]:
+    """Membranes of both sides, and a picture in which detectors still see a concept halfway ends as plain grey."""
+    from ...methods.guidance.category import Category
+    from ...methods.guidance.config import SafeGuidanceConfig
+    from ...pipelines.guidance.apply import apply_safe_guidance
+    from ...pipelines.guidance.fit import fit_detectors
+
+    # of each detector .015, for which as many of our harmless prompts as there are can vouch
+    concepts = [Category(name, tuple(own), false_alarms=0.03) for name, own in told.words.items()]
+    pairs = fit_detectors(pipe, concepts, **_sampling(pipe))
+    guarded = SafeGuidanceConfig(concepts, "adavd", detectors=pairs, when_unsafe="refuse")
+    with _side(pipe, told, "both") as extra, apply_safe_guidance(pipe, guarded):
+        yield extra
+
+
+def _sampling(pipe) -> dict[str, float]:
+    """How an embedded model is sampled."""
+    model = MODELS.get(getattr(pipe, "semiperm_canvas", ""))
+    return {"guidance_scale": model.guidance_scale} if model else {}
 
 
 @contextmanager

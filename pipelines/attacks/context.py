@@ -114,9 +114,9 @@ def inpaint(
         )
     size = {"height": pictures.shape[2], "width": pictures.shape[3]}
     mask = mask.expand(len(pictures), -1, -1, -1)
-    draw = with_parts(pipe, kind)
     given = {"image": pictures, "mask_image": mask.float(), "strength": strength, **size}
-    return draw(prompt=prompts, **given, **call, output_type="pt").images.float()
+    with with_parts(pipe, kind) as draw:
+        return draw(prompt=prompts, **given, **call, output_type="pt").images.float()
 
 
 @torch.no_grad()

@@ -11,8 +11,9 @@ forged = transplant(pipe, marked, cover, 0.7)  # or imprint(pipe, marked, cover)
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from einops import repeat
@@ -23,6 +24,7 @@ from ...methods.errors import WatermarkError
 from ...methods.pictures import check_pixels
 from ...methods.watermark.statistics import without_offset
 from ..family import denoiser_of, device_of, family_of
+from ..guidance.apply import SafeGuidanceHandle, apply_safe_guidance
 from ..latents import decode_latents, multiple_of, pixels_per_latent
 from ..watermark.inversion import encode_images, invert
 from ..watermark.noise import replace_noise
@@ -286,16 +288,16 @@ def _img2img(
     if len(prompts) != len(pixels):
         raise WatermarkError(f"{len(prompts)} prompts were given for {len(pixels)} pictures; expected one, or as many")
     kind = getattr(pipe, "semiperm_img2img", None) or getattr(diffusers, family_of(pipe).img2img)
-    redraw = with_parts(pipe, kind)
     call = {"strength": strength, "num_inference_steps": steps, "guidance_scale": 1.0, **more}
     if "height" in inspect.signature(kind.__call__).parameters:
         call |= {"height": image.shape[2], "width": image.shape[3]}
-    with nullcontext() if noise is None else replace_noise(redraw, noise):
+    with with_parts(pipe, kind) as redraw, nullcontext() if noise is None else replace_noise(redraw, noise):
         drawn = redraw(prompt=prompts, image=image, output_type="pt", **call).images
     return drawn.to(pixels)
 
 
-def with_parts(pipe, kind: type):
+@contextmanager
+def with_parts(pipe, kind: type) -> Iterator[Any]:
     """A pipeline of another class with the parts of this one, what is at work on them included."""
     accepted = inspect.signature(kind.__init__).parameters
     parts = {name: part for name, part in pipe.components.items() if name in accepted}
@@ -303,4 +305,13 @@ def with_parts(pipe, kind: type):
     removed = {name: value for name, value in family_of(pipe).removed.items() if name in accepted}
     made = kind(**parts | removed)
     made.set_progress_bar_config(disable=True)
-    return made
+    guarding = SafeGuidanceHandle.on(pipe)
+    if guarding is None:
+        yield made
+        return
+    guarding.remove()  # it hears the runs of its own pipeline alone
+    try:
+        with apply_safe_guidance(made, guarding.config):
+            yield made
+    finally:
+        guarding.install()

@@ -16,7 +16,9 @@ from semiperm.benchmarks.store import Store
 from semiperm.canvas.editions import world_of
 from semiperm.canvas.world import Shown, Sight
 from semiperm.methods.errors import MembraneError, ModelError, SemipermError
+from semiperm.methods.guidance.detectors import DetectorPair, PictureDetector
 from semiperm.methods.membranes.types import LowRank, Membrane, Membranes
+from semiperm.pipelines.guidance.apply import SafeGuidanceHandle
 from semiperm.pipelines.membranes.state import MembraneHandle
 from semiperm.pipelines.text import text_projections
 from tiny_models import build
@@ -134,7 +136,7 @@ def test_a_step_is_timed_beside_the_bare_one():
 
 def test_who_takes_part():
     known = taking_part.contestants(True, {"mine": lambda pipe: Membranes()})
-    assert {"membranes/image", "membranes/both", "mine", *METHODS, *RIVALS} == set(known)
+    assert {"membranes/image", "membranes/both", "membranes/refusing", "mine", *METHODS, *RIVALS} == set(known)
     assert set(taking_part.LEFT_OUT) <= set(known)
     without = taking_part.contestants(False)["negative_prompt"]
     with pytest.raises(ModelError, match="without guidance"), without(None, Told({"robot": ("robot",)})):
@@ -167,6 +169,25 @@ def test_our_sides_are_told_the_names(method, side, monkeypatch):
     with taking_part.contestants(True)[method](pipe, Told({"robot": ("robot", "android")})):
         assert MembraneHandle.on(pipe) is not None
     assert told == [(["robot|android"], side)] and MembraneHandle.on(pipe) is None
+
+
+def test_one_of_ours_refuses_what_its_detectors_see(monkeypatch):
+    from semiperm.pipelines.guidance import fit
+    from semiperm.pipelines.membranes import erase
+
+    def detectors(pipe, categories, **settings):
+        assert MembraneHandle.on(pipe) is None, "fitted on the untouched model"
+        (one,) = categories
+        seeing = PictureDetector(torch.tensor([0.0, 1.0]), torch.zeros(1, 100), torch.zeros(1), -1.0)
+        return (DetectorPair(one.name, None, seeing, one.false_alarms),)
+
+    pipe = build("sd15")
+    monkeypatch.setattr(erase, "erase_concepts", lambda pipe, concepts, **settings: stack_of(pipe))
+    monkeypatch.setattr(fit, "fit_detectors", detectors)
+    with taking_part.contestants(True)["membranes/refusing"](pipe, Told({"robot": ("robot",)})):
+        latents = pipe("a house", num_inference_steps=4, output_type="latent").images
+        assert SafeGuidanceHandle.on(pipe).report()["rows"][0]["refused"] and latents.abs().max() < 0.2
+    assert MembraneHandle.on(pipe) is SafeGuidanceHandle.on(pipe) is None
 
 
 # ---- all of it, on a flow model --------------------------------------------------------------------------------------

@@ -10,11 +10,13 @@ from semiperm.methods.guidance.config import SafeGuidanceConfig
 from semiperm.methods.guidance.nag import NAG
 from semiperm.methods.guidance.safree import SAFREE
 from semiperm.methods.guidance.sld import SLD
+from semiperm.pipelines.attacks.context import inpaint
 from semiperm.pipelines.attacks.encoding import OpenEncoder
 from semiperm.pipelines.attacks.guided import predictor_of
+from semiperm.pipelines.attacks.pictures import regenerate
 from semiperm.pipelines.attacks.prompts import find_prompts, learn_embedding, prompt_loss
 from semiperm.pipelines.attacks.targets import targets_from_model
-from semiperm.pipelines.guidance.apply import apply_safe_guidance
+from semiperm.pipelines.guidance.apply import SafeGuidanceHandle, apply_safe_guidance
 from semiperm.pipelines.prediction import Predictor
 from semiperm.pipelines.text import encode_text
 from tiny_models import call
@@ -91,3 +93,24 @@ def handle_steps(pipe) -> list:
     from semiperm.pipelines.guidance.apply import SafeGuidanceHandle
 
     return SafeGuidanceHandle.on(pipe).steps()
+
+
+@pytest.mark.parametrize("family", ["sd15", "sd3"])
+def test_what_draws_from_pictures_is_guided_as_the_pipeline_is(pipes, family):
+    pipe, pixels = pipes[family], torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    mask = torch.zeros(1, 1, 64, 64)
+    mask[..., 32:] = 1
+
+    def drawn():
+        seeds = [torch.Generator().manual_seed(i) for i in range(2)]
+        redrawn = regenerate(pipe, pixels, 0.7, "a robot", 6, seeds[0], guidance_scale=3.0)
+        return redrawn, inpaint(pipe, pixels, mask, "a robot", generator=seeds[1], num_inference_steps=4)
+
+    bare = drawn()
+    with apply_safe_guidance(pipe, SafeGuidanceConfig(HARM, "adavd")) as handle:
+        guided = drawn()
+        assert SafeGuidanceHandle.on(pipe) is handle, "and it goes on with its own"
+        call(pipe, "a robot", steps=2)
+        assert handle.report()["rows"][0]["fired"] > 0
+    assert all(not torch.equal(one, other) for one, other in zip(bare, guided, strict=True))
+    assert all(torch.equal(one, other) for one, other in zip(bare, drawn(), strict=True))
