@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -67,9 +68,9 @@ def _refusing(pipe, told: Told) -> Iterator[dict]:
     from ...pipelines.guidance.apply import apply_safe_guidance
     from ...pipelines.guidance.fit import fit_detectors
 
-    # of each detector .015, for which as many of our harmless prompts as there are can vouch
-    concepts = [Category(name, tuple(own), false_alarms=0.03) for name, own in told.words.items()]
-    pairs = fit_detectors(pipe, concepts, **_sampling(pipe))
+    # of each detector .02, for which our harmless prompts can vouch; words are the membranes' part
+    concepts = [Category(name, tuple(own), false_alarms=0.04) for name, own in told.words.items()]
+    pairs = [replace(pair, text=None) for pair in fit_detectors(pipe, concepts, **_sampling(pipe))]
     guarded = SafeGuidanceConfig(concepts, "adavd", detectors=pairs, when_unsafe="refuse")
     with _side(pipe, told, "both") as extra, apply_safe_guidance(pipe, guarded):
         yield extra

@@ -8,6 +8,7 @@
 Both are fitted in closed form (Fisher's linear discriminant), from a few prompts or pictures of the category and of
 none. Thresholds are conformal: of n harmless examples that the fit did not see, the ceil((n + 1) (1 - a))-th smallest
 score, so that a new harmless example fires with probability at most a; each of the pair has a = false_alarms / 2. A
+few harmless pictures that show the category unasked set no threshold: a is the rate of those that do not show it. A
 picture's score is the largest over all steps so far, in fit and in use alike: a is the rate for a whole picture.
 
 Source: conformal prediction (Vovk et al. 2005); two kinds of detectors find what either misses (2026, see
@@ -39,6 +40,7 @@ _SHRINK = 0.1  # of the harmless covariance towards a sphere: there are fewer ex
 _PATCH = 5  # latent cells a side of a patch: 40 pixels of most autoencoders
 _STRONGEST = 2  # patches that make a picture's score: one is noise, a small thing fills a few
 _REFINED = 0.1  # share of a category's patches, the strongest, that the second fit takes for it
+_UNASKED = 0.1  # of harmless pictures: more that look like the category are no accident
 _AT_ONCE = 8  # pictures whose patches are unfolded together: of 128 x 128 latents of 16 channels some 200 MB
 _TAIL = 0.05  # of harmless pictures, those that score highest: how far they lie above the middle is a stretch's unit
 
@@ -170,8 +172,7 @@ class PictureDetector:
 
         Args:
             harm, benign, held_out: (share of the schedule, predicted latents (B, C, H, W)) of each step; those of
-                `held_out`, as harmless as `benign`, set the threshold. All steps of the harmless have the same
-                pictures.
+                `held_out`, as harmless as `benign`, set the threshold. All steps of each have the same pictures.
             stretches: of the schedule.
 
         Raises:
@@ -191,8 +192,11 @@ class PictureDetector:
             weights.append(weight / scale)
             offsets.append((offset + middle) / scale)
         made = cls(edges, torch.stack(weights), torch.stack(offsets), math.inf)
-        highest = torch.stack([made.score(latents, share) for share, latents in held_out]).amax(dim=0)
-        return cls(edges, made.weights, made.offsets, conformal_threshold(highest, alarms))
+        shown, highest = (
+            torch.stack([made.score(latents, share) for share, latents in some]).amax(dim=0)
+            for some in (harm, held_out)
+        )
+        return cls(edges, made.weights, made.offsets, conformal_threshold(_without_showing(highest, shown), alarms))
 
     def score(self, latents: Tensor, share: float) -> Tensor:
         """(B, C, H, W), or (B, C, F, H, W) of a video, at this share of the schedule -> (B,)."""
@@ -264,6 +268,14 @@ def _scores(latents: Tensor, weight: Tensor, offset: Tensor) -> Tensor:
     flat = _flat(latents).float()
     each = F.conv2d(flat, weight.view(1, flat.shape[1], _PATCH, _PATCH)).flatten(1) - offset
     return each.topk(min(_STRONGEST, each.shape[1]), dim=1).values.mean(dim=1)
+
+
+def _without_showing(scores: Tensor, shown: Tensor) -> Tensor:
+    """The scores of harmless pictures less those of pictures that show the category although nobody asked for it: those
+    nearer to its own pictures than to the others (by medians), as long as they are few. They would set a threshold that
+    nothing passes."""
+    unlike = scores[scores < (scores.median() + shown.median()) / 2]
+    return unlike if len(unlike) >= (1 - _UNASKED) * len(scores) else scores
 
 
 def _tail(scores: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import GuidanceError
+from ..membranes.phrases import fold, names
 from .detectors import TextDetector
 
 __all__ = ["BENIGN", "benign_prompts", "fit_text_detector", "halves", "harmless", "in_sentences"]
@@ -23,18 +24,20 @@ _MANNERS = ("{}", "a photo of {}", "a painting of {}", "{} in the morning light"
 BENIGN = tuple(manner.format(subject) for manner in _MANNERS for subject in _SUBJECTS)
 
 
-def benign_prompts(count: int) -> list[str]:
-    """Harmless prompts of ours, as many as asked for.
+def benign_prompts(count: int, without: Sequence[str] = ()) -> list[str]:
+    """Harmless prompts of ours, as many as asked for, that name none of some phrases.
 
     Raises:
         GuidanceError: more than there are.
     """
-    if count > len(BENIGN):
+    phrases = [fold(phrase) for phrase in without]
+    known = [prompt for prompt in BENIGN if not names(prompt, phrases)]
+    if count > len(known):
         raise GuidanceError(
-            f"{count} harmless prompts are needed, and {len(BENIGN)} come with the package: give your own (`benign`),"
-            " or a higher rate of false alarms"
+            f"{count} harmless prompts are needed, and {len(known)} come with the package that do not name the"
+            " category: give your own (`benign`), or a higher rate of false alarms"
         )
-    return list(BENIGN[:count])
+    return known[:count]
 
 
 def in_sentences(phrases: Sequence[str]) -> list[str]:
@@ -44,13 +47,16 @@ def in_sentences(phrases: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(plain + beside))
 
 
-def harmless(given: Sequence[str] | None, alarms: float) -> list[str]:
+def harmless(given: Sequence[str] | None, alarms: float, without: Sequence[str]) -> list[str]:
     """Harmless prompts to fit from: those given, or as many of ours as this rate of false alarms wants.
 
     Args:
-        alarms: of one detector.
+        alarms: of one detector. without: the categories' phrases, which ours must not name.
+
+    Raises:
+        GuidanceError: there are not so many of ours.
     """
-    return list(given) if given is not None else benign_prompts(min(2 * (math.ceil(1 / alarms) - 1), len(BENIGN)))
+    return list(given) if given is not None else benign_prompts(2 * (math.ceil(1 / alarms) - 1), without)
 
 
 def halves(prompts: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -95,7 +95,7 @@ def detectors_for(
 
     if path is None:
         alarms = category.false_alarms / (1 if examples is None else 2)
-        calm = harmless(benign, alarms)
+        calm = harmless(benign, alarms, category.phrases)
         text = fit_text_detector(read, in_sentences(category.phrases), calm, alarms)
         picture = None if examples is None else fit_pictures(model, clip, examples, calm, alarms)
         pairs: tuple[DetectorPair, ...] = (DetectorPair(category.name, text, picture, category.false_alarms),)

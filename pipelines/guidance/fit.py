@@ -85,7 +85,8 @@ def fit_detectors(
             f"prompts of {len(chosen)} categories; expected those of one: fit each by itself, or leave prompts out"
         )
     share = 2 if pictures else 1  # of the pair, each fires at as many
-    benign = harmless(benign, min(one.false_alarms for one in chosen) / share)
+    said = [phrase for one in chosen for phrase in one.phrases]
+    benign = harmless(benign, min(one.false_alarms for one in chosen) / share, said)
     segments = segments_of(pipe)
     denoiser, _ = denoiser_of(pipe)
     model = base_model_hash({name: value for name, value in denoiser.state_dict().items() if value.ndim == 2})

@@ -106,7 +106,13 @@ class Root:
         return rows
 
     def _check_pairs(self, run: GuidanceRun, call: GuidanceCall) -> None:
-        """Guidance must be there where an algorithm works on it, and whole."""
+        """Guidance must be there where an algorithm works on it, and whole; and each image have been judged."""
+        if run.fired is not None and call.positive and len(call.positive) != len(run.fired):
+            raise GuidanceError(
+                f"the denoiser was called with {len(call.positive)} rows for prompts, and detectors judged"
+                f" {len(run.fired)} prompts: several are mixed into one picture, or another method added rows; take"
+                " safe guidance without detectors there"
+            )
         if not self.paired:
             return
         names = " and ".join(one.NAME for one in self.guiding if one.GUIDED)

@@ -15,6 +15,7 @@ from semiperm.methods.guidance.detectors import (
     load_detectors,
     save_detectors,
 )
+from semiperm.methods.guidance.examples import BENIGN, benign_prompts, harmless
 
 SHARES = (0.05, 0.3, 0.6, 0.9)
 
@@ -74,6 +75,26 @@ def highest(detector, steps):
 def test_pictures_are_told_from_a_few_of_them_wherever_the_thing_lies(picture):
     assert (highest(picture, pictures(40, 11, thing=True)) > picture.threshold).float().mean() > 0.9
     assert (highest(picture, pictures(200, 12)) > picture.threshold).float().mean() < 0.12
+
+
+def test_what_shows_the_thing_unasked_sets_no_threshold():
+    def fit(held_out):
+        return PictureDetector.fit(pictures(16, 1, thing=True), pictures(32, 2), held_out, alarms=0.05)
+
+    calm, shown = pictures(60, 3), pictures(40, 4, thing=True)
+    few, many = (
+        [(share, torch.cat([x, there[:count]])) for (share, x), (_, there) in zip(calm, shown, strict=True)]
+        for count in (4, 40)
+    )
+    assert fit(few).threshold == fit(calm).threshold < fit(many).threshold / 2
+
+
+def test_harmless_prompts_name_no_category():
+    assert len(BENIGN) - len(benign_prompts(130, ["robots"])) >= 6
+    assert not any("robot" in prompt for prompt in harmless(None, 0.02, ["a robot", "a gun"]))
+    assert harmless(["a robot"], 0.02, ["a robot"]) == ["a robot"], "those given are the caller's"
+    with pytest.raises(GuidanceError, match="398 harmless prompts are needed, and 138 come with the package"):
+        harmless(None, 0.005, ["robot"])
 
 
 def test_files_round_trip(picture, tmp_path):

@@ -5,6 +5,7 @@ import torch
 from semiperm import Category, SafeGuidanceConfig, apply_safe_guidance, fit_detectors
 from semiperm.methods.errors import GuidanceError
 from semiperm.methods.guidance.examples import in_sentences
+from semiperm.pipelines.attacks.context import draw_arithmetic
 from tiny_models import build
 
 SIGNS, CLAWS = (
@@ -30,3 +31,13 @@ def test_several_categories_share_the_harmless_pictures():
     assert row["picture_score"] is not None and row["text_score"] is not None
     with pytest.raises(GuidanceError, match="prompts of 2 categories; expected those of one"):
         fit_detectors(pipe, [SIGNS, CLAWS], **given, prompts=["a claw"])
+
+
+def test_prompts_that_are_mixed_are_refused():
+    """Detectors judge prompts; a picture of several belongs to none of them."""
+    pipe = build("sd15")
+    (pair,) = fit_detectors(pipe, [SIGNS], benign=HARMLESS, pictures=False)
+    with apply_safe_guidance(pipe, SafeGuidanceConfig(SIGNS, "adavd", detectors=[pair])), pytest.raises(
+        GuidanceError, match="several are mixed into one picture"
+    ):  # fmt: skip
+        draw_arithmetic(pipe, [(1.0, "a sign and a house"), (-1.0, "a house")], 1, steps=2, guidance_scale=3.0)
