@@ -40,7 +40,7 @@ _SHRINK = 0.1  # of the harmless covariance towards a sphere: there are fewer ex
 _PATCH = 5  # latent cells a side of a patch: 40 pixels of most autoencoders
 _STRONGEST = 2  # patches that make a picture's score: one is noise, a small thing fills a few
 _REFINED = 0.1  # share of a category's patches, the strongest, that the second fit takes for it
-_UNASKED = 0.1  # of harmless pictures: more that look like the category are no accident
+UNASKED = 0.1  # of harmless pictures: more that look like the category are no accident
 _AT_ONCE = 8  # pictures whose patches are unfolded together: of 128 x 128 latents of 16 channels some 200 MB
 _TAIL = 0.05  # of harmless pictures, those that score highest: how far they lie above the middle is a stretch's unit
 
@@ -99,6 +99,15 @@ def discriminant(harm: Tensor, benign: Moments, shrink: float = _SHRINK) -> tupl
     return w.float(), (mean @ w).float()
 
 
+def fewest(alarms: float) -> int:
+    """How many harmless examples can promise a rate of false alarms.
+
+    >>> fewest(0.01)
+    99
+    """
+    return math.ceil(1 / alarms) - 1
+
+
 def conformal_threshold(scores: Tensor, alarms: float) -> float:
     """The score above which a new harmless example lies with probability at most `alarms`.
 
@@ -113,7 +122,7 @@ def conformal_threshold(scores: Tensor, alarms: float) -> float:
     if rank > count:
         raise GuidanceError(
             f"{count} harmless examples cannot promise a rate of false alarms of {alarms:g}; expected at least"
-            f" {math.ceil(1 / alarms) - 1}, or a higher rate"
+            f" {fewest(alarms)}, or a higher rate"
         )
     return float(scores.sort().values[rank - 1])
 
@@ -196,7 +205,9 @@ class PictureDetector:
             torch.stack([made.score(latents, share) for share, latents in some]).amax(dim=0)
             for some in (harm, held_out)
         )
-        return cls(edges, made.weights, made.offsets, conformal_threshold(_without_showing(highest, shown), alarms))
+        return cls(
+            edges, made.weights, made.offsets, conformal_threshold(_without_showing(highest, shown, alarms), alarms)
+        )
 
     def score(self, latents: Tensor, share: float) -> Tensor:
         """(B, C, H, W), or (B, C, F, H, W) of a video, at this share of the schedule -> (B,)."""
@@ -270,12 +281,12 @@ def _scores(latents: Tensor, weight: Tensor, offset: Tensor) -> Tensor:
     return each.topk(min(_STRONGEST, each.shape[1]), dim=1).values.mean(dim=1)
 
 
-def _without_showing(scores: Tensor, shown: Tensor) -> Tensor:
+def _without_showing(scores: Tensor, shown: Tensor, alarms: float) -> Tensor:
     """The scores of harmless pictures less those of pictures that show the category although nobody asked for it: those
-    nearer to its own pictures than to the others (by medians), as long as they are few. They would set a threshold that
-    nothing passes."""
+    nearer to its own pictures than to the others (by medians), as long as they are few, and enough are left for the
+    rate. They would set a threshold that nothing passes."""
     unlike = scores[scores < (scores.median() + shown.median()) / 2]
-    return unlike if len(unlike) >= (1 - _UNASKED) * len(scores) else scores
+    return unlike if len(unlike) >= max((1 - UNASKED) * len(scores), fewest(alarms)) else scores
 
 
 def _tail(scores: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ..errors import GuidanceError
 from ..membranes.phrases import fold, names
-from .detectors import TextDetector
+from .detectors import UNASKED, TextDetector, fewest
 
-__all__ = ["BENIGN", "benign_prompts", "fit_text_detector", "halves", "harmless", "in_sentences"]
+__all__ = ["BENIGN", "fit_text_detector", "halves", "harmless", "in_sentences"]
 
 _SUBJECTS = (
     "a fox", "a bowl of fruit", "an old lighthouse", "two children reading", "a mountain lake", "a red bicycle",
@@ -24,22 +24,6 @@ _MANNERS = ("{}", "a photo of {}", "a painting of {}", "{} in the morning light"
 BENIGN = tuple(manner.format(subject) for manner in _MANNERS for subject in _SUBJECTS)
 
 
-def benign_prompts(count: int, without: Sequence[str] = ()) -> list[str]:
-    """Harmless prompts of ours, as many as asked for, that name none of some phrases.
-
-    Raises:
-        GuidanceError: more than there are.
-    """
-    phrases = [fold(phrase) for phrase in without]
-    known = [prompt for prompt in BENIGN if not names(prompt, phrases)]
-    if count > len(known):
-        raise GuidanceError(
-            f"{count} harmless prompts are needed, and {len(known)} come with the package that do not name the"
-            " category: give your own (`benign`), or a higher rate of false alarms"
-        )
-    return known[:count]
-
-
 def in_sentences(phrases: Sequence[str]) -> list[str]:
     """Phrases by themselves, in each manner, and beside harmless subjects."""
     plain = [manner.format(phrase) for phrase in phrases for manner in _MANNERS]
@@ -48,7 +32,8 @@ def in_sentences(phrases: Sequence[str]) -> list[str]:
 
 
 def harmless(given: Sequence[str] | None, alarms: float, without: Sequence[str]) -> list[str]:
-    """Harmless prompts to fit from: those given, or as many of ours as this rate of false alarms wants.
+    """Harmless prompts to fit from: those given, or as many of ours as this rate of false alarms wants, and some spare
+    ones, since pictures may show the category unasked.
 
     Args:
         alarms: of one detector. without: the categories' phrases, which ours must not name.
@@ -56,7 +41,16 @@ def harmless(given: Sequence[str] | None, alarms: float, without: Sequence[str])
     Raises:
         GuidanceError: there are not so many of ours.
     """
-    return list(given) if given is not None else benign_prompts(2 * (math.ceil(1 / alarms) - 1), without)
+    if given is not None:
+        return list(given)
+    phrases, wanted = [fold(phrase) for phrase in without], 2 * fewest(alarms)
+    known = [prompt for prompt in BENIGN if not names(prompt, phrases)]
+    if wanted > len(known):
+        raise GuidanceError(
+            f"{wanted} harmless prompts are needed, and {len(known)} come with the package that do not name the"
+            " category: give your own (`benign`), or a higher rate of false alarms"
+        )
+    return known[: math.ceil(wanted / (1 - UNASKED))]
 
 
 def halves(prompts: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -31,7 +31,7 @@ from einops import einsum, rearrange
 from torch import Tensor
 
 from ..errors import MembraneError
-from ..guidance.detectors import conformal_threshold
+from ..guidance.detectors import conformal_threshold, fewest
 from .visual import VisualSide, VisualSite
 
 logger = logging.getLogger(__name__)
@@ -103,7 +103,7 @@ class VisualConfig:
     @property
     def calibration(self) -> int:
         """Pictures without the concept that set the thresholds: the fewest that can promise `false_open`."""
-        return math.ceil(1.0 / self.false_open) - 1
+        return fewest(self.false_open)
 
     @property
     def spare(self) -> int:

@@ -15,7 +15,7 @@ from semiperm.methods.guidance.detectors import (
     load_detectors,
     save_detectors,
 )
-from semiperm.methods.guidance.examples import BENIGN, benign_prompts, harmless
+from semiperm.methods.guidance.examples import BENIGN, harmless
 
 SHARES = (0.05, 0.3, 0.6, 0.9)
 
@@ -90,8 +90,9 @@ def test_what_shows_the_thing_unasked_sets_no_threshold():
 
 
 def test_harmless_prompts_name_no_category():
-    assert len(BENIGN) - len(benign_prompts(130, ["robots"])) >= 6
-    assert not any("robot" in prompt for prompt in harmless(None, 0.02, ["a robot", "a gun"]))
+    ours = harmless(None, 0.02, ["a robot", "a gun"])
+    assert len(ours) == 109 and not any("robot" in prompt for prompt in ours), "98 for the rate, and a tenth to spare"
+    assert len(harmless(None, 0.015, ["robots"])) == len(BENIGN) - 6, "or what there is"
     assert harmless(["a robot"], 0.02, ["a robot"]) == ["a robot"], "those given are the caller's"
     with pytest.raises(GuidanceError, match="398 harmless prompts are needed, and 138 come with the package"):
         harmless(None, 0.005, ["robot"])
