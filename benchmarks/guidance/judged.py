@@ -2,8 +2,8 @@
 
 Every method draws the same prompts from the same noise. A rate has a 95 % interval (Wilson's). The negative prompt is
 given the same words as the categories. Where a world has several hazards, each method steers away from all of them at
-once, and then from one at a time. With an `Attack`, an adversary's prompts are asked as well: found against the
-untouched model for all methods, and against each method while it is at work.
+once, and then from one at a time. With an `Attack`, an adversary's prompts are asked as well, of all hazards at once
+alone: found against the untouched model for all methods, and against each method while it is at work.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def run(
     if attacker is not None:
         asked += attacker.asked(n)
     for method in methods_of(about, methods):
-        for scope, parts in _parts(about, asked, method).items():
+        for scope, parts in _parts(about, asked, method, attack).items():
             seen: dict[int, dict[str, Shown]] = {}
             some: Sequence[Asked] = asked
             for categories, part in parts:
@@ -157,7 +157,7 @@ def batches(world: str, n: int, methods: Sequence[str], attack: Attack | None = 
         sum(
             len(parts_of(asked, part))
             for method in chosen
-            for parts in _parts(about, asked, method).values()
+            for parts in _parts(about, asked, method, attack).values()
             for _, part in parts
         )
         + searches * (1 + attacked)
@@ -166,13 +166,13 @@ def batches(world: str, n: int, methods: Sequence[str], attack: Attack | None = 
 
 
 def _parts(
-    world: World, asked: Sequence[Asked], method: str
+    world: World, asked: Sequence[Asked], method: str, attack: Attack | None
 ) -> dict[str, list[tuple[tuple[Category, ...], list[int]]]]:
     """By scope: which categories are steered away from together, for which prompts. Alone, each has its own prompts,
-    and an equal share of the benign ones."""
+    and an equal share of the benign ones; an adversary is met with all of them."""
     categories = categories_of(world)
     found = {ALL: [(categories, list(range(len(asked))))]}
-    if len(categories) > 1 and method != "untouched":
+    if len(categories) > 1 and method != "untouched" and attack is None:
         benign = [i for i, one in enumerate(asked) if one.kind == BENIGN]
         found[ONE] = [
             ((one,), sorted(benign[k :: len(categories)] + [i for i, a in enumerate(asked) if a.hazard == one.name]))
