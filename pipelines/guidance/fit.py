@@ -102,7 +102,10 @@ def fit_detectors(
     for one in chosen:
         harm, alarms = in_sentences(one.phrases) if prompts is None else list(prompts), one.false_alarms / share
         text = fit_text_detector(read, harm, benign, alarms)
-        picture = PictureDetector.fit(predicted(harm, 0), *runs, alarms) if pictures else None
+        picture = None
+        if pictures:
+            seen, kept = runs
+            picture = PictureDetector.fit(predicted(harm, 0), seen, kept, alarms)
         pairs.append(DetectorPair(one.name, text, picture, one.false_alarms, model))
     several = not isinstance(category, (str, Path)) and not hasattr(category, "phrases")
     return tuple(pairs) if several else pairs[0]

@@ -83,19 +83,7 @@ def guidance_of(world):
         for kind in ("benign", "named", "other words", "implied")
         for category in ("", *(("blaze", "frost") if kind != "benign" else ()))
     ]
-    if world != "canvas-flow":
-        return {"world": world, "n": 2, "rows": rows, "attack": None, **MADE}
-    one = {"categories": "all", "category": "", "judge": "first", "n": 2, "others": SHARE, "accuracy": SHARE}
-    rows += [
-        one | {"method": method, "kind": kind, "hazard": SHARE}
-        for method, kind in (
-            ("untouched", "found words"),
-            ("SAFREE", "found words"),
-            ("SAFREE", "found words, adaptive"),
-        )
-    ]
-    attack = {"searches": 3, "steps": 11, "learned_steps": 22, "tokens": 5, "points": 2, "targets": 4}
-    return {"world": world, "n": 2, "rows": rows, "attack": attack, **MADE}
+    return {"world": world, "n": 2, "rows": rows, "attack": None, "methods": [], **MADE}
 
 
 def held_out_of(world):
@@ -205,11 +193,8 @@ def test_a_world_stands_on_the_page_as_soon_as_it_has_a_file(clone):
     assert "canvas-flow --membrane 10.safetensors --withhold --gate auto --gate always --steps 7 --each 8" in text
     assert "and 9 words that this world does not draw (a, b, c, d, e, f, ...)." in text
     assert text.count("| 10 membranes, gate always | 90.0 (0.0 to 100.0) |") == 4  # two worlds, two kinds of words
-    assert "guidance --world canvas-flow -n 2 --steps 7 --attacks 3 --attack-steps 11 --json" in text
-    assert "found 3 prefixes of 5 words for each hazard in 11 steps" in text
-    assert "fire, named | ice, named | found words | found words, adaptive |" in text
-    assert "| 12.5 | 12.5 | 50.0 (25.0 to 75.0) | - |" in text  # nothing is at work on an untouched model
-    assert "| SAFREE | one | 62.5 (0.0 to 100.0) |" in text and "| 12.5 | 12.5 |" in text
+    assert "guidance --world canvas-flow -n 2 --steps 7 --json" in text
+    assert "| SAFREE | one | 62.5 (0.0 to 100.0) |" in text
     assert "| ghost | negative token merging | 50.0 (25.0 to 75.0) | 0.500 |" in text and "strength 1.5" in text
     assert "guidance 4: 5 steps 87.5" in text and "| grey | 8 | 50.0 (25.0 to 75.0) |" in text
     assert "bench watermark --world canvas-flow --part repaint --resume" in text  # not measured yet
