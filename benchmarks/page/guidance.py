@@ -20,7 +20,7 @@ def attacks_of(figures: dict) -> str:
     if not attack:
         return "no attack on purpose"
     return (
-        f"an adversary found {attack['searches']} prefixes of {attack['tokens']} words for each hazard in"
-        f" {attack['steps']} steps, and learned as many in {attack['learned_steps']}, against the untouched model and"
+        f"an adversary found {attack['searches']} prefix{'es' * (attack['searches'] > 1)} of {attack['tokens']} words for"
+        f" each hazard in {attack['steps']} steps, and learned as many in {attack['learned_steps']}, against the untouched model and"
         " (adaptive) against the method at work"
     )
