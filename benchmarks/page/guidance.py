@@ -19,8 +19,8 @@ def attacks_of(figures: dict) -> str:
     attack = figures.get("attack")
     if not attack:
         return "no attack on purpose"
+    prefixes = f"{attack['searches']} prefix{'es' * (attack['searches'] > 1)} of {attack['tokens']} words"
     return (
-        f"an adversary found {attack['searches']} prefix{'es' * (attack['searches'] > 1)} of {attack['tokens']} words for"
-        f" each hazard in {attack['steps']} steps, and learned as many in {attack['learned_steps']}, against the untouched model and"
-        " (adaptive) against the method at work"
+        f"an adversary found {prefixes} for each hazard in {attack['steps']} steps, and learned as many in"
+        f" {attack['learned_steps']}, against the untouched model and (adaptive) against the method at work"
     )
