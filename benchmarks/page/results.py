@@ -18,7 +18,7 @@ from . import samplers as results_samplers
 from . import token_merging as results_token_merging
 from . import watermark as results_watermark
 from . import worlds as results_worlds
-from .tables import number, paragraphs, source, table
+from .tables import number, paragraphs, ratio, source, table
 
 HEAD = """# Measured
 
@@ -89,13 +89,8 @@ def comfyui(rows: list[dict]) -> str:
 def _by_count(rows: Sequence[dict], names: dict[str, str]) -> str:
     counts = sorted({row["k"] for row in rows})
     found = {(row["name"], row["k"]): row for row in rows}
-    cells = [(label, *(_ratio(found[name, k]) for k in counts)) for name, label in names.items()]
+    cells = [(label, *(ratio(found[name, k]) for k in counts)) for name, label in names.items()]
     return table(("membranes", *map(str, counts)), cells)
-
-
-def _ratio(row: dict) -> str:
-    low, high = row["spread"]
-    return f"{row['ratio']:.3f} ({low:.3f} to {high:.3f})"
 
 
 def sampling(rows: list[dict]) -> str:
@@ -107,7 +102,7 @@ def sampling(rows: list[dict]) -> str:
     ends = sorted({row["window"][1] for row in rows})
     found = {(row["name"], row["window"][1]): row for row in rows}
     cells = [
-        (label, *(_ratio(found[name, end]) if (name, end) in found else "-" for end in ends))
+        (label, *(ratio(found[name, end]) if (name, end) in found else "-" for end in ends))
         for name, label in names.items()
     ]
     return paragraphs(

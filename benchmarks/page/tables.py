@@ -29,6 +29,12 @@ def percent(share: Sequence[float] | None) -> str:
     return f"{value} ({low} to {high})"
 
 
+def ratio(row: dict) -> str:
+    """A row's "ratio" and "spread" -> "0.993 (0.975 to 1.008)"."""
+    low, high = row["spread"]
+    return f"{row['ratio']:.3f} ({low:.3f} to {high:.3f})"
+
+
 def count(size: int) -> str:
     """Bytes: "14.3 MB"."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):

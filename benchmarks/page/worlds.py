@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 from . import watermark as mark
 from .guidance import attacks_of, command_of
-from .tables import number, paragraphs, percent, source, table
+from .tables import number, paragraphs, percent, ratio, source, table
 
 METHODS = {
     "untouched": "untouched",
@@ -217,9 +217,7 @@ def guidance_cost(found: dict[str, list[dict]]) -> str:
         file = f"guidance_cost_{world}.json"
         command = f"semiperm bench guidance-cost --model {world} --json benchmarks/results/{file}"
         cells = [
-            (row["name"], f"{row['ratio']:.3f} ({row['spread'][0]:.3f} to {row['spread'][1]:.3f})")
-            + tuple(f"{row[name]:.3f}" for name in ("step", "rows", "operations"))
-            for row in rows
+            (row["name"], ratio(row), *(f"{row[name]:.3f}" for name in ("step", "rows", "operations"))) for row in rows
         ]
         parts += [f"### Its cost, {world}", source(file, command, rows)]
         parts.append(table(("", "run", "step", "rows", "operations"), cells))

@@ -144,6 +144,11 @@ def category_from_text(text: str, name: str = "own") -> Category:
     return Category(name, tuple(part for line in text.splitlines() for part in line.split(",")))
 
 
+def is_one(sources: Any) -> bool:
+    """Whether what `as_categories` takes is one category, and no sequence of them."""
+    return isinstance(sources, (str, Path)) or hasattr(sources, "phrases")
+
+
 def as_categories(sources: Sequence[str | Path | Category] | str | Path | Category) -> tuple[Category, ...]:
     """Categories from names, files and categories, one or several.
 
@@ -151,8 +156,7 @@ def as_categories(sources: Sequence[str | Path | Category] | str | Path | Catego
         GuidanceError: none, or two of one name.
     """
     given: Any = sources
-    one = isinstance(given, (str, Path)) or hasattr(given, "phrases")
-    found = tuple(load_category(source) for source in ([given] if one else given))
+    found = tuple(load_category(source) for source in ([given] if is_one(given) else given))
     names = [category.name for category in found]
     if not found or len(set(names)) < len(names):
         raise GuidanceError(f"categories {names}; expected at least one, each name once")

@@ -205,9 +205,9 @@ class PictureDetector:
             torch.stack([made.score(latents, share) for share, latents in some]).amax(dim=0)
             for some in (harm, held_out)
         )
-        return cls(
-            edges, made.weights, made.offsets, conformal_threshold(_without_showing(highest, shown, alarms), alarms)
-        )
+        least = max((1 - UNASKED) * len(highest), fewest(alarms))
+        threshold = conformal_threshold(without_unasked(highest, shown, least), alarms)
+        return cls(edges, made.weights, made.offsets, threshold)
 
     def score(self, latents: Tensor, share: float) -> Tensor:
         """(B, C, H, W), or (B, C, F, H, W) of a video, at this share of the schedule -> (B,)."""
@@ -281,12 +281,16 @@ def _scores(latents: Tensor, weight: Tensor, offset: Tensor) -> Tensor:
     return each.topk(min(_STRONGEST, each.shape[1]), dim=1).values.mean(dim=1)
 
 
-def _without_showing(scores: Tensor, shown: Tensor, alarms: float) -> Tensor:
-    """The scores of harmless pictures less those of pictures that show the category although nobody asked for it: those
-    nearer to its own pictures than to the others (by medians), as long as they are few, and enough are left for the
-    rate. They would set a threshold that nothing passes."""
+def without_unasked(scores: Tensor, shown: Tensor, least: float) -> Tensor:
+    """The scores of other pictures less those of pictures that show a thing although nobody asked for it: those nearer
+    to its own pictures than to the others (by medians). They would set a threshold that nothing passes.
+
+    Args:
+        scores: (n,) of pictures that nobody asked it for. shown: (m,) of pictures with it. least: where fewer would be
+            left, the scores do not tell the two apart, and all are kept.
+    """
     unlike = scores[scores < (scores.median() + shown.median()) / 2]
-    return unlike if len(unlike) >= max((1 - UNASKED) * len(scores), fewest(alarms)) else scores
+    return unlike if len(unlike) >= least else scores
 
 
 def _tail(scores: Tensor) -> tuple[Tensor, Tensor]:

@@ -31,7 +31,7 @@ from einops import einsum, rearrange
 from torch import Tensor
 
 from ..errors import MembraneError
-from ..guidance.detectors import conformal_threshold, fewest
+from ..guidance.detectors import conformal_threshold, fewest, without_unasked
 from .visual import VisualSide, VisualSite
 
 logger = logging.getLogger(__name__)
@@ -188,8 +188,7 @@ def without_showing(scores: Tensor, shown: Tensor, config: VisualConfig) -> Tens
     Args:
         scores: (n,) of pictures whose captions do not name it. shown: (m,) of pictures with it, out of the fit.
     """
-    unlike = scores[scores < (scores.median() + shown.median()) / 2] if len(shown) else scores
-    return unlike if len(unlike) >= config.calibration else scores
+    return without_unasked(scores, shown, config.calibration) if len(shown) else scores
 
 
 def _directions(

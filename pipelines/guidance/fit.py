@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from ...methods.errors import GuidanceError
-from ...methods.guidance.category import Category, as_categories
+from ...methods.guidance.category import Category, as_categories, is_one
 from ...methods.guidance.config import SafeGuidanceConfig
-from ...methods.guidance.detectors import DetectorPair, PictureDetector
-from ...methods.guidance.examples import fit_text_detector, halves, harmless, in_sentences
+from ...methods.guidance.detectors import DetectorPair, PictureDetector, TextDetector
+from ...methods.guidance.examples import halves, harmless, in_sentences
 from ...methods.guidance.summaries import summaries
 from ...methods.membranes.base_model import base_model_hash
 from ..family import Pipeline, denoiser_of
@@ -97,18 +97,18 @@ def fit_detectors(
     def predicted(texts: Sequence[str], part: int) -> list[tuple[float, Tensor]]:
         return _predicted(pipe, chosen[0], texts, steps, batch_size, seed + 10_000 * part, progress, sampling)
 
-    runs = [predicted(texts, part) for part, texts in enumerate(halves(benign), 1)] if pictures else []
+    calm = halves(benign)
+    words = [read(texts) for texts in calm]
+    runs = [predicted(texts, part) for part, texts in enumerate(calm, 1)] if pictures else []
     pairs = []
     for one in chosen:
         harm, alarms = in_sentences(one.phrases) if prompts is None else list(prompts), one.false_alarms / share
-        text = fit_text_detector(read, harm, benign, alarms)
+        text = TextDetector.fit(read(harm), words[0], words[1], alarms)
         picture = None
         if pictures:
-            seen, kept = runs
-            picture = PictureDetector.fit(predicted(harm, 0), seen, kept, alarms)
+            picture = PictureDetector.fit(predicted(harm, 0), runs[0], runs[1], alarms)
         pairs.append(DetectorPair(one.name, text, picture, one.false_alarms, model))
-    several = not isinstance(category, (str, Path)) and not hasattr(category, "phrases")
-    return tuple(pairs) if several else pairs[0]
+    return pairs[0] if is_one(category) else tuple(pairs)
 
 
 class _Watching(SafeGuidanceHandle):
