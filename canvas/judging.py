@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from . import language, precision
 from .drawing import draw
-from .judges import CELLS, JUDGES, OBJECTS, QUESTIONS, Judge
+from .judges import CELLS, JUDGES, OBJECTS, QUESTIONS, Judge, counted
 from .pool import Pool, pictures, to_tensor
 from .precision import Run
 from .scenes import SIZE, Scene, random_scene
@@ -154,10 +154,11 @@ def accuracy(judge: Judge, pool: Pool) -> dict[str, float]:
             asked = ~target.isnan()
             out[name] = float(((found > 0).float() == target)[asked].float().mean())
         else:
-            asked = target != -100
-            out[name] = float((found.argmax(-1) == target)[asked].float().mean())
+            asked, answered = target != -100, found.argmax(-1)
             if name == "count":
-                out["objects"] = float((found.argmax(-1) == target).all(-1).float().mean())
+                answered = torch.cat([counted(p) for p in parts])
+                out["objects"] = float((answered == target).all(-1).float().mean())
+            out[name] = float((answered == target)[asked].float().mean())
     return out
 
 

@@ -226,6 +226,19 @@ def test_the_judges_are_asked_what_the_scene_holds():
     assert judging.answers(Scene((Thing("star"),) * 3))["count"][star] == 3
 
 
+def test_a_judge_counts_centres_of_what_it_sees():
+    star, robot = language.OBJECTS.index("star"), language.OBJECTS.index("robot")
+    found = {
+        "count": torch.zeros(1, len(language.OBJECTS), judges.COUNTS),
+        "centres": torch.full((1, 16, 16, 16), -9.0),
+    }
+    found["count"][0, [star, robot], 1] = 5  # one of each, says the answer
+    for x in (2, 7, 9, 12):
+        found["centres"][0, star, 3, x] = found["centres"][0, language.OBJECTS.index("moon"), 3, x] = 1
+    seen = judges.counted(found)[0]
+    assert seen[star] == 3 and seen[robot] == 1 and seen.sum() == 4, "at most three; none where it sees none"
+
+
 def test_relations_are_read_off_places():
     def seen(x, y, front=0.0):
         return judges.Seen("star", 1, "red", x, y, front)
