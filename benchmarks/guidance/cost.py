@@ -47,10 +47,12 @@ def run(model="canvas", quick: bool = False) -> list[dict]:
     pipe = load_pipeline(model) if isinstance(model, (str, Path)) else model
     pipe.set_progress_bar_config(disable=True)
     rounds, steps = (2, 4) if quick else (9, 25)
-    one = (Category("hazard", ("a hazard mark",), false_alarms=0.1),)
+    # 49 pictures are the fewest that can tell one in fifty; the short version has 40
+    one = (Category("hazard", ("a hazard mark",), false_alarms=0.1 if quick else 0.02),)
     three = (*one, Category("gloom", ("a dark place",)), Category("noise", ("a loud thing",)))
-    benign = world_of(getattr(pipe, "semiperm_canvas", "canvas")).benign(80)  # others are asked by the canvas's words
-    pair = fit_detectors(pipe, one[0], benign=benign[:40] if quick else benign, steps=4, guidance_scale=4.0)
+    prompts = world_of(getattr(pipe, "semiperm_canvas", "canvas")).benign(84)  # others are asked by the canvas's words
+    benign, fitted = prompts[-BATCH:], prompts[:40] if quick else prompts[:-BATCH]
+    pair = fit_detectors(pipe, one[0], benign=fitted, steps=4, guidance_scale=4.0)
     cases: dict[str, tuple[tuple[Category, ...], dict, dict, dict]] = {
         "sld": (one, {"algorithms": SLD("strong")}, _GUIDED, _GUIDED),
         "sld, 3 categories": (three, {"algorithms": SLD("strong")}, _GUIDED, _GUIDED),
@@ -107,4 +109,4 @@ def _counts(pipe, prompts: list[str], steps: int, call: dict) -> tuple[int, int]
 
 def _draw(pipe, prompts: list[str], steps: int, call: dict, **more) -> None:
     generators: list = [torch.Generator().manual_seed(i) for i in range(BATCH)]
-    pipe(prompts[:BATCH], num_inference_steps=steps, generator=generators, output_type="latent", **call, **more)
+    pipe(prompts, num_inference_steps=steps, generator=generators, output_type="latent", **call, **more)

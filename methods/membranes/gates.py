@@ -18,8 +18,8 @@ from ..text_space import live_columns
 from .types import GateProbe
 
 GATES = ("probe", "paper", "official", "always")
-# Where the thresholds lie, see `fit_probe`; chosen by hand on withheld words.
-_USUAL, _LOW, _HIGH = 0.99, 0.35, 0.6
+# Where the thresholds lie, see `fit_probe`; chosen by hand on public words of the canvases that the fit was not told.
+_USUAL, _LOW, _HIGH = 0.99, 0.35, 0.475
 _GAIN = 1e-3  # of a probe's separation, which is a share: a round that adds less is the last; chosen by hand
 
 
@@ -125,7 +125,7 @@ def fit_probe(
 
     The thresholds lean towards opening, because words that nobody gave respond less than those that were fitted:
     between the response that all but 1 % of the other captions stay below and the lowest concept response, `low` lies
-    0.35 of the way up and `high` 0.6. Where these overlap, `high` is the lowest concept response, so that a
+    0.35 of the way up and `high` 0.475. Where these overlap, `high` is the lowest concept response, so that a
     concept caption still opens the gate fully.
 
     Args:
