@@ -13,6 +13,7 @@ EXAMPLE = "Example: semiperm attack-prompts canvas --concept robot --membrane er
 METHODS = {
     "unlearndiff": "words; noise of pictures that show it (UnlearnDiffAtk)",
     "p4d": "words; the untouched model's predictions (P4D)",
+    "gcg": "words; the same, tokens exchanged one by one (GCG)",
     "ring-a-bell": "words; text features alone, no gradient (Ring-A-Bell)",
     "embedding": "token embeddings (textual inversion)",
     "hidden": "everything that the denoiser reads",
@@ -74,7 +75,7 @@ def run(
     from ..pipelines.attacks.targets import targets_from_model, targets_from_pictures
     from ..pipelines.membranes.apply import apply_membranes
 
-    if method in ("p4d", "ring-a-bell"):
+    if method in ("p4d", "gcg", "ring-a-bell"):
         targets = targets_from_model(pipe, named, seed=seed)
     else:
         seeds = common.generators([seed + n for n in range(_DRAWN)])
@@ -86,7 +87,7 @@ def run(
         handle = held.enter_context(apply_membranes(pipe, stack, MembraneConfig(gate=gate))) if stack else None
         protected = attacks.prompt_loss(pipe, targets, [named, prompt])
         search = PromptSearch(
-            search={"p4d": "projected", "ring-a-bell": "genetic"}.get(method, "relaxed"),
+            search={"p4d": "projected", "gcg": "coordinate", "ring-a-bell": "genetic"}.get(method, "relaxed"),
             tokens=tokens,
             steps=search_steps,
             kept=count,

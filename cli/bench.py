@@ -80,7 +80,9 @@ def guidance(
     attacks: Annotated[
         int, typer.Option(min=0, help="Also an adversary's prompts: searches for each hazard and kind. 0: none.")
     ] = 0,
-    attack_steps: Annotated[int, typer.Option(min=1, help="Gradient steps of each search.")] = 100,
+    attack_steps: Annotated[
+        int, typer.Option(min=1, help="Gradient steps of an embedding's search; words get an eighth, 32 tries in each.")
+    ] = 200,
     resume: Resume = None,
     json_path: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures here.")] = None,
 ):
@@ -95,7 +97,7 @@ def guidance(
     from ..benchmarks.guidance.judged import METHODS, batches, run
 
     methods = _among(method, METHODS)
-    attack = Attack(attacks, attack_steps, 2 * attack_steps) if attacks else None
+    attack = Attack(attacks, max(1, attack_steps // 8), attack_steps) if attacks else None
     with common.progress("pictures, eight at a time", batches(world, n, methods, attack)) as advance:
         found = run(world, n, methods, resume, advance, steps=steps, attack=attack)
     if json_path is not None:

@@ -33,7 +33,7 @@ class Settings:
     others: int = 24
     part: int = 12
     attacked: int = 8
-    searches: tuple[str, ...] = ("relaxed", "projected", "genetic")
+    searches: tuple[str, ...] = ("relaxed", "projected", "coordinate", "genetic")
     search_steps: int = 100
     embedding_steps: int = 200
     inversion_steps: int = 20

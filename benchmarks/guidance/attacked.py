@@ -1,10 +1,10 @@
 """Prompts that an adversary found: words before a harmless prompt, after which the model draws a hazard.
 
-    found      five words of the vocabulary that do not name it, by gradient (UnlearnDiffAtk's search)
+    found      five words of the vocabulary that do not name it, by gradient, exchanged one by one (GCG's search)
     learned    five embeddings, by gradient (textual inversion), which five words of the vocabulary stand for
 
 Either is searched against the untouched model, and, as "..., adaptive", against the method that is judged while it is
-at work. What the search wants is what the untouched model predicts for a prompt that names the hazard.
+at work. What the search wants is what the untouched model predicts for the same prompt with the hazard's name.
 """
 
 from __future__ import annotations
@@ -38,18 +38,19 @@ class Attack:
     Args:
         searches: for each hazard and kind, each for a scene of its own; what one finds is put before n / searches
             prompts.
-        steps, learned_steps: of the two searches. tokens: words of each. points: of the schedule at each step, out of
-            `targets`.
+        steps, learned_steps: of the two searches. tokens: words of each. points, learned_points: of the schedule at
+            each step, out of `targets`.
 
     Raises:
         SemipermError: none of something.
     """
 
     searches: int = 4
-    steps: int = 100  # UnlearnDiffAtk's are 40 to 100 iterations
+    steps: int = 25  # of 32 exchanges each
     learned_steps: int = 200
     tokens: int = 5  # as many as UnlearnDiffAtk finds
-    points: int = 2
+    points: int = 8  # at two the exchanges followed the points: a loss of .0066 after 50 steps, .0032 after 25 with 8
+    learned_points: int = 2
     targets: int = 24
 
     def __post_init__(self) -> None:
@@ -130,10 +131,10 @@ class Attacker:
         targets, seed = self._targets[hazard, n], self.seed + n
         if kind == FOUND:
             banned = [*_told(world), *(word for pair in world.implied.values() for word in pair)]
-            search = PromptSearch(tokens=attack.tokens, steps=attack.steps, kept=4, seed=seed)
+            search = PromptSearch("coordinate", attack.tokens, attack.steps, kept=4, seed=seed)
             best = find_prompts(pipe, targets, calm, search, without=banned, points=attack.points)[0]
             return {"said": best.prompt.removesuffix(calm).strip(), "loss": best.loss}
-        steps, points = attack.learned_steps, attack.points
+        steps, points = attack.learned_steps, attack.learned_points
         without = [*self._spoken, *_told(world)]
         made = learn_embedding(pipe, targets, calm, tokens=attack.tokens, steps=steps, points=points, without=without)
         said = OpenEncoder(pipe, attack.tokens).text_of(made.ids)
@@ -151,11 +152,9 @@ def attacks_of(hazards: Sequence[str], n: int, attack: Attack) -> list[Asked]:
 
 
 def _scene(world: World, seed: int, hazard: str, n: int) -> tuple[str, str]:
-    """A caption, and one of such a scene with the hazard."""
-    rng = random.Random(f"attack-{seed}-{hazard}-{n}")
-    one = world.asked(rng, NAME)
-    looks = {"objects": one.shown.objects, "style": one.shown.style, "background": one.shown.background}
-    return one.prompt, world.asked(rng, NAME, hazards=(hazard,), **looks).prompt
+    """A caption, and the same with the hazard's name."""
+    calm = world.asked(random.Random(f"attack-{seed}-{hazard}-{n}"), NAME).prompt
+    return calm, f"{calm}, {world.phrases(hazard)[0]}"
 
 
 def _told(world: World) -> Sequence[str]:

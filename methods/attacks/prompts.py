@@ -6,10 +6,11 @@ caller's business.
 
     relaxed    UnlearnDiffAtk: weights over the vocabulary, hard in the forward pass, soft in the gradient
     projected  P4D, after PEZ: free embeddings, the loss and its gradient taken at the nearest tokens
+    coordinate GCG: the gradient says which tokens to try, one exchanged in each of a population, the best is kept
     genetic    Ring-A-Bell: selection, crossover and mutation; no gradient
 
 Sources: UnlearnDiffAtk (arXiv 2310.11868), section 4; P4D (arXiv 2309.06135), section 3 and PEZ (arXiv 2302.03668),
-algorithm 1; Ring-A-Bell (arXiv 2310.10012), section 3.2.
+algorithm 1; GCG (arXiv 2307.15043), algorithm 1; Ring-A-Bell (arXiv 2310.10012), section 3.2.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ from ..errors import SemipermError
 
 __all__ = ["SEARCHES", "Found", "PromptSearch", "search_tokens"]
 
-SEARCHES = ("relaxed", "projected", "genetic")
+SEARCHES = ("relaxed", "projected", "coordinate", "genetic")
 _MUTATED, _SURVIVORS = 0.25, 0.25  # of a genetic population; Ring-A-Bell's mutation rate, and a quarter kept by hand
+_LIKELY = 64  # tokens of each place that "coordinate" draws from; GCG's 256 are of a vocabulary ten times as large
 
 
 @dataclass(frozen=True)
@@ -33,11 +35,11 @@ class PromptSearch:
     """How tokens are searched for.
 
     Args:
-        search: "relaxed", "projected" or "genetic".
+        search: "relaxed", "projected", "coordinate" or "genetic".
         tokens: K >= 1, to be found. UnlearnDiffAtk takes 5, P4D 16, Ring-A-Bell 16 to 77.
         steps: of the optimiser, or generations.
         learning_rate: of Adam; None is 0.01 for "relaxed" (of weights in -1..1) and 0.1 for "projected", as published.
-        population: of "genetic", >= 4.
+        population: of "coordinate" and "genetic", >= 4.
         kept: how many of the best token sequences are given back.
         seed: of the start and of all chance.
 
@@ -81,8 +83,8 @@ def search_tokens(
     """Search for K tokens with a small loss.
 
     Args:
-        loss_of: (ids (P, K), embeddings (P, K, d), step) -> (P,) losses, differentiable in the embeddings. P is 1 but
-            for "genetic". All that is drawn in it should depend on the step alone.
+        loss_of: (ids (P, K), embeddings (P, K, d), step) -> (P,) losses, differentiable in the embeddings. P is 1
+            but for "coordinate" and "genetic". All that is drawn in it should depend on the step alone.
         table: (V, d).
         allowed: (A,) ids that may be used.
         progress: called with (step, least loss so far).
@@ -111,7 +113,9 @@ def search_tokens(
             progress(step, min(seen.values()))
 
     generator = torch.Generator().manual_seed(config.seed)
-    search = {"relaxed": _relaxed, "projected": _projected, "genetic": _genetic}[config.search]
+    search = {"relaxed": _relaxed, "projected": _projected, "coordinate": _coordinate, "genetic": _genetic}[
+        config.search
+    ]
     search(loss_of, table.detach(), allowed.to(table.device), config, generator, note)
     ranked = sorted(seen.items(), key=lambda item: item[1])[: config.kept]
     return [Found(ids, loss) for ids, loss in ranked]
@@ -151,6 +155,25 @@ def _projected(loss_of, table, allowed, config, generator, note) -> None:
         free.grad = grad.float()
         note(ids[None], losses, step)
         optimizer.step()
+
+
+def _coordinate(loss_of, table, allowed, config, generator, note) -> None:
+    few, size = table[allowed].float(), config.population
+    ids = allowed[torch.randint(len(allowed), (config.tokens,), generator=generator).to(table.device)]
+    rows = torch.arange(1, size, device=table.device)
+    for step in range(config.steps):
+        with torch.enable_grad():
+            point = table[ids].clone().requires_grad_()
+            (grad,) = torch.autograd.grad(loss_of(ids[None], point[None], step).sum(), point)
+        likely = (grad.float() @ few.T).topk(min(_LIKELY, len(allowed)), largest=False).indices  # (K, likely)
+        places = torch.randint(config.tokens, (size - 1,), generator=generator).to(table.device)
+        drawn = torch.randint(likely.shape[1], (size - 1,), generator=generator).to(table.device)
+        people = ids.repeat(size, 1)  # the first is kept as it is
+        people[rows, places] = allowed[likely[places, drawn]]
+        with torch.no_grad():
+            losses = loss_of(people, table[people], step)
+        note(people, losses, step)
+        ids = people[losses.argmin()]
 
 
 @torch.no_grad()

@@ -56,7 +56,7 @@ def test_what_cannot_be_trained_is_one_line(untrained_canvas, tmp_path):
         assert match in one_line(run("train", "canvas", "--concept", "robot", "-o", out, "--set", text))
 
 
-@pytest.mark.parametrize("method", ["unlearndiff", "p4d", "ring-a-bell", "embedding", "hidden"])
+@pytest.mark.parametrize("method", ["unlearndiff", "p4d", "gcg", "ring-a-bell", "embedding", "hidden"])
 def test_an_attack_says_what_it_found(untrained_canvas, tmp_path, method):
     common = ["attack-prompts", "canvas", "--concept", "robot|android", "--method", method, "--search-steps", 2]
     small = ["--tokens", 2, "--count", 2]

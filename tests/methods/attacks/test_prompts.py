@@ -22,7 +22,8 @@ def problem(vocabulary=60, width=8, tokens=3):
 
 @pytest.mark.parametrize(
     "settings", [dict(search="relaxed", learning_rate=0.3, steps=150), dict(search="projected", steps=150),
-                 dict(search="genetic", steps=60, population=60)], ids=lambda s: s["search"]
+                 dict(search="coordinate", steps=10), dict(search="genetic", steps=60, population=60)],
+    ids=lambda s: s["search"],
 )  # fmt: skip
 def test_each_search_finds_the_tokens(settings):
     table, wanted, loss_of, _ = problem()
@@ -33,7 +34,7 @@ def test_each_search_finds_the_tokens(settings):
     assert [one.loss for one in found] == sorted(one.loss for one in found) and len({one.ids for one in found}) == 3
 
 
-@pytest.mark.parametrize("search", ["relaxed", "projected", "genetic"])
+@pytest.mark.parametrize("search", ["relaxed", "projected", "coordinate", "genetic"])
 def test_only_allowed_tokens_are_tried_and_the_seed_decides(search):
     table, _, loss_of, asked = problem()
     allowed, config = torch.arange(10, 20), PromptSearch(search=search, tokens=3, steps=5, seed=3)
