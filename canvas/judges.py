@@ -76,15 +76,6 @@ def peaks(centred: Tensor) -> Tensor:
     return (share * (share == F.max_pool2d(share, 3, 1, 1))).sum((2, 3))
 
 
-def counted(found: dict[str, Tensor]) -> Tensor:
-    """A judge's answers -> how many of each kind it sees (B, objects), 0 to 3: whether any, by the answer that reads
-    the whole picture; how many, by the centres (the answer called 32 of 43 pictures of two of a kind one)."""
-    share = found["centres"].float().sigmoid()
-    centres = (share > _CENTRE) & (share == F.max_pool2d(share, 3, 1, 1))
-    number = centres.sum((2, 3)).clamp(1, COUNTS - 1)
-    return torch.where(found["count"].argmax(-1) > 0, number, 0)
-
-
 class HeatmapJudge(nn.Module):
     """Convolutions down to 16x16, and for every object a heat map: its peak says whether, its centre says where."""
 
@@ -126,6 +117,15 @@ class HeatmapJudge(nn.Module):
             "features": heat.amax(-1),
             **{name: head(mixed) for name, head in self.heads.items()},
         }
+
+    @staticmethod
+    def counted(found: dict[str, Tensor]) -> Tensor:
+        """Answers -> how many of each kind (B, objects), 0 to 3: whether any, by the answer that reads the whole
+        picture; how many, by the centres (the answer called 32 of 43 pictures of two of a kind one)."""
+        share = found["centres"].float().sigmoid()
+        centres = (share > _CENTRE) & (share == F.max_pool2d(share, 3, 1, 1))
+        number = centres.sum((2, 3)).clamp(1, COUNTS - 1)
+        return torch.where(found["count"].argmax(-1) > 0, number, 0)
 
 
 class QueryJudge(nn.Module):
@@ -176,14 +176,19 @@ class QueryJudge(nn.Module):
             **{name: head(queries[:, OBJECTS + i]) for i, (name, head) in enumerate(self.heads.items())},
         }
 
+    @staticmethod
+    def counted(found: dict[str, Tensor]) -> Tensor:
+        """Answers -> how many of each kind (B, objects), 0 to 3; its queries count better than its map of centres."""
+        return found["count"].argmax(-1)
 
-JUDGES = {"first": HeatmapJudge, "second": QueryJudge}
+
+JUDGES: dict[str, type[HeatmapJudge] | type[QueryJudge]] = {"first": HeatmapJudge, "second": QueryJudge}
 
 
 class Judge:
     """Names what is in the second world's pictures."""
 
-    def __init__(self, net: nn.Module):
+    def __init__(self, net: HeatmapJudge | QueryJudge):
         self.net = net.eval()
 
     @classmethod
@@ -201,7 +206,7 @@ class Judge:
         x = _as_tensor(images).to(next(self.net.parameters()).device)
         parts = [self.net(x[i : i + batch_size]) for i in range(0, len(x), batch_size)]
         out = {k: torch.cat([p[k] for p in parts]).float().cpu() for k in parts[0]}
-        counts, colors = counted(out), out["color"].argmax(-1)
+        counts, colors = self.net.counted(out), out["color"].argmax(-1)
         things = []
         for i, row in enumerate(counts.tolist()):
             things.append(

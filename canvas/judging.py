@@ -6,11 +6,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageFilter
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import language, precision
 from .drawing import draw
-from .judges import CELLS, JUDGES, OBJECTS, QUESTIONS, Judge, counted
+from .judges import CELLS, JUDGES, OBJECTS, QUESTIONS, HeatmapJudge, Judge, QueryJudge
 from .pool import Pool, pictures, to_tensor
 from .precision import Run
 from .scenes import SIZE, Scene, random_scene
@@ -109,7 +109,7 @@ def _augment(x: Tensor, g: torch.Generator) -> tuple[Tensor, Tensor]:
     return x, torch.tensor([sx, sy]) / SIZE
 
 
-def train_judge(which: str, run: Run, n: int, start: dict[str, Tensor] | None = None) -> nn.Module:
+def train_judge(which: str, run: Run, n: int, start: dict[str, Tensor] | None = None) -> HeatmapJudge | QueryJudge:
     """Train the "first" or the "second" judge, from the weights `start` where given, on n renders of its own; in a
     quarter of them a thing is painted out."""
     pool = pictures(run.workdir, n, SEEDS[which] + run.seed, SMUDGED)
@@ -156,7 +156,7 @@ def accuracy(judge: Judge, pool: Pool) -> dict[str, float]:
         else:
             asked, answered = target != -100, found.argmax(-1)
             if name == "count":
-                answered = torch.cat([counted(p) for p in parts])
+                answered = torch.cat([judge.net.counted(p) for p in parts])
                 out["objects"] = float((answered == target).all(-1).float().mean())
             out[name] = float((answered == target)[asked].float().mean())
     return out
