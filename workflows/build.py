@@ -153,14 +153,15 @@ NOTES = {
     "goes through *Guidance Report* to its decoder, so that no picture is decoded of a run without protection. "
     "cfg must be above 1." + SWITCH.replace("and concept", "and category"),
     "Safe guidance, flow": "## Safe guidance, on a flow model\nThe same prompt and seed twice, by a model of Stable "
-    "Diffusion 3's architecture: as it is (left), and steered away from fire by *Safe Guidance* with words of its own "
-    "(right). Thresholds mean the same as on older models. The right latent goes through *Guidance Report* to its "
-    "decoder, so that no picture is decoded of a run without protection. cfg must be above 1."
-    + SWITCH.replace("and concept", "and words"),
-    "Negative guidance, turbo": "## A negative prompt in four steps\nThe same prompt and seed twice, by a model that "
-    "draws in four steps without guidance (cfg 1), where a negative prompt does nothing: as it is (left), and pushed "
-    "away from fire by *Normalized Attention Guidance* (right). `canvas-turbo`'s weights do not ship with semiperm "
-    "yet: *Load Canvas* says what makes them." + SWITCH.replace("and concept", "and words"),
+    "Diffusion 3's architecture: as it is (left), and steered away from a hazard mark by *Safe Guidance (advanced)* "
+    "with words of its own (right); this model needs the strongest preset, *max*. Thresholds mean the same as on older "
+    "models. The right latent goes through *Guidance Report* to its decoder, so that no picture is decoded of a run "
+    "without protection. cfg must be above 1." + SWITCH.replace("and concept", "and words"),
+    "Negative guidance, turbo": "## A negative prompt in four steps\nThe same prompt and seed three times, by a model "
+    "that draws in four steps without guidance (cfg 1), where a negative prompt does nothing: as it is (left), pushed "
+    "away from fire by *Normalized Attention Guidance* (middle), and with what its words have of fire taken out by "
+    "*Value Decomposer* (right). On this model of four small blocks the first hardly shows and the second fades the "
+    "fire; larger models have more attention to push." + SWITCH.replace("and concept", "and words"),
     "Sign": "## Sign\nThe same prompt and seed twice: by the model as it is (left), and with the signs of "
     "its noise set by your key (middle): another picture of the same quality. *Detect Watermark* finds the mark again "
     "and shows where (right); *Save With Provenance* writes down what was found, beside the workflow." + KEYS,
@@ -290,11 +291,7 @@ def build(name: str, api: dict, object_info: dict) -> dict:
 
 def lacks_weights(api: dict) -> bool:
     """Whether a workflow's model does not ship, so that it cannot be run here."""
-    loaders = {node["class_type"]: node["inputs"] for node in api.values() if "Load" in node["class_type"]}
-    if "CheckpointLoaderSimple" in loaders:
-        return True
-    turbo = loaders.get("SemipermLoadCanvas", {}).get("model") == "canvas-turbo"
-    return turbo and not (HERE.parent / "canvas" / "weights" / "worlds" / "turbo.safetensors").exists()
+    return any(node["class_type"] == "CheckpointLoaderSimple" for node in api.values())
 
 
 def get(url: str, body: dict | None = None) -> bytes:
