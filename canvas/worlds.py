@@ -194,9 +194,9 @@ PARTS: dict[str, tuple[int, Callable]] = {
     "decoder-canvas-flow": (500, functools.partial(train_autoencoder, which="canvas-flow")),
     "judge-first": (4500, functools.partial(train_judge, which="first")),
     "judge-second": (4500, functools.partial(train_judge, which="second")),
-    "canvas": (16_000, train_canvas),
-    "canvas-flow": (9000, train_flow),
-    "canvas-turbo": (500, train_turbo),
+    "canvas": (18_000, train_canvas),
+    "canvas-flow": (18_000, train_flow),
+    "canvas-turbo": (1100, train_turbo),
 }
 
 

@@ -135,6 +135,7 @@ WORLDS: dict[str, dict[str, Callable]] = {
         "canvas": checks.checks,
         "erasure": results_worlds.erasure,
         **{f"erasure_{count}": results_worlds.at_once(count) for count in (10, 30, 100)},
+        "trained_10": results_worlds.at_once(10, trained=True),
         "arena": results_arena.arena,
     },
     "negative_token_merging": {

@@ -71,38 +71,43 @@ def erasure(found: dict[str, dict]) -> str:
     )
 
 
-def at_once(count: int) -> Callable[[dict], str]:
-    """The section of `count` concepts erased together, under both gates."""
+def at_once(count: int, trained: bool = False) -> Callable[[dict], str]:
+    """The section of `count` concepts erased together, by closed form or `trained` ones, under both gates."""
 
-    gates = ("auto", "always")
+    gates, stem, made_by = ("auto", "always"), f"erasure_{count}", "semiperm erase"
+    if trained:
+        stem, made_by = f"trained_{count}", "semiperm train"
+    weights = f"trained_{count}" if trained else f"{count}"
     labels = {"untouched": METHODS["untouched"]}
     labels |= {f"membrane/{gate}": f"{count} membranes, gate {gate}" for gate in gates}
 
     def section(found: dict[str, dict]) -> str:
         parts = [
-            f"## {count} concepts at once",
+            f"## {count} concepts at once{', trained' if trained else ''}",
             "Columns as above; **attributes**: colour and background as without membranes, in all pictures.",
         ]
         for world, figures in found.items():
-            asked, file = figures["asked"], f"erasure_{count}_{world}.json"
+            asked, file = figures["asked"], f"{stem}_{world}.json"
             names = asked["concepts"]
             command = (
-                f"semiperm evaluate {world} --membrane {count}.safetensors --withhold"
+                f"semiperm evaluate {world} --membrane {weights}.safetensors --withhold"
                 f" {' '.join(f'--gate {gate}' for gate in gates)} --steps {figures['num_inference_steps']}"
                 f" --each {asked['each']} --repeats {asked['repeats']} {' '.join(f'--concept {one}' for one in names)}"
                 f" --json benchmarks/results/{file}"
             )
             more = [name for name in asked["stack"] if name not in names]
-            parts += [f"### {count} at once, {world}", source(file, command, figures)]
+            undrawn = f", and {len(more)} words that this world does not draw ({', '.join(more[:6])}" if more else ""
+            undrawn += f"{', ...' if len(more) > 6 else ''})" if more else ""
+            said = ", ".join(asked["stack"][: len(names)])
             parts += [
-                f"{count} membranes of one `semiperm erase`, by name alone: {', '.join(asked['stack'][: len(names)])},"
-                f" and {len(more)} words that this world does not draw ({', '.join(more[:6])}"
-                f"{', ...' if len(more) > 6 else ''})."
+                f"### {count} at once{', trained' if trained else ''}, {world}",
+                source(file, command, figures),
+                f"{count} membranes of one `{made_by}`, by name alone: {said}{undrawn}.",
             ]
-            first = figures["rows"][0]["judge"]
-            for words, title in (("public", "Asked in public words"), ("reserved", "Asked in reserved words")):
-                rows = [row for row in figures["rows"] if row["words"] == words and row["judge"] == first]
-                parts += [f"{title}:", _at_once({row["method"]: row for row in rows}, labels)]
+            for words, judge in dict.fromkeys((row["words"], row["judge"]) for row in figures["rows"]):
+                rows = [row for row in figures["rows"] if (row["words"], row["judge"]) == (words, judge)]
+                title = f"Asked in {words} words, by the {judge} judge:"
+                parts += [title, _at_once({row["method"]: row for row in rows}, labels)]
         return paragraphs(*parts)
 
     return section

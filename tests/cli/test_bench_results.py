@@ -170,6 +170,7 @@ def test_a_world_stands_on_the_page_as_soon_as_it_has_a_file(clone):
         "canvas": check_of,
         "erasure": erasure_of,
         "erasure_10": at_once_of,
+        "trained_10": at_once_of,
         "arena": arena_of,
         "guidance": guidance_of,
         "held_out": held_out_of,
@@ -192,7 +193,8 @@ def test_a_world_stands_on_the_page_as_soon_as_it_has_a_file(clone):
     assert "| method | UA | UA, implied | UA, second judge |" in text
     assert "canvas-flow --membrane 10.safetensors --withhold --gate auto --gate always --steps 7 --each 8" in text
     assert "and 9 words that this world does not draw (a, b, c, d, e, f, ...)." in text
-    assert text.count("| 10 membranes, gate always | 90.0 (0.0 to 100.0) |") == 4  # two worlds, two kinds of words
+    assert text.count("| 10 membranes, gate always | 90.0 (0.0 to 100.0) |") == 16  # two worlds, words, judges, makers
+    assert "10 membranes of one `semiperm train`, by name alone" in text
     assert "guidance --world canvas-flow -n 2 --steps 7 --json" in text
     assert "| SAFREE | one | 62.5 (0.0 to 100.0) |" in text
     assert "| ghost | negative token merging | 50.0 (25.0 to 75.0) | 0.500 |" in text and "strength 1.5" in text
