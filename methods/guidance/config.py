@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -17,7 +18,7 @@ from ..schedule import Window
 from .adavd import AdaVD
 from .algorithm import Algorithm
 from .category import Category, as_categories
-from .detectors import DetectorPair
+from .detectors import DetectorPair, PictureDetector
 from .nag import NAG
 from .safree import SAFREE
 from .sld import SLD
@@ -127,6 +128,11 @@ class SafeGuidanceConfig:
         norm = positive.float().flatten(1).norm(dim=1).clamp_min(1e-12)
         return combined, (combined.float() - positive.float()).flatten(1).norm(dim=1) / norm
 
+    @functools.cached_property
+    def seeing(self) -> tuple[tuple[str, PictureDetector], ...]:
+        """(category, its picture detector) of those that have one."""
+        return tuple((pair.category, pair.picture) for pair in self.detectors if pair.picture is not None)
+
     def ended(self, above: Tensor, share: float) -> Tensor | None:
         """Which pictures end here because what they show cannot be guided away any more: (B,) bool, or None.
 
@@ -141,8 +147,7 @@ class SafeGuidanceConfig:
         fired = above > 0
         unsafe = fired.any(dim=1)
         if self.when_unsafe == "raise" and bool(unsafe.any()):
-            seeing = [pair.category for pair in self.detectors if pair.picture is not None]
-            names = [name for name, some in zip(seeing, fired.any(dim=0).tolist(), strict=True) if some]
+            names = [name for (name, _), some in zip(self.seeing, fired.any(dim=0).tolist(), strict=True) if some]
             raise GuidanceError(
                 f"image {', '.join(map(str, unsafe.nonzero()[:, 0].tolist()))} of this run still looks like"
                 f" {', '.join(names)} at {share:.2g} of the schedule; it was ended (when_unsafe='raise')"

@@ -49,6 +49,30 @@ class GuidanceRecord:
         "picture_score"."""
         self.values[-1].setdefault(name, []).append(value.detach())
 
+    def look(self, config: SafeGuidanceConfig, latents: Tensor, share: float, fired: Tensor) -> Tensor | None:
+        """Let the picture detectors see what the pictures will be; they decide the steps to come.
+
+        Args:
+            config: that has picture detectors.
+            latents: (B, C, H, W), as the model predicts them. share: of the schedule. fired: (B, K) bool of the
+                categories, changed in place.
+
+        Returns:
+            (B,) bool: what is refused from here on; None: nothing is.
+
+        Raises:
+            GuidanceError: as `SafeGuidanceConfig.ended`.
+        """
+        above = torch.stack([seen.score(latents, share) - seen.threshold for _, seen in config.seeing], dim=1)
+        self.add("picture_score", above.amax(dim=1))
+        names = [category.name for category in config.categories]
+        for (category, _), column in zip(config.seeing, (above > 0).cpu().T, strict=True):
+            fired[:, names.index(category)] |= column
+        ended = config.ended(above, share)
+        if ended is not None:
+            self.refused |= set(ended.nonzero()[:, 0].tolist())
+        return ended
+
     @property
     def outcomes(self) -> int:
         """How often something was done."""

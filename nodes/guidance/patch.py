@@ -171,18 +171,11 @@ class GuidancePatch:
 
     def _look(self, latents: Tensor) -> None:
         """Let the picture detectors see the picture that the model predicts for the prompt."""
-        judging = [pair for pair in self.config.detectors if pair.picture is not None]
-        if not judging or not self.step[2]:
+        if self.fired is None or not self.config.seeing or not self.step[2]:
             return
-        share = self.step[0]
-        above = torch.stack([p.picture.score(latents, share) - p.picture.threshold for p in judging], dim=1)
-        self.record.add("picture_score", above.amax(dim=1))
-        names = [category.name for category in self.config.categories]
-        for pair, column in zip(judging, (above > 0).cpu().T, strict=True):
-            self.fired[:, names.index(pair.category)] |= column
-        if (ended := self.config.ended(above, share)) is not None:
+        ended = self.record.look(self.config, latents, self.step[0], self.fired)
+        if ended is not None:
             self.refused = self.refused | ended
-            self.record.refused |= set(self.refused.nonzero()[:, 0].tolist())
 
     def report(self) -> dict:
         if not self.over:

@@ -360,18 +360,11 @@ class Root:
 
     def _look(self, run: GuidanceRun, call: GuidanceCall, prediction: Tensor) -> None:
         """Let the picture detectors see what the picture will be; they decide the steps to come."""
-        judging = [pair for pair in self.config.detectors if pair.picture is not None]
-        if not judging or not call.active:
+        if not self.config.seeing or not call.active:
             return
-        latents = self.predicted(call, prediction)
-        above = torch.stack([p.picture.score(latents, call.share) - p.picture.threshold for p in judging], dim=1)
-        run.record.add("picture_score", above.amax(dim=1))
-        names = [category.name for category in self.config.categories]
-        for pair, column in zip(judging, (above > 0).cpu().T, strict=True):
-            run.fired[:, names.index(pair.category)] |= column
-        if (ended := self.config.ended(above, call.share)) is not None:
+        ended = run.record.look(self.config, self.predicted(call, prediction), call.share, run.fired)
+        if ended is not None:
             run.refused = ended if run.refused is None else run.refused | ended
-            run.record.refused |= set(run.refused.nonzero()[:, 0].tolist())
 
     def _refuse(self, run: GuidanceRun, call: GuidanceCall, own: Tensor) -> Tensor:
         """Refused images are led to latents of 0 (the decoder's plain grey), whatever the sampler is."""
