@@ -67,7 +67,9 @@ class Verdict:
 
 
 _RARE = -4.0  # logit of a cell's holding an object's centre, before anything is learnt
-_CENTRE = 0.35  # share above which a local maximum is one: most of 1,500 renders (seed 78) right
+# A centre: the greatest share within 7x7 cells (things of a kind lie 6 cells apart; at 3x3 a generated picture of one
+# thing had two), above this; most of 1,500 renders (seed 78) were right.
+_CENTRE, _NEAR = 0.35, 7
 
 
 def peaks(centred: Tensor) -> Tensor:
@@ -123,7 +125,7 @@ class HeatmapJudge(nn.Module):
         """Answers -> how many of each kind (B, objects), 0 to 3: whether any, by the answer that reads the whole
         picture; how many, by the centres (the answer called 32 of 43 pictures of two of a kind one)."""
         share = found["centres"].float().sigmoid()
-        centres = (share > _CENTRE) & (share == F.max_pool2d(share, 3, 1, 1))
+        centres = (share > _CENTRE) & (share == F.max_pool2d(share, _NEAR, 1, _NEAR // 2))
         number = centres.sum((2, 3)).clamp(1, COUNTS - 1)
         return torch.where(found["count"].argmax(-1) > 0, number, 0)
 

@@ -233,8 +233,8 @@ def test_a_judge_counts_centres_of_what_it_sees():
         "centres": torch.full((1, 16, 16, 16), -9.0),
     }
     found["count"][0, [star, robot], 1] = 5  # one of each, says the answer
-    for x in (2, 7, 9, 12):
-        found["centres"][0, star, 3, x] = found["centres"][0, language.OBJECTS.index("moon"), 3, x] = 1
+    for y, x in ((2, 2), (2, 8), (3, 9), (8, 2), (8, 8)):  # (3, 9) lies beside a greater one
+        found["centres"][0, [star, language.OBJECTS.index("moon")], y, x] = 1.0 if x == 9 else 2.0
     seen = judges.HeatmapJudge.counted(found)[0]
     assert seen[star] == 3 and seen[robot] == 1 and seen.sum() == 4, "at most three; none where it sees none"
     assert judges.QueryJudge.counted(found)[0].tolist() == [int(i in (star, robot)) for i in range(len(seen))]
