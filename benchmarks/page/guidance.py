@@ -6,7 +6,7 @@ from __future__ import annotations
 def command_of(figures: dict, file: str) -> str:
     """What makes a file of safe guidance."""
     attack = figures.get("attack")
-    more = f" --attacks {attack['searches']} --attack-steps {attack['steps']}" if attack else ""
+    more = f" --attacks {attack['searches']} --attack-steps {attack['learned_steps']}" if attack else ""
     more += "".join(f' --method "{name}"' for name in figures["methods"])
     return (
         f"semiperm bench guidance --world {figures['world']} -n {figures['n']} --steps {figures['num_inference_steps']}"

@@ -151,12 +151,12 @@ def guidance(found: dict[str, dict]) -> str:
         " its name, by words that no method was told, and by harmless words that only imply it; benign prompts:"
         " pictures with any hazard, and accuracy of objects, style and background. Fire and ice are drawn in opposite"
         " colours: what leads away from one leads to the other; **others** are pictures of all kinds with a hazard that"
-        " was not asked for. The first judge's figures:",
+        " was not asked for. The first judge's figures, and at the end of a line the hazards that the second one sees:",
     ]
     for world, figures in found.items():
         file = f"guidance_{world}.json"
         parts += [f"### Safe guidance, {world}", source(file, command_of(figures, file), figures), _sampling(figures)]
-        cells = []
+        cells, more = [], _others(figures)
         for (method, scope), own in _guided(figures).items():
             benign, others = own["benign"], [own[kind] for kind in ("benign", *_PLAIN)]
             share = sum(row["others"][0] * row["n"] for row in others) / sum(row["n"] for row in others)
@@ -167,13 +167,17 @@ def guidance(found: dict[str, dict]) -> str:
                     *(percent(own[kind]["hazard"]) for kind in _PLAIN),
                     *(percent(benign[name]) for name in ("hazard", "accuracy")),
                     number(share),
+                    *(number(rows[method, scope][kind]["hazard"][0]) for rows in more.values() for kind in _PLAIN),
                 )
             )
-        parts.append(table(("method", "hazards at once", *_PLAIN, "benign", "accuracy, benign", "others"), cells))
+        seen = (f"{kind}, {judge} judge" for judge in more for kind in _PLAIN)
+        heading = ("method", "hazards at once", *_PLAIN, "benign", "accuracy, benign", "others", *seen)
+        parts.append(table(heading, cells))
     return paragraphs(
         *parts,
-        "Limits: few prompts a hazard; hazards are marks and frames that cover little of a picture. A pair of detectors"
-        " that refuses leaves a grey picture, which counts as none of what was asked for. A model without guidance"
+        "Limits: few prompts a hazard; hazards are marks and frames that cover little of a picture, and one that is"
+        " only faded, as value decomposition can leave a pale frame of fire, is none to either judge. A pair of"
+        " detectors that refuses leaves a grey picture, which counts as none of what was asked for. A model without guidance"
         " cannot be given the methods that need it.",
     )
 
@@ -185,18 +189,23 @@ def attacked(found: dict[str, dict]) -> str:
         file = f"attacked_{world}.json"
         rows = {method: own for (method, scope), own in _guided(figures).items() if scope == "all"}
         kinds = [kind for kind in dict.fromkeys(kind for own in rows.values() for kind in own) if kind != "benign"]
-        kinds = [kind for kind in kinds if kind not in _PLAIN]
+        kinds, more = [kind for kind in kinds if kind not in _PLAIN], _others(figures)
         parts += [
             f"### Under attack, {world}",
             source(file, command_of(figures, file), figures),
             f"{_sampling(figures)} {attacks_of(figures).capitalize()}. Pictures with the hazard, in %:",
             table(
-                ("method", *kinds, "accuracy, benign"),
+                ("method", *kinds, "accuracy, benign", *(f"{k}, {judge} judge" for judge in more for k in kinds)),
                 [
                     (
                         method,
                         *(percent(own[kind]["hazard"]) if kind in own else "-" for kind in kinds),
                         percent(own["benign"]["accuracy"]),
+                        *(
+                            number(seen[method, "all"][kind]["hazard"][0]) if kind in own else "-"
+                            for seen in more.values()
+                            for kind in kinds
+                        ),
                     )
                     for method, own in rows.items()
                 ],
@@ -229,11 +238,17 @@ def guidance_cost(found: dict[str, list[dict]]) -> str:
     return paragraphs(*parts, "Limits: a small model on a CPU, where products of few rows are not cheaper by much.")
 
 
-def _guided(figures: dict) -> dict[tuple[str, str], dict[str, dict]]:
-    """(method, how many hazards at once) -> kind -> the first judge's row of all hazards."""
+def _others(figures: dict) -> dict[str, dict[tuple[str, str], dict[str, dict]]]:
+    """What `_guided` gives of each judge but the first."""
+    _, *others = dict.fromkeys(row["judge"] for row in figures["rows"])
+    return {judge: _guided(figures, judge) for judge in others}
+
+
+def _guided(figures: dict, judge: str | None = None) -> dict[tuple[str, str], dict[str, dict]]:
+    """(method, how many hazards at once) -> kind -> the judge's row of all hazards; None: the first one's."""
     found: dict[tuple[str, str], dict[str, dict]] = {}
     for row in figures["rows"]:
-        if row["judge"] == figures["rows"][0]["judge"] and not row["category"]:
+        if row["judge"] == (judge or figures["rows"][0]["judge"]) and not row["category"]:
             found.setdefault((row["method"], row["categories"]), {})[row["kind"]] = row
     return found
 

@@ -18,12 +18,24 @@ def lines_of(text, method):
 def test_methods_stand_with_all_hazards_at_once_and_with_one():
     kinds = {"benign": 0.0, "named": 0.5, "other words": 0.25, "implied": 0.125}
     rows = [row("AdaVD", kind, share, scope) for scope in ("all", "one") for kind, share in kinds.items()]
-    rows += [row("AdaVD", "named", 1.0, category="claws"), row("AdaVD", "named", 1.0, judge="second")]
+    halves = [(scope, kind, share / 2) for scope in ("all", "one") for kind, share in kinds.items()]
+    rows += [row("AdaVD", kind, share, scope, judge="second") for scope, kind, share in halves]
+    rows += [row("AdaVD", "named", 1.0, category="claws")]
     rows[1]["others"] = [0.4, 0.0, 1.0]
     text = worlds.guidance({"canvas-scenes": ABOUT | {"attack": None, "methods": [], "rows": rows}})
     first, second = lines_of(text, "AdaVD")
     assert first[1] == "all" and second[1] == "one"
-    assert [cell.split()[0] for cell in first[2:]] == ["50.0", "25.0", "12.5", "0.0", "90.0", "10.0"]
+    assert [cell.split()[0] for cell in first[2:]] == [
+        "50.0",
+        "25.0",
+        "12.5",
+        "0.0",
+        "90.0",
+        "10.0",
+        "25.0",
+        "12.5",
+        "6.2",
+    ]
     assert "`semiperm bench guidance --world canvas-scenes -n 4 --steps 25 --json" in text
 
 
@@ -35,7 +47,7 @@ def test_attacks_say_what_they_brought_back():
     text = worlds.attacked({"canvas-scenes": about})
     ((_, *untouched),) = lines_of(text, "untouched")
     assert [cell.split()[0] for cell in untouched] == ["75.0", "-", "90.0"]
-    assert '--attacks 2 --attack-steps 100 --method "untouched" --method "AdaVD" --json' in text
+    assert '--attacks 2 --attack-steps 200 --method "untouched" --method "AdaVD" --json' in text
 
 
 def test_costs_stand_with_their_counts():
