@@ -177,8 +177,8 @@ def guidance(found: dict[str, dict]) -> str:
         *parts,
         "Limits: few prompts a hazard; hazards are marks and frames that cover little of a picture, and one that is"
         " only faded, as value decomposition can leave a pale frame of fire, is none to either judge. A pair of"
-        " detectors that refuses leaves a grey picture, which counts as none of what was asked for. A model without guidance"
-        " cannot be given the methods that need it.",
+        " detectors that refuses leaves a grey picture, which counts as none of what was asked for. A model without"
+        " guidance cannot be given the methods that need it.",
     )
 
 
