@@ -74,8 +74,14 @@ _CENTRE, _NEAR = 0.35, 7
 
 def peaks(centred: Tensor) -> Tensor:
     """(B, objects, CELLS, CELLS) logits of "a thing's centre is here" -> how many (B, objects): over local maxima."""
+    share, greatest = _maxima(centred, 3)
+    return (share * greatest).sum((2, 3))
+
+
+def _maxima(centred: Tensor, cells: int) -> tuple[Tensor, Tensor]:
+    """Shares, and which of them are the greatest within so many cells each way (odd)."""
     share = centred.float().sigmoid()
-    return (share * (share == F.max_pool2d(share, 3, 1, 1))).sum((2, 3))
+    return share, share == F.max_pool2d(share, cells, 1, cells // 2)
 
 
 class HeatmapJudge(nn.Module):
@@ -124,9 +130,8 @@ class HeatmapJudge(nn.Module):
     def counted(found: dict[str, Tensor]) -> Tensor:
         """Answers -> how many of each kind (B, objects), 0 to 3: whether any, by the answer that reads the whole
         picture; how many, by the centres (the answer called 32 of 43 pictures of two of a kind one)."""
-        share = found["centres"].float().sigmoid()
-        centres = (share > _CENTRE) & (share == F.max_pool2d(share, _NEAR, 1, _NEAR // 2))
-        number = centres.sum((2, 3)).clamp(1, COUNTS - 1)
+        share, greatest = _maxima(found["centres"], _NEAR)
+        number = (greatest & (share > _CENTRE)).sum((2, 3)).clamp(1, COUNTS - 1)
         return torch.where(found["count"].argmax(-1) > 0, number, 0)
 
 

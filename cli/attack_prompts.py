@@ -18,6 +18,8 @@ METHODS = {
     "embedding": "token embeddings (textual inversion)",
     "hidden": "everything that the denoiser reads",
 }
+# method -> its search, of those that want what the untouched model predicts
+_PREDICTED = {"p4d": "projected", "gcg": "coordinate", "ring-a-bell": "genetic"}
 _DRAWN = 4  # pictures of the untouched model that "unlearndiff" and the embeddings begin from
 
 
@@ -75,7 +77,7 @@ def run(
     from ..pipelines.attacks.targets import targets_from_model, targets_from_pictures
     from ..pipelines.membranes.apply import apply_membranes
 
-    if method in ("p4d", "gcg", "ring-a-bell"):
+    if method in _PREDICTED:
         targets = targets_from_model(pipe, named, seed=seed)
     else:
         seeds = common.generators([seed + n for n in range(_DRAWN)])
@@ -87,7 +89,7 @@ def run(
         handle = held.enter_context(apply_membranes(pipe, stack, MembraneConfig(gate=gate))) if stack else None
         protected = attacks.prompt_loss(pipe, targets, [named, prompt])
         search = PromptSearch(
-            search={"p4d": "projected", "gcg": "coordinate", "ring-a-bell": "genetic"}.get(method, "relaxed"),
+            search=_PREDICTED.get(method, "relaxed"),
             tokens=tokens,
             steps=search_steps,
             kept=count,

@@ -74,16 +74,15 @@ def erasure(found: dict[str, dict]) -> str:
 def at_once(count: int, trained: bool = False) -> Callable[[dict], str]:
     """The section of `count` concepts erased together, by closed form or `trained` ones, under both gates."""
 
-    gates, stem, made_by = ("auto", "always"), f"erasure_{count}", "semiperm erase"
+    gates, stem, weights, made_by, how = ("auto", "always"), f"erasure_{count}", f"{count}", "semiperm erase", ""
     if trained:
-        stem, made_by = f"trained_{count}", "semiperm train"
-    weights = f"trained_{count}" if trained else f"{count}"
+        stem, weights, made_by, how = f"trained_{count}", f"trained_{count}", "semiperm train", ", trained"
     labels = {"untouched": METHODS["untouched"]}
     labels |= {f"membrane/{gate}": f"{count} membranes, gate {gate}" for gate in gates}
 
     def section(found: dict[str, dict]) -> str:
         parts = [
-            f"## {count} concepts at once{', trained' if trained else ''}",
+            f"## {count} concepts at once{how}",
             "Columns as above; **attributes**: colour and background as without membranes, in all pictures.",
         ]
         for world, figures in found.items():
@@ -96,13 +95,14 @@ def at_once(count: int, trained: bool = False) -> Callable[[dict], str]:
                 f" --json benchmarks/results/{file}"
             )
             more = [name for name in asked["stack"] if name not in names]
-            undrawn = f", and {len(more)} words that this world does not draw ({', '.join(more[:6])}" if more else ""
-            undrawn += f"{', ...' if len(more) > 6 else ''})" if more else ""
             said = ", ".join(asked["stack"][: len(names)])
+            if more:
+                few = ", ".join([*more[:6], *["..."] * (len(more) > 6)])
+                said += f", and {len(more)} words that this world does not draw ({few})"
             parts += [
-                f"### {count} at once{', trained' if trained else ''}, {world}",
+                f"### {count} at once{how}, {world}",
                 source(file, command, figures),
-                f"{count} membranes of one `{made_by}`, by name alone: {said}{undrawn}.",
+                f"{count} membranes of one `{made_by}`, by name alone: {said}.",
             ]
             for words, judge in dict.fromkeys((row["words"], row["judge"]) for row in figures["rows"]):
                 rows = [row for row in figures["rows"] if (row["words"], row["judge"]) == (words, judge)]

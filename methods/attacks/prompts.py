@@ -139,19 +139,29 @@ def _relaxed(loss_of, table, allowed, config, generator, note) -> None:
         optimizer.step()
 
 
+def _drawn(allowed: Tensor, generator: torch.Generator, *shape: int) -> Tensor:
+    """Allowed ids by chance."""
+    return allowed[torch.randint(len(allowed), shape, generator=generator).to(allowed.device)]
+
+
+def _gradient(loss_of, ids: Tensor, table: Tensor, step: int) -> tuple[Tensor, Tensor]:
+    """Losses (1,) of K tokens, and the gradient (K, d) in their embeddings."""
+    with torch.enable_grad():
+        point = table[ids].clone().requires_grad_()
+        losses = loss_of(ids[None], point[None], step)
+        (grad,) = torch.autograd.grad(losses.sum(), point)
+    return losses, grad
+
+
 def _projected(loss_of, table, allowed, config, generator, note) -> None:
     few = table[allowed].float()
     lengths = few.square().sum(dim=1)
-    begin = allowed[torch.randint(len(allowed), (config.tokens,), generator=generator).to(table.device)]
-    free = table[begin].float().clone().requires_grad_()
+    free = table[_drawn(allowed, generator, config.tokens)].float().clone().requires_grad_()
     optimizer = torch.optim.AdamW([free], config.learning_rate or 0.1, weight_decay=0.0)
     for step in range(config.steps):
         nearest = (lengths - 2 * free.detach() @ few.T).argmin(dim=1)
         ids = allowed[nearest]
-        with torch.enable_grad():
-            point = table[ids].clone().requires_grad_()
-            losses = loss_of(ids[None], point[None], step)
-            (grad,) = torch.autograd.grad(losses.sum(), point)
+        losses, grad = _gradient(loss_of, ids, table, step)
         free.grad = grad.float()
         note(ids[None], losses, step)
         optimizer.step()
@@ -159,12 +169,10 @@ def _projected(loss_of, table, allowed, config, generator, note) -> None:
 
 def _coordinate(loss_of, table, allowed, config, generator, note) -> None:
     few, size = table[allowed].float(), config.population
-    ids = allowed[torch.randint(len(allowed), (config.tokens,), generator=generator).to(table.device)]
+    ids = _drawn(allowed, generator, config.tokens)
     rows = torch.arange(1, size, device=table.device)
     for step in range(config.steps):
-        with torch.enable_grad():
-            point = table[ids].clone().requires_grad_()
-            (grad,) = torch.autograd.grad(loss_of(ids[None], point[None], step).sum(), point)
+        _, grad = _gradient(loss_of, ids, table, step)
         likely = (grad.float() @ few.T).topk(min(_LIKELY, len(allowed)), largest=False).indices  # (K, likely)
         places = torch.randint(config.tokens, (size - 1,), generator=generator).to(table.device)
         drawn = torch.randint(likely.shape[1], (size - 1,), generator=generator).to(table.device)
@@ -178,12 +186,9 @@ def _coordinate(loss_of, table, allowed, config, generator, note) -> None:
 
 @torch.no_grad()
 def _genetic(loss_of, table, allowed, config, generator, note) -> None:
-    def drawn(*shape: int) -> Tensor:
-        return allowed[torch.randint(len(allowed), shape, generator=generator).to(table.device)]
-
     size = config.population
     kept = max(2, int(size * _SURVIVORS))
-    people = drawn(size, config.tokens)
+    people = _drawn(allowed, generator, size, config.tokens)
     for step in range(config.steps):
         losses = loss_of(people, table[people], step)
         note(people, losses, step)
@@ -195,4 +200,4 @@ def _genetic(loss_of, table, allowed, config, generator, note) -> None:
             torch.arange(config.tokens, device=cut.device) < cut, parents[pairs[0]], parents[pairs[1]]
         )
         changed = torch.rand(children.shape, generator=generator).to(table.device) < _MUTATED
-        people = torch.cat([parents, torch.where(changed, drawn(*children.shape), children)])
+        people = torch.cat([parents, torch.where(changed, _drawn(allowed, generator, *children.shape), children)])
