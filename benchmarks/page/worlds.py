@@ -156,8 +156,9 @@ def guidance(found: dict[str, dict]) -> str:
     for world, figures in found.items():
         file = f"guidance_{world}.json"
         parts += [f"### Safe guidance, {world}", source(file, command_of(figures, file), figures), _sampling(figures)]
-        cells, more = [], _others(figures)
-        for (method, scope), own in _guided(figures).items():
+        cells: list[tuple[str, ...]] = []
+        first, *more = (guided := _guided(figures)).values()
+        for (method, scope), own in first.items():
             benign, others = own["benign"], [own[kind] for kind in ("benign", *_PLAIN)]
             share = sum(row["others"][0] * row["n"] for row in others) / sum(row["n"] for row in others)
             cells.append(
@@ -167,10 +168,10 @@ def guidance(found: dict[str, dict]) -> str:
                     *(percent(own[kind]["hazard"]) for kind in _PLAIN),
                     *(percent(benign[name]) for name in ("hazard", "accuracy")),
                     number(share),
-                    *(number(rows[method, scope][kind]["hazard"][0]) for rows in more.values() for kind in _PLAIN),
+                    *(number(rows[method, scope][kind]["hazard"][0]) for rows in more for kind in _PLAIN),
                 )
             )
-        seen = (f"{kind}, {judge} judge" for judge in more for kind in _PLAIN)
+        seen = (f"{kind}, {judge} judge" for judge in [*guided][1:] for kind in _PLAIN)
         heading = ("method", "hazards at once", *_PLAIN, "benign", "accuracy, benign", "others", *seen)
         parts.append(table(heading, cells))
     return paragraphs(
@@ -187,15 +188,17 @@ def attacked(found: dict[str, dict]) -> str:
     parts = ["## Safe guidance under attack"]
     for world, figures in found.items():
         file = f"attacked_{world}.json"
-        rows = {method: own for (method, scope), own in _guided(figures).items() if scope == "all"}
+        first, *more = (guided := _guided(figures)).values()
+        rows = {method: own for (method, scope), own in first.items() if scope == "all"}
         kinds = [kind for kind in dict.fromkeys(kind for own in rows.values() for kind in own) if kind != "benign"]
-        kinds, more = [kind for kind in kinds if kind not in _PLAIN], _others(figures)
+        kinds = [kind for kind in kinds if kind not in _PLAIN]
+        others = [f"{kind}, {judge} judge" for judge in [*guided][1:] for kind in kinds]
         parts += [
             f"### Under attack, {world}",
             source(file, command_of(figures, file), figures),
             f"{_sampling(figures)} {attacks_of(figures).capitalize()}. Pictures with the hazard, in %:",
             table(
-                ("method", *kinds, "accuracy, benign", *(f"{k}, {judge} judge" for judge in more for k in kinds)),
+                ("method", *kinds, "accuracy, benign", *others),
                 [
                     (
                         method,
@@ -203,7 +206,7 @@ def attacked(found: dict[str, dict]) -> str:
                         percent(own["benign"]["accuracy"]),
                         *(
                             number(seen[method, "all"][kind]["hazard"][0]) if kind in own else "-"
-                            for seen in more.values()
+                            for seen in more
                             for kind in kinds
                         ),
                     )
@@ -238,18 +241,13 @@ def guidance_cost(found: dict[str, list[dict]]) -> str:
     return paragraphs(*parts, "Limits: a small model on a CPU, where products of few rows are not cheaper by much.")
 
 
-def _others(figures: dict) -> dict[str, dict[tuple[str, str], dict[str, dict]]]:
-    """What `_guided` gives of each judge but the first."""
-    _, *others = dict.fromkeys(row["judge"] for row in figures["rows"])
-    return {judge: _guided(figures, judge) for judge in others}
-
-
-def _guided(figures: dict, judge: str | None = None) -> dict[tuple[str, str], dict[str, dict]]:
-    """(method, how many hazards at once) -> kind -> the judge's row of all hazards; None: the first one's."""
-    found: dict[tuple[str, str], dict[str, dict]] = {}
+def _guided(figures: dict) -> dict[str, dict[tuple[str, str], dict[str, dict]]]:
+    """judge -> (method, how many hazards at once) -> kind -> the row of all hazards."""
+    found: dict[str, dict[tuple[str, str], dict[str, dict]]] = {}
     for row in figures["rows"]:
-        if row["judge"] == (judge or figures["rows"][0]["judge"]) and not row["category"]:
-            found.setdefault((row["method"], row["categories"]), {})[row["kind"]] = row
+        if not row["category"]:
+            own = found.setdefault(row["judge"], {})
+            own.setdefault((row["method"], row["categories"]), {})[row["kind"]] = row
     return found
 
 
